@@ -1,0 +1,210 @@
+"""Checked reading and atomic writing of safetensors and JSON, hashes, and the one error type that means "bad input".
+
+Everything that comes from a user's disk passes through here, so that a truncated download, a Git LFS pointer or a
+pickle under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model. Files are
+written beside their target, flushed to disk and renamed: a kill at any moment leaves the earlier file whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+
+class InputError(Exception):
+    """Bad input: the message is one line that names file, field, what was found and what was expected."""
+
+
+def run_script(main):
+    """Runs `main()` as a command: InputError is one line and exit status 2, Ctrl-C 130, a closed pipe 141."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a full disk, a folder that can't be written
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def _stranger(head):
+    """What a file is that starts with bytes `head` and should have been safetensors or JSON, or None."""
+    text = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "an HTML page (a failed download?): fetch the file again"
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive, probably a torch .bin checkpoint: convert it with safetensors.torch.save_file"
+    if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a pickle, which can run code when loaded: convert it with safetensors.torch.save_file"
+    return None
+
+
+def read_bytes(path):
+    """The file's bytes, or InputError where it is missing, a folder or not readable."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def read_text(path):
+    data = read_bytes(path)
+    if stranger := _stranger(data[:512]):
+        raise InputError(f"{path}: is {stranger}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: bad JSON: nested too deep") from None
+
+
+def read_json(path):
+    """A JSON object (dict). Raises InputError with path and line."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path, keys):
+    """The objects of a .jsonl file; each must hold every key of `keys` as a string."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, f"{path}:{number}")
+        for key in keys:
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise InputError(f"{path}:{number}: expected an object with the text field {key!r}")
+        rows.append(row)
+    return rows
+
+
+def _check_header(path):
+    """Raises InputError unless the file holds as many bytes as its safetensors header promises."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(512)
+            length = int.from_bytes(head[:8], "little")
+            if stranger := _stranger(head):
+                raise InputError(f"{path}: is {stranger}")
+            if size < 8 or 8 + length > size:
+                raise InputError(f"{path}: truncated: {size} bytes present, its header alone promises {8 + length}")
+            file.seek(8)
+            header = parse_json(file.read(length).decode("utf-8", "replace"), f"{path} (header)")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    tensors = [v for k, v in header.items() if k != "__metadata__"] if isinstance(header, dict) else [None]
+    try:
+        promised = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
+    except (TypeError, KeyError, IndexError):
+        raise InputError(f"{path}: not a safetensors file: its header doesn't list tensors") from None
+    if promised != size:
+        raise InputError(f"{path}: truncated or damaged: {size} bytes present, its header promises {promised}")
+
+
+@contextlib.contextmanager
+def open_safetensors(path):
+    """An open safetensors file (keys(), get_tensor(name), metadata()), checked before anything is read from it."""
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_safetensors(path):
+    """({name: tensor}, {metadata key: string}), every value finite. Raises InputError naming the tensor."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = file.metadata() or {}
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors, metadata
+
+
+def check_finite(path, name, tensor):
+    """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at load."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):  # one pass, no mask
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:  # a sum of large finite values may overflow: only then the slow count
+            raise InputError(f"{path}: {name} holds {bad} NaN or Inf values of {tensor.numel()}")
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path, data):
+    """Writes beside `path`, flushes to disk, renames: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves behind, the next save overwrites
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and transformers read."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_bytes(path, save(tensors, {"format": "pt"} | (metadata or {})))
+
+
+# Hashes -------------------------------------------------------------------------------------------------------------
+
+
+def hash_tensors(tensors, extra=""):
+    """sha256 over the sorted (key, dtype, shape, bytes) of `tensors`, and over `extra`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(extra.encode())
+    return digest.hexdigest()

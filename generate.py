@@ -1,0 +1,366 @@
+"""Sampling, and the main command: prompts in, answers out, each token choosing its adapters.
+
+    python generate.py --prompt "..."                     the embedded default, tiny/
+    python generate.py --model DIR --pool DIR --prompt "..." --prompt "..." --method adapter:NAME --method meteora
+
+For people who import it: load() gives a model with its adapters, stream() yields tokens as they come, answer() waits
+for whole answers.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from config import parse_args
+from files import InputError, run_script, write_text
+from methods import Mole, check_method, default_method, load_mole, set_methods
+from model import KVCache
+from moe_lora import Recorder
+from tasks import fill
+from tokenizer import TextStream
+from viz import Palette, html_page, legend, paint
+
+TINY = Path(__file__).parent / "tiny"
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen and when they end; temperature 0 is greedy."""
+
+    max_new_tokens: int = 64  # tokens to generate at most
+    temperature: float = 0.0  # of the sampler, 0 = greedy
+    sample_top_k: int = 0  # sample among the k likeliest tokens, 0 = all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
+    seed: int = 0  # of the sampler; prompt j of a batch draws with seed + j
+
+
+@dataclass
+class Options(Sampling):
+    prompt: list[str] = field(default_factory=list)  # what to answer, - reads standard input; repeatable: one batch
+    model: str = ""  # model folder, default tiny/
+    pool: str = ""  # pool folder, default the model's own
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    list_: bool = False  # print the pool and stop
+    method: list[str] = field(default_factory=list)  # base, adapter:NAME, uniform, meteora; once, or one a prompt
+    top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
+    gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
+    raw: bool = False  # no prompt template
+    chat: bool = False  # the tokenizer's chat template instead of the pool's
+    truncate: Literal["no", "left", "right"] = "no"  # which end of a prompt longer than the context is cut off
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights, auto = the file's
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    routing: bool | None = None  # show each token's adapter in colour, default on a terminal
+    html: str = ""  # write the routing as a web page to this file
+    json: bool = False  # one JSON object a prompt on standard output
+
+
+# For people who import it -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Token:
+    """One generated token: the batch row it belongs to, the text that became whole with it, and the adapters that
+    computed it, [[name, weight], ...] averaged over layers and modules. `finish` is set on a row's last token: "eos"
+    (id is the EOS, no text of its own), "length" or "context"."""
+
+    row: int
+    id: int
+    text: str
+    adapters: list
+    finish: str | None = None
+
+
+def load(model=None, pool=None, adapters=None, dtype="auto", device="auto") -> Mole:
+    """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the model's own) and
+    `adapters` {name: PEFT folder}. Raises InputError for bad input."""
+    return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device)
+
+
+def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, truncate="no", top_k=2,
+           gate_temperature=1.0, **sampling) -> Iterator[Token]:  # fmt: skip
+    """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
+
+    method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
+    which adapters computed each token. `sampling`: the fields of Sampling. Raises InputError for bad input.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = [encode_prompt(mole, prompt, raw, chat, truncate) for prompt in prompts]
+    method = default_method(mole, top_k)[0] if method is None else method
+    set_methods(mole, [method] * len(ids) if isinstance(method, str) else method, top_k, gate_temperature)
+    yield from (token for token in decode(mole, ids, Sampling(**sampling), routing) if isinstance(token, Token))
+
+
+def answer(mole, prompts, **options):
+    """stream(), waited for: the list of answers' texts."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [""] * len(prompts)
+    for token in stream(mole, prompts, **options):
+        texts[token.row] += token.text
+    return texts
+
+
+def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
+    """Prompt -> token ids, through the pool's template, the chat template or neither. Raises InputError for a prompt
+    that is empty, too long, or tokenized to ids that the model doesn't have."""
+    tokenizer, config = mole.tokenizer, mole.model.config
+    if chat:
+        ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), start=False)
+    else:
+        ids = tokenizer.encode(prompt if raw else fill(mole.template, prompt))
+    if not ids:
+        if tokenizer.bos_id is None:
+            raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")
+        ids = [tokenizer.bos_id]
+    if max(ids) >= config.vocab_size:
+        raise InputError(f"token id {max(ids)}, but the model has {config.vocab_size}: wrong tokenizer for this model")
+    room = config.max_position_embeddings
+    if len(ids) > room:
+        if truncate == "no":
+            raise InputError(f"the prompt has {len(ids)} tokens, the context {room}: --truncate left or right cuts it")
+        start = ids[:1] if ids[0] == tokenizer.bos_id else []
+        ids = ids[:room] if truncate == "right" else start + ids[len(ids) - room + len(start) :]
+    return ids
+
+
+# Decoding -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def decode(mole, ids, sampling, routing=False):
+    """The loop: prefill the prompts `ids` (lists of token ids), then one token a row at a step. Yields first, where
+    `routing`, the prompts' adapters (a list, one a row, of a list a token), then Tokens."""
+    model, config, b = mole.model, mole.model.config, len(ids)
+    device = model.model.embed_tokens.weight.device
+    lengths = [len(row) for row in ids]
+    room = config.max_position_embeddings
+    capacity = min(max(lengths) + max(sampling.max_new_tokens, 1), max(room, max(lengths) + 1))
+    cache = KVCache(config, b, capacity, model.model.embed_tokens.weight.dtype, device)
+    padded = torch.zeros(b, max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(ids):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    counts = torch.tensor(lengths, device=device)
+    hidden, seen = _forward(mole, padded.to(device), cache, counts, routing)
+    if routing:
+        seen = [seen[row * padded.shape[1] :][:n] for row, n in enumerate(lengths)]
+        yield seen
+        seen = [row[-1] for row in seen]
+    logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
+    generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
+    texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
+    for step in range(1, sampling.max_new_tokens + 1):
+        chosen = choose(logits.float(), sampling, generators)
+        for row, index in enumerate(chosen.tolist()):
+            if active[row]:
+                full = lengths[row] + step > room
+                eos = index in mole.eos_ids
+                finish = "eos" if eos else "length" if step == sampling.max_new_tokens else "context" if full else None
+                text = "" if eos else texts[row].push(index)
+                text += texts[row].flush() if finish else ""
+                active[row] = finish is None
+                yield Token(row, index, text, seen[row] if routing else [], finish)
+        if not any(active):
+            return
+        hidden, seen = _forward(mole, chosen[:, None], cache, None, routing)
+        logits = model.head(hidden[:, 0])
+
+
+def _forward(mole, ids, cache, counts, routing):
+    """(hidden (b, t, h), adapters of each of the b*t tokens or None)."""
+    if not routing or mole.pool is None:
+        return mole.model.model(ids, cache, counts), [[] for _ in range(ids.numel())] if routing else None
+    with Recorder(mole.model, ids.numel()) as recorder:
+        hidden = mole.model.model(ids, cache, counts)
+    return hidden, name_adapters(mole.pool, recorder.read(ids.numel()).mean(0))
+
+
+def name_adapters(pool, weights):
+    """(n, e) weights -> for each token [[name, weight], ...], heaviest first, those under 0.0005 left out."""
+    names = {pool.slot(name): name for name in pool.names}
+    rows = []
+    for row in weights.tolist():
+        pairs = [[names[slot], round(w, 3)] for slot, w in enumerate(row) if w >= 0.0005 and slot in names]
+        rows.append(sorted(pairs, key=lambda pair: -pair[1]))
+    return rows
+
+
+def choose(logits, sampling, generators):
+    """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row by its generator."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.sample_top_k < logits.shape[-1]:
+        least = logits.topk(sampling.sample_top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probability = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probability.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token always stays
+        probability = probability.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+    rows = zip(probability, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among them, token by token.
+
+  python generate.py --prompt "What is the plural of mouse?"     answer with the embedded model
+  python generate.py --list                               the adapters it carries
+  python generate.py --help                               every option
+  python generate.py --model DIR --adapter NAME=DIR ...   your own Llama, your own PEFT adapters"""
+
+
+def check_options(o):
+    """Raises InputError for values that no sampler or gate can use."""
+    if o.raw and o.chat:
+        raise InputError("--raw and --chat exclude each other")
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0), ("top_k", 1)):
+        if not getattr(o, name) >= least:
+            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    if not 0 < o.top_p <= 1:
+        raise InputError(f"--top_p is {o.top_p}, expected more than 0 and at most 1")
+    if not o.gate_temperature > 0:
+        raise InputError(f"--gate_temperature is {o.gate_temperature}, expected more than 0")
+    if len(o.method) > 1 and len(o.method) != len(o.prompt):
+        raise InputError(f"{len(o.method)} times --method for {len(o.prompt)} prompts: give it once, or once a prompt")
+
+
+def read_adapters(pairs):
+    """["NAME=DIR", ...] -> [(name, folder), ...]."""
+    named = []
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--adapter is {pair!r}, expected NAME=DIR")
+        if name in dict(named):
+            raise InputError(f"adapter name {name!r} twice: {dict(named)[name]} and {folder}")
+        named.append((name, folder))
+    return named
+
+
+def print_pool(mole):
+    if mole.pool is None:
+        print("no adapters")
+        return
+    width = max(map(len, mole.pool.names))
+    for name in mole.pool.names:
+        member = mole.pool.members[name]
+        modules = sorted({path.rpartition(".")[2] for path in member.adapter.scale})
+        r, alpha = member.adapter.config["r"], member.adapter.config["lora_alpha"]
+        print(f"{name:<{width}}  r {r}  alpha {alpha}  {member.hash[:12]}  {' '.join(modules)}")
+
+
+class Printer:
+    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for their turn."""
+
+    def __init__(self, prompts, traces, routing):
+        self.prompts, self.routing, self.row, self.palette = prompts, routing, -1, Palette()
+        self.waiting, self.done, self.traces = [[] for _ in prompts], [False] * len(prompts), traces
+        self._next()
+
+    def _next(self):
+        self.row += 1
+        if self.row < len(self.prompts) and self.routing:
+            for text, adapters in self.traces[self.row]:
+                self._write(text, adapters, faint=True)
+
+    def _write(self, text, adapters, faint=False):
+        print(paint(text, self.palette.colour(adapters), faint) if self.routing else text, end="", flush=True)
+
+    def push(self, token):
+        self.waiting[token.row].append(token)
+        self.done[token.row] = token.finish is not None
+        while self.row < len(self.prompts) and self.waiting[self.row]:
+            for token in self.waiting[self.row]:
+                self._write(token.text, token.adapters)
+            self.waiting[self.row] = []
+            if not self.done[self.row]:
+                break
+            print()
+            self._next()
+
+    def close(self):
+        if self.routing and self.palette.weight:
+            print(legend(self.palette))
+
+
+def result(prompt, method, tokens, prompt_trace, seconds):
+    """The JSON object of one answer; its tokens' texts joined are its text."""
+    kept = [t for t in tokens if t.finish != "eos"]
+    return {
+        "prompt": prompt,
+        "text": "".join(t.text for t in tokens),
+        "method": method,
+        "finish_reason": tokens[-1].finish,
+        "tokens": [{"id": t.id, "text": t.text, "adapters": t.adapters} for t in kept],
+        "prompt_tokens": prompt_trace,
+        "retrieved": [],
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(len(tokens) / seconds, 2),
+    }
+
+
+def trace_prompt(mole, ids, adapters):
+    """A prompt's tokens as JSON wants them."""
+    texts = TextStream(mole.tokenizer)
+    rows = [{"id": i, "text": texts.push(i), "adapters": a} for i, a in zip(ids, adapters, strict=True)]
+    rows[-1]["text"] += texts.flush()
+    return rows
+
+
+def main():
+    o = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
+    if not o.prompt and not o.list_:
+        print(START)
+        return
+    check_options(o)
+    adapters = read_adapters(o.adapter)
+    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in o.prompt]
+    mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device)
+    if o.list_:
+        print_pool(mole)
+        return
+    name, why = default_method(mole, o.top_k)
+    methods = [check_method(mole, m) for m in (o.method or [name])]
+    print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
+    methods = methods if len(methods) == len(prompts) else methods * len(prompts)
+    ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
+    set_methods(mole, methods, o.top_k, o.gate_temperature)
+    routing = sys.stdout.isatty() if o.routing is None else o.routing
+    recording = bool((routing and not o.json) or o.json or o.html)
+    sampling = Sampling(o.max_new_tokens, o.temperature, o.sample_top_k, o.top_p, o.seed)
+    run(mole, prompts, ids, methods, sampling, o, routing, recording)
+
+
+def run(mole, prompts, ids, methods, sampling, o, routing, recording):
+    """Decodes the batch and shows it as asked: streamed text, JSON lines, a web page."""
+    begin, tokens, seconds = time.perf_counter(), [[] for _ in prompts], [0.0] * len(prompts)
+    events = decode(mole, ids, sampling, recording)
+    seen = next(events) if recording else [[[]] * len(row) for row in ids]
+    prompt_traces = [trace_prompt(mole, row, adapters) for row, adapters in zip(ids, seen, strict=True)]
+    pairs = [[(t["text"], t["adapters"]) for t in trace] for trace in prompt_traces]
+    printer = None if o.json else Printer(prompts, pairs, routing)
+    for token in events:
+        tokens[token.row].append(token)
+        seconds[token.row] = time.perf_counter() - begin
+        if printer:
+            printer.push(token)
+    if printer:
+        printer.close()
+    if o.json:
+        for row, prompt in enumerate(prompts):
+            line = result(prompt, methods[row], tokens[row], prompt_traces[row], seconds[row])
+            print(json.dumps(line, ensure_ascii=False))
+    if o.html:
+        answers = [[(t.text, t.adapters) for t in row] for row in tokens]
+        write_text(o.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token"))
+
+
+if __name__ == "__main__":
+    run_script(main)

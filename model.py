@@ -1,0 +1,372 @@
+"""Llama, whole: config.json and safetensors in, logits out, with a KV cache. Knows nothing of LoRA.
+
+Llama 1, 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2, TinyLlama): pre-norm blocks of grouped-query
+attention with rotary positions and a SwiGLU MLP. Module names and config fields are Hugging Face's, so that loading
+is a strict load_state_dict and adapter keys map by stripping a prefix.
+
+Batches are right-padded: row j holds counts[j] real tokens, then anything. Padding needs no mask: causal attention
+never looks at what comes later, and in the cache the next real tokens overwrite it. Letters: b batch, t positions,
+h hidden size, d head_dim, v vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+# Config -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of config.json that decide shapes and arithmetic, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    bos_token_id: int | None = None
+    eos_token_ids: tuple = ()
+
+
+def read_config(path):
+    """config.json of a model folder -> LlamaConfig. Raises InputError naming field, value and what is supported."""
+    folder = Path(path)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    if not file.exists():
+        raise InputError(f"{file}: missing; a model folder holds config.json, safetensors and a tokenizer")
+    raw = read_json(file)
+
+    def refuse(name, expected):
+        raise InputError(f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+
+    if raw.get("model_type", "llama") != "llama":
+        refuse("model_type", "'llama'")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "'silu'")
+    sizes = {}
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        sizes[name] = raw.get(name)
+    heads = sizes["num_attention_heads"]
+    sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+    sizes["max_position_embeddings"] = raw.get("max_position_embeddings", 2048)
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            refuse(name, "a positive whole number")
+    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
+        refuse("num_attention_heads", f"a divisor of hidden_size {sizes['hidden_size']}, or a head_dim field")
+    if heads % sizes["num_key_value_heads"]:
+        refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
+    if not isinstance(head_dim, int) or head_dim % 2:
+        raise InputError(f"{file}: head_dim is {head_dim}, expected an even number (rotary pairs)")
+    return LlamaConfig(
+        **sizes,
+        head_dim=head_dim,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        attention_bias=raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        rope=_read_rope(raw, file),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=_read_eos(raw, folder),
+    )
+
+
+def _read_rope(raw, file):
+    """Both layouts: rope_theta + rope_scaling, and the newer rope_parameters that holds everything."""
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope |= raw.get("rope_scaling") or {}
+    rope |= raw.get("rope_parameters") or {}
+    rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {', '.join(ROPE_TYPES)}")
+    needed = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    for name in ("rope_theta", *needed.get(rope["rope_type"], ())):
+        if not isinstance(rope.get(name), (int, float)):
+            raise InputError(f"{file}: rope {rope['rope_type']!r}: {name} is {rope.get(name)!r}, expected a number")
+    return rope
+
+
+def _read_eos(raw, folder):
+    """generation_config.json decides where it has eos_token_id, as in transformers; each may be an int or a list."""
+    eos, generation = raw.get("eos_token_id"), folder / "generation_config.json"
+    if generation.exists():
+        try:
+            eos = read_json(generation).get("eos_token_id", eos)
+        except InputError as error:
+            warn(f"{error}; using the eos_token_id of config.json")
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+# Rotary positions ---------------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(config, length, device=None):
+    """Inverse frequencies (d/2,), float32; `length` is the longest position + 1 and matters for 'dynamic' alone."""
+    rope, d, theta = config.rope, config.head_dim, config.rope["rope_theta"]
+    if rope["rope_type"] == "dynamic" and length > config.max_position_embeddings:
+        stretch = rope["factor"] * length / config.max_position_embeddings - (rope["factor"] - 1)
+        theta = theta * stretch ** (d / (d - 2))
+    exponent = torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d
+    frequency = 1.0 / theta**exponent
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":  # long waves are stretched, short ones kept, those between interpolated
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return frequency
+
+
+def rotate(x, cos, sin):
+    """Rotates pairs (x_j, x_{j + d/2}), Hugging Face's split into halves. x (b, heads, t, d); cos, sin (b, 1, t, d)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of past tokens, and how many each row holds. The model advances it, no layer does.
+
+    k, v: (layers, b, kv heads, capacity, d); lengths: (b,) int64. `end` is the largest length, kept beside the tensor
+    so that nobody waits for a device to read it. What is cached stays as the adapters active at that token computed
+    it: switching adapters between tokens changes what follows, never the past.
+    """
+
+    def __init__(self, config, b, capacity, dtype=torch.float32, device=None):
+        shape = (config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(b, dtype=torch.int64, device=device)
+        self.capacity, self.end = capacity, 0
+
+
+# The network --------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, h, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(h)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.d, self.h = c.head_dim, c.hidden_size
+        self.groups = c.num_attention_heads != c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def qkv(self, x):
+        """The seam for whoever wants to compute the three products of one input together."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x, cos, sin, mask, positions, cache):
+        b, t, _ = x.shape
+        q, k, v = (y.view(b, t, -1, self.d).transpose(1, 2) for y in self.qkv(x))  # (b, heads, t, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            rows = torch.arange(b, device=x.device)[:, None]
+            for past, new in zip(cache, (k, v), strict=True):
+                past[rows, :, positions] = new.transpose(1, 2)  # (b, t, kv heads, d)
+            if mask is not None:
+                k, v = (past[:, :, : mask.shape[-1]] for past in cache)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.groups
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def gate_up(self, x):
+        """The seam for whoever wants to compute the two products of one input together."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, positions, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything under Hugging Face's `model.` prefix: token ids in, normed hidden states out."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, ids, cache=None, counts=None):
+        """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
+        (default: all); the cache then holds them. Raises ValueError where the cache is too small."""
+        b, t = ids.shape
+        step = torch.arange(t, device=ids.device)
+        positions, mask, end = step.expand(b, t), None, t
+        if cache is not None:
+            end = cache.end + t
+            if end > cache.capacity:
+                raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
+            positions = cache.lengths[:, None] + step  # (b, t)
+            if cache.end:  # an empty cache needs no mask: causal attention among the new tokens
+                mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
+        x = self.embed_tokens(ids)
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, end, ids.device)  # (b, 1, t, d/2)
+        cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype) for y in (angle.cos(), angle.sin()))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, positions, None if cache is None else (cache.k[index], cache.v[index]))
+        if cache is not None:
+            counts = torch.full_like(cache.lengths, t) if counts is None else counts
+            cache.lengths += counts
+            cache.end += int(counts.max()) if t > 1 else 1
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """ids (b, t) -> logits (b, t, v). `model` gives hidden states, `head` turns those that are needed into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.fingerprint = config, None
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def head(self, hidden):
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(self, ids, cache=None, counts=None):
+        return self.head(self.model(ids, cache, counts))
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+# Which config fields decide a tensor's shape, for the message where it doesn't fit.
+SHAPE_FIELDS = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "vocab_size, hidden_size (and tie_word_embeddings: whether it exists)",
+    "q_proj": "num_attention_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "k_proj": "num_key_value_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "v_proj": "num_key_value_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "o_proj": "num_attention_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "gate_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+    "up_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+    "down_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+}
+
+
+def _deciding_fields(name):
+    module = next((m for m in SHAPE_FIELDS if m in name), None)
+    return f"decided by {SHAPE_FIELDS[module]}" if module else "decided by hidden_size, num_hidden_layers"
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder, in order. Raises InputError listing every missing shard."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = parse_json(read_text(index), index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise InputError(f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+        return files
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if list(folder.glob("*.bin")):
+        raise InputError(
+            f"{folder}: only .bin weights, which are pickles and can run code when loaded; convert them once with "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        )
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def load_llama(folder, dtype=None, device="cpu"):
+    """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None keeps the file's.
+
+    Built on the meta device and filled tensor by tensor, so that no second copy of the weights ever exists. Raises
+    InputError for whatever is missing, left over, of the wrong shape or not finite. `fingerprint` is the sha256 over
+    each tensor's name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    expected = model.state_dict()
+    found, digest = {}, hashlib.sha256()
+    for file in weight_files(folder):
+        with open_safetensors(file) as tensors:
+            for name in sorted(tensors.keys()):
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                    continue  # both follow from the config
+                tensor = tensors.get_tensor(name)
+                if name not in expected:
+                    raise InputError(f"{file}: unexpected tensor {name} {tuple(tensor.shape)}; {_deciding_fields(name)}")
+                got, want = tuple(tensor.shape), tuple(expected[name].shape)
+                if got != want:
+                    raise InputError(f"{file}: {name} is {got}, expected {want}; {_deciding_fields(name)}")
+                if not tensor.is_floating_point():
+                    raise InputError(f"{file}: {name} holds {tensor.dtype}, expected floating-point weights")
+                check_finite(file, name, tensor)
+                dtype = dtype or tensor.dtype
+                digest.update(f"{name} {got}".encode() + tensor.flatten()[:256].float().numpy().tobytes())
+                found[name] = tensor.to(device, dtype)
+    if missing := sorted(expected.keys() - found.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: tensor {missing[0]}{more} missing; {_deciding_fields(missing[0])}")
+    model.load_state_dict(found, strict=True, assign=True)
+    model.fingerprint = digest.hexdigest()
+    return model.requires_grad_(False).eval()

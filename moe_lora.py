@@ -1,0 +1,282 @@
+"""The gated multi-LoRA Linear, MeteoRA's gate, fixed mixtures, attach and detach, the routing recorder, the gate loss.
+
+    y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x
+
+Everything in this project is a way to choose the k adapters and their weights, so there is one Linear, one kernel
+operation and one small protocol for whatever chooses:
+
+    gate(x: (n, i), sample: (n,) int64, ax: callable -> (n, e, r)) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
+
+`sample` is the row of the batch that a token belongs to, `ax` gives A x of all adapters, computed once and shared with
+the kernel. Unused slots weigh 0. To try a gate of your own, write an nn.Module with that forward and attach it.
+
+Letters, here and everywhere: b batch, t positions, n tokens (b*t, flattened), e adapter slots in the pool, k adapters
+a token uses, r rank, i/o in/out features of a Linear, v vocabulary, m gated Linears. W base weight (o, i), A (e, r, i),
+B (e, o, r), G gate weight (e, i), scale (e,).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files import InputError, read_safetensors, warn, write_safetensors
+from kernels import compute_ax, lora_mix
+
+
+class Mixture(NamedTuple):
+    idx: torch.Tensor  # (n, k) int64
+    weight: torch.Tensor  # (n, k) float32
+
+
+class MultiLoRALinear(nn.Module):
+    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says."""
+
+    def __init__(self, base, A, B, scale, gate, spelling="auto", dropout=0.0):
+        super().__init__()
+        self.base, self.A, self.B, self.scale = base, A, B, scale  # A, B, scale belong to the pool
+        self.gate, self.spelling, self.dropout = gate, spelling, dropout
+        self.trace = None  # (n max, e), a view into a Recorder, while someone is looking
+
+    def forward(self, x):
+        y = self.base(x)
+        b, t, i = x.shape
+        x = x.reshape(b * t, i)
+        sample = torch.arange(b, device=x.device).repeat_interleave(t)  # (n,)
+        ax = None
+
+        def all_ax():
+            nonlocal ax
+            ax = compute_ax(x, self.A) if ax is None else ax
+            return ax
+
+        idx, weight = self.gate(x, sample, all_ax)
+        if self.trace is not None:
+            self.trace[: b * t].zero_().scatter_add_(1, idx, weight.detach())
+        if self.dropout and self.training:  # LoRA dropout sees only what the adapters see
+            x, ax = dropout(x, self.dropout), None
+        mixed = lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax)
+        return y + mixed.view(b, t, -1)
+
+
+def dropout(x, p):
+    """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a CPU, where drawing
+    it takes as long as the adapters' products."""
+    cut = round(256 * p)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
+    return x * keep * (256 / (256 - cut))
+
+
+# Gates --------------------------------------------------------------------------------------------------------------
+
+
+class MeteoraGate(nn.Module):
+    """MeteoRA's gate: the top-k logits of G x, softmax over those k at a temperature. k = 1 has weight 1.
+
+    `known` (e,) bool marks the slots that G was trained for; the others are never chosen. Where fewer than k are
+    known, the rest of a token's slots weigh 0. `loss` is a GateLoss while training, else None.
+    """
+
+    def __init__(self, G, k, temperature=1.0, known=None):
+        super().__init__()
+        self.weight, self.k, self.temperature = nn.Parameter(G), k, temperature  # G (e, i)
+        known = torch.ones(G.shape[0], dtype=torch.bool, device=G.device) if known is None else known
+        self.register_buffer("known", known, persistent=False)
+        self.loss = None
+
+    def forward(self, x, sample, ax):
+        logits = F.linear(x.float(), self.weight.float())  # (n, e), float32 whatever the model's dtype
+        logits = logits.masked_fill(~self.known, float("-inf"))
+        if self.loss is not None:
+            self.loss.add(logits)
+        top, idx = logits.topk(min(self.k, logits.shape[1]), dim=-1)  # (n, k)
+        return Mixture(idx, F.softmax(top / self.temperature, dim=-1))
+
+
+class SampleGate(nn.Module):
+    """The same mixture for every token of a sample: one named adapter, uniform, the base alone (weight 0).
+
+    idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
+    another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
+    One SampleGate serves all Linears where `inner` is None.
+    """
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner, self.idx, self.weight, self.routed = inner, None, None, None
+
+    def set(self, idx, weight, routed=None):
+        self.idx, self.weight, self.routed = idx, weight, routed
+        return self
+
+    def forward(self, x, sample, ax):
+        fixed = Mixture(self.idx[sample], self.weight[sample])
+        if self.inner is None or self.routed is None:
+            return fixed
+        chosen = self.inner(x, sample, ax)
+        k = max(fixed.idx.shape[1], chosen.idx.shape[1])
+        fixed, chosen = (Mixture(*(F.pad(y, (0, k - y.shape[1])) for y in m)) for m in (fixed, chosen))
+        routed = self.routed[sample, None]  # (n, 1)
+        return Mixture(*(torch.where(routed, c, f) for c, f in zip(chosen, fixed, strict=True)))
+
+
+def fixed_rows(pool, choices, device=None):
+    """[{adapter name: weight}] one for each sample ({} is the base) -> idx (b, k), weight (b, k) for SampleGate."""
+    k = max([1, *map(len, choices)])
+    idx, weight = torch.zeros(len(choices), k, dtype=torch.int64), torch.zeros(len(choices), k)
+    for row, choice in enumerate(choices):
+        for column, (name, value) in enumerate(choice.items()):
+            idx[row, column], weight[row, column] = pool.slot(name), value
+    return idx.to(device), weight.to(device)
+
+
+# Attach and detach --------------------------------------------------------------------------------------------------
+
+
+def attach(model, pool, gates, spelling="auto", dropout=0.0):
+    """Puts the pool into the model: each Linear it covers becomes a MultiLoRALinear, in place.
+
+    gates: one gate for all, or {module path: gate}. Returns {module path: MultiLoRALinear}. Raises ValueError where
+    adapters are attached already.
+    """
+    if attached(model):
+        raise ValueError("adapters are attached already: detach(model) first")
+    linears = {}
+    for path in pool.A:
+        parent, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent)
+        gate = gates[path] if isinstance(gates, (dict, nn.ModuleDict)) else gates
+        linear = MultiLoRALinear(getattr(parent, name), pool.A[path], pool.B[path], pool.scale[path], gate, spelling, dropout)
+        linear.train(model.training)
+        setattr(parent, name, linear)
+        linears[path] = linear
+    return linears
+
+
+def attached(model):
+    """{module path: MultiLoRALinear}, in module order."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, MultiLoRALinear)}
+
+
+def detach(model):
+    """Gives the model its own Linears back, untouched."""
+    for path, linear in attached(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, linear.base)
+
+
+# Gate files ---------------------------------------------------------------------------------------------------------
+
+
+def save_gates(file, gates, pool, k, names):
+    """gates {module path: MeteoraGate} -> <path>.gate.weight (rows in the order of `names`), bound by name and hash."""
+    slots = [pool.slot(name) for name in names]
+    hashes = [pool.members[name].hash for name in names]
+    tensors = {f"{path}.gate.weight": gate.weight[slots] for path, gate in gates.items()}
+    write_safetensors(file, tensors, {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)})
+
+
+def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
+    """A gate file -> {module path: MeteoraGate}, rows joined to the pool's slots by name and hash.
+
+    A row whose adapter is missing or has changed is an InputError that lists them all; an adapter without a row is
+    never chosen, with one warning.
+    """
+    tensors, metadata = read_safetensors(file)
+    if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
+        raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
+    names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
+    wrong = []
+    for name, digest in zip(names, hashes, strict=False):
+        if name not in pool.members:
+            wrong.append(f"{name} (missing from the pool)")
+        elif pool.members[name].hash != digest:
+            wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})")
+    if wrong or len(names) != len(hashes):
+        raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
+    if strangers := [n for n in pool.names if n not in names]:
+        warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
+    k = int(metadata["k"]) if k is None else k
+    slots = torch.tensor([pool.slot(name) for name in names])
+    gates = {}
+    for path in pool.A:
+        key, device = f"{path}.gate.weight", pool.A[path].device
+        want = (len(names), pool.A[path].shape[2])
+        if key not in tensors or tuple(tensors[key].shape) != want:
+            found = tuple(tensors[key].shape) if key in tensors else "nothing"
+            raise InputError(f"{file}: {key}: expected {want}, found {found}")
+        G = torch.zeros(pool.capacity, want[1], dtype=dtype, device=device)
+        G[slots] = tensors[key].to(device, dtype)
+        known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
+        known[slots] = True
+        gates[path] = MeteoraGate(G, min(k, len(names)), temperature, known)
+    return gates
+
+
+# Looking and training -----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Routing of the last forward, for whoever looks: with Recorder(model, n) as seen: ...; seen.read(n) -> (m, n, e).
+
+    One tensor (m, n max, e) for all Linears, each holding its view, so that a compiled block needs no index and no
+    list; detached from the Linears on leaving.
+    """
+
+    def __init__(self, model, n):
+        self.linears = attached(model)
+        first = next(iter(self.linears.values()), None)
+        e, device = (first.A.shape[0], first.A.device) if first is not None else (0, None)
+        self.trace = torch.zeros(len(self.linears), n, e, device=device)
+
+    def __enter__(self):
+        for linear, view in zip(self.linears.values(), self.trace, strict=True):
+            linear.trace = view
+        return self
+
+    def __exit__(self, *_):
+        for linear in self.linears.values():
+            linear.trace = None
+
+    def read(self, n):
+        """Weights (m, n, e) of the last forward's n tokens."""
+        return self.trace[:, :n]
+
+
+class GateLoss:
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
+    adapter, over all labelled tokens (papers: beta * this is added to the LM loss).
+
+    Set `labels` (n,) int64 (slot, or -100 for padding) before a forward; `total` is the loss after it. `right` (m,)
+    counts, for each gate in module order, the labelled tokens whose top-1 is their label.
+    """
+
+    def __init__(self, gates):
+        self.gates = list(gates.values())
+        self.labels, self.total, self.right = None, 0.0, None
+        for index, gate in enumerate(self.gates):
+            gate.loss = _OneGate(self, index)
+
+    def start(self, labels):
+        self.labels, self.total = labels, 0.0
+        self.labelled = labels >= 0
+        self.right = torch.zeros(len(self.gates), device=labels.device)
+
+    def remove(self):
+        for gate in self.gates:
+            gate.loss = None
+
+
+class _OneGate:
+    """A gate's place in the loss."""
+
+    def __init__(self, loss, index):
+        self.loss, self.index = loss, index
+
+    def add(self, logits):
+        loss = self.loss
+        loss.total = loss.total + F.cross_entropy(logits, loss.labels, ignore_index=-100) / len(loss.gates)
+        with torch.no_grad():
+            loss.right[self.index] = ((logits.argmax(-1) == loss.labels) & loss.labelled).sum()

@@ -1,0 +1,128 @@
+"""Task folders in, tokenized batches out.
+
+A task folder is NAME/train.jsonl, NAME/test.jsonl with {"prompt", "response"} a line, and NAME/task.json with its
+metric. What a training step sees is a pure function of (seed, step): a resumed run needs no more than its step number
+to go on with the same data.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import nearest
+from files import InputError, read_json, read_jsonl
+from metrics import METRICS
+
+
+@dataclass
+class Task:
+    """One task folder; train and test are lists of {"prompt", "response"}."""
+
+    name: str
+    metric: str
+    train: list
+    test: list
+
+
+def load_tasks(folder, only=None):
+    """{name: Task} of a folder of task folders, `only` those named. Raises InputError for what is missing or unknown."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of tasks")
+    names = sorted(f.parent.name for f in folder.glob("*/task.json"))
+    if not names:
+        raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
+    for name in only or ():
+        if name not in names:
+            raise InputError(f"{folder}: no task {name!r}{nearest(name, names)}")
+    return {name: _load_task(folder / name) for name in (only or names)}
+
+
+def _load_task(folder):
+    metric = read_json(folder / "task.json").get("metric")
+    if metric not in METRICS:
+        raise InputError(f"{folder / 'task.json'}: metric is {metric!r}, expected one of {', '.join(METRICS)}")
+    splits = [read_jsonl(folder / f"{split}.jsonl", ("prompt", "response")) for split in ("train", "test")]
+    return Task(folder.name, metric, *splits)
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """Token ids of prompt and response, EOS at the end; the first `n_prompt` of them are the prompt."""
+
+    ids: list
+    n_prompt: int
+    task: str
+
+
+def fill(template, prompt):
+    """The prompt as the model sees it. Not str.format: prompts may hold braces."""
+    return template.replace("{prompt}", prompt)
+
+
+def encode(tokenizer, template, row, task=""):
+    """{"prompt", "response"} -> Example; prompt and response are tokenized apart and joined, EOS appended."""
+    prompt = tokenizer.encode(fill(template, row["prompt"]))
+    if tokenizer.eos_id is None:
+        raise InputError("this tokenizer has no EOS token: a model could not learn where answers end")
+    return Example([*prompt, *tokenizer.encode(row["response"], start=False), tokenizer.eos_id], len(prompt), task)
+
+
+def encode_all(tokenizer, template, rows, task, max_length):
+    """Examples of at most `max_length` tokens, and how many were longer and left out."""
+    examples = [encode(tokenizer, template, row, task) for row in rows]
+    kept = [example for example in examples if len(example.ids) <= max_length]
+    if not kept:
+        raise InputError(f"task {task}: no training example of at most {max_length} tokens ({len(rows)} examples)")
+    return kept, len(examples) - len(kept)
+
+
+def draw(items, name, step, count, seed):
+    """The `count` items of training step `step`: every epoch is a fresh shuffle, seeded by name and epoch."""
+    picked = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, index = divmod(position, len(items))
+        order = random.Random(f"{seed}/{name}/{epoch}").sample(range(len(items)), len(items))
+        picked.append(items[order[index]])
+    return picked
+
+
+def micro_batches(examples, max_tokens):
+    """Splits a step's examples into length buckets of at most `max_tokens` padded tokens each, shortest first; in a
+    bucket no example is over 1.5 times (and 16 tokens) longer than another, so that padding stays a small part."""
+    batches, current = [], []
+    for example in sorted(examples, key=lambda e: len(e.ids)):
+        length = len(example.ids)
+        shortest = len(current[0].ids) if current else length
+        if current and ((len(current) + 1) * length > max_tokens or length > max(1.5 * shortest, shortest + 16)):
+            batches.append(current)
+            current = []
+        current.append(example)
+    return [*batches, current] if current else batches
+
+
+@dataclass
+class Batch:
+    """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is of the response."""
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    predicts: torch.Tensor
+    tasks: list
+
+
+def collate(examples):
+    t = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), t, dtype=torch.int64)
+    real, predicts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        n = len(example.ids)
+        ids[row, :n] = torch.tensor(example.ids)
+        real[row, :n] = True
+        predicts[row, example.n_prompt - 1 : n - 1] = True
+    return Batch(ids, real, predicts, [example.task for example in examples])

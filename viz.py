@@ -1,0 +1,75 @@
+"""A routing trace to coloured terminal text and to a self-contained HTML page.
+
+A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over layers and
+modules. A token has the colour of its heaviest adapter; the legend says which is which and how much of the text each
+one carried.
+"""
+
+import html
+
+# Distinct on dark and light backgrounds, the nearest first; adapters beyond the list share colours in turn.
+COLOURS = (
+    (66, 135, 245), (235, 125, 30), (46, 170, 90), (214, 60, 70), (150, 100, 220), (160, 110, 60), (225, 100, 180),
+    (20, 165, 165), (170, 160, 20), (110, 120, 220), (90, 150, 40), (200, 90, 130), (40, 140, 190), (190, 130, 90),
+)  # fmt: skip
+
+
+class Palette:
+    """Adapter name -> colour, in order of appearance, and each one's share of the tokens coloured so far."""
+
+    def __init__(self):
+        self.weight = {}
+
+    def colour(self, adapters):
+        """The colour of a token's heaviest adapter, None where none is active."""
+        for name, weight in adapters:
+            self.weight[name] = self.weight.get(name, 0.0) + weight
+        if not adapters or max(weight for _, weight in adapters) <= 0:
+            return None
+        heaviest = max(adapters, key=lambda pair: pair[1])[0]
+        return COLOURS[list(self.weight).index(heaviest) % len(COLOURS)]
+
+    def shares(self):
+        """[(name, colour, share of all weight)], heaviest first."""
+        total = sum(self.weight.values()) or 1.0
+        rows = [(n, COLOURS[j % len(COLOURS)], w / total) for j, (n, w) in enumerate(self.weight.items())]
+        return sorted(rows, key=lambda row: -row[2])
+
+
+def paint(text, colour, faint=False):
+    """`text` in an RGB colour for the terminal; the colour ends before each line break, so that pagers keep up."""
+    if colour is None or not text:
+        return text
+    start = f"\x1b[{'2;' if faint else ''}38;2;{';'.join(map(str, colour))}m"
+    return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def legend(palette, most=8):
+    """One line: the adapters used, each in its colour, with its share."""
+    rows = palette.shares()
+    shown = "  ".join(paint(f"■ {name} {share:.0%}", colour) for name, colour, share in rows[:most])
+    return shown + (f"  and {len(rows) - most} more" if len(rows) > most else "")
+
+
+def html_page(traces, title):
+    """A page that needs nothing else: traces is a list of (prompt trace, answer trace)."""
+    palette, body = Palette(), []
+    for prompt, answer in traces:
+        spans = []
+        for role, trace in (("prompt", prompt), ("answer", answer)):
+            for text, adapters in trace:
+                colour = palette.colour(adapters) or (128, 128, 128)
+                tip = ", ".join(f"{name} {weight:.2f}" for name, weight in adapters)
+                spans.append(
+                    f'<span class="{role}" style="--c:rgb{colour}" title="{html.escape(tip, quote=True)}">'
+                    f"{html.escape(text)}</span>"
+                )
+        body.append(f"<pre>{''.join(spans)}</pre>")
+    keys = " ".join(f'<b style="--c:rgb{c}">■ {html.escape(n)} {s:.0%}</b>' for n, c, s in palette.shares())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+        "body{font:16px system-ui;max-width:60em;margin:2em auto;padding:0 1em}"
+        "pre{white-space:pre-wrap;font:15px/1.7 ui-monospace,monospace}"
+        "span{border-bottom:3px solid var(--c)}span.prompt{opacity:.55}b{color:var(--c);margin-right:1em}"
+        f"</style><h1>{html.escape(title)}</h1>{''.join(body)}<p>{keys}</p></html>\n"
+    )
