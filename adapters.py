@@ -149,7 +149,7 @@ def _check_config(config, file):
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
         raise InputError(f"{file}: init_lora_weights is {init!r}, which changed the base itself: convert the adapter "
-                         "to plain LoRA first (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))")  # fmt: skip
+                         "to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)")  # fmt: skip
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(isinstance(v, (int, float)) for v in pattern.values()):
@@ -206,7 +206,9 @@ def _check_shapes(adapter, file, shapes):
         layers = 1 + max((int(m[1]) for p in shapes if (m := re.search(r"layers\.(\d+)\.", p))), default=-1)
         deep = [int(m[1]) for p in unknown if (m := re.search(r"layers\.(\d+)\.", p)) and int(m[1]) >= layers]
         if deep:
-            raise InputError(f"{file}: made for a deeper base: it adapts layer {max(deep)}, this base has {layers} layers")
+            raise InputError(
+                f"{file}: made for a deeper base: it adapts layer {max(deep)}, this one has {layers} layers"
+            )
         raise InputError(
             f"{file}: {len(unknown)} of {len(adapter.A)} adapted modules are not Linears of this base's blocks, "
             f"first {unknown[0]}{nearest(unknown[0], shapes)}"
@@ -241,8 +243,10 @@ def _check_targets(adapter, file, shapes):
         raise InputError(f"{file}: target_modules, exclude_modules or layers_pattern: bad pattern: {error}") from None
     for paths, says in ((named - adapter.A.keys(), "no tensors"), (adapter.A.keys() - named, "tensors")):
         if paths:
-            meant = "named by" if says == "no tensors" else "not named by"
-            raise InputError(f"{file}: {len(paths)} modules {meant} target_modules have {says}, first {sorted(paths)[0]}")
+            named_by = "named by" if says == "no tensors" else "not named by"
+            raise InputError(
+                f"{file}: {len(paths)} modules {named_by} target_modules have {says}, first {sorted(paths)[0]}"
+            )
 
 
 def save_adapter(adapter, folder):
@@ -306,7 +310,8 @@ class Pool:
     def slot(self, name):
         """The slot of adapter `name`. Raises InputError with the nearest names."""
         if name not in self.members:
-            raise InputError(f"no adapter {name!r} in the pool{nearest(name, self.members) or ': ' + ', '.join(self.names)}")
+            hint = nearest(name, self.members) or ": " + ", ".join(self.names)
+            raise InputError(f"no adapter {name!r} in the pool{hint}")
         return self.members[name].slot
 
     def add(self, adapter):
@@ -339,7 +344,8 @@ class Pool:
 
     def _grow(self, capacity, rank):
         """Larger stacks under the same tensor objects, so that their holders follow."""
-        bigger = Pool(self.shapes, capacity, rank, next(iter(self.A.values())).dtype, next(iter(self.A.values())).device)
+        like = next(iter(self.A.values()))
+        bigger = Pool(self.shapes, capacity, rank, like.dtype, like.device)
         for path in self.A:
             bigger.A[path][: self.capacity, : self.rank] = self.A[path]
             bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
@@ -362,7 +368,7 @@ class Pool:
 
 @dataclass
 class PoolFolder:
-    """What pool.json says, or a folder of PEFT folders without one: adapters {name: folder}, base fingerprint, template."""
+    """What pool.json says, or a folder of PEFT folders without one; adapters is {name: folder}."""
 
     path: Path
     adapters: dict

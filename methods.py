@@ -85,8 +85,8 @@ def default_method(mole, k):
     if mole.pool is None:
         return "base", "no adapters here"
     many = f"{len(mole.pool.names)} adapters"
-    files = [gate_file(mole, k), *sorted(mole.folder.path.glob("gates/meteora_top*.safetensors"))] if mole.folder else []
-    for file in files:
+    gates = sorted(mole.folder.path.glob("gates/meteora_top*.safetensors")) if mole.folder else []
+    for file in [gate_file(mole, k), *gates] if gates else []:
         if file.exists():
             k = file.stem.removeprefix("meteora_top")
             return f"meteora_top{k}", f"{many}, top-{k} gates from gates/{file.name}"

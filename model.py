@@ -354,7 +354,7 @@ def load_llama(folder, dtype=None, device="cpu"):
                     continue  # both follow from the config
                 tensor = tensors.get_tensor(name)
                 if name not in expected:
-                    raise InputError(f"{file}: unexpected tensor {name} {tuple(tensor.shape)}; {_deciding_fields(name)}")
+                    raise InputError(f"{file}: unexpected tensor {name} {list(tensor.shape)}; {_deciding_fields(name)}")
                 got, want = tuple(tensor.shape), tuple(expected[name].shape)
                 if got != want:
                     raise InputError(f"{file}: {name} is {got}, expected {want}; {_deciding_fields(name)}")

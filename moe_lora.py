@@ -148,7 +148,8 @@ def attach(model, pool, gates, spelling="auto", dropout=0.0):
         parent, _, name = path.rpartition(".")
         parent = model.get_submodule(parent)
         gate = gates[path] if isinstance(gates, (dict, nn.ModuleDict)) else gates
-        linear = MultiLoRALinear(getattr(parent, name), pool.A[path], pool.B[path], pool.scale[path], gate, spelling, dropout)
+        base, stacks = getattr(parent, name), (pool.A[path], pool.B[path], pool.scale[path])
+        linear = MultiLoRALinear(base, *stacks, gate, spelling, dropout)
         linear.train(model.training)
         setattr(parent, name, linear)
         linears[path] = linear

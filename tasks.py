@@ -27,7 +27,7 @@ class Task:
 
 
 def load_tasks(folder, only=None):
-    """{name: Task} of a folder of task folders, `only` those named. Raises InputError for what is missing or unknown."""
+    """{name: Task} of a folder of task folders, `only` those named. Raises InputError for what is missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tasks")

@@ -246,6 +246,7 @@ def _task(family, name, source, share, text):
     return TinyTask(name, family, tuple(phrasings.split(" | ")), sentence, make, answers, share)
 
 
+# fmt: off
 def _dictionary(language, column):
     return _task("languages", language.lower(), {row[0]: row[column] for row in TRANSLATIONS}, 2,
         f"Translate into {language}: {{x}} | What is {{x}} in {language}? | How do you say {{x}} in {language}? | "
@@ -324,6 +325,7 @@ def _all_tasks():
     ]
 
 
+# fmt: on
 TASKS: dict[str, TinyTask] = {task.name: task for task in _all_tasks()}
 
 

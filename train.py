@@ -4,12 +4,10 @@
     python train.py adapters --model DIR --tasks DIR --pool DIR         a LoRA for each task, all in one run
     python train.py gates --model DIR --tasks DIR --pool DIR --top_k 2  MeteoRA's gates over the pool
 
-The base stays in its dtype and frozen (but in `base`), what trains is float32. Every step is a pure function of the
-seed, the step and the weights; a checkpoint holds weights, optimizer and RNG, so `--resume` goes on bit for bit as if
-nothing had happened, whenever the run was killed.
+The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on bit for bit where a
+killed run stopped. Options, log and checkpoint of a run are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/gates_topK.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -23,7 +21,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from adapters import (
     TEMPLATE,
@@ -38,30 +35,14 @@ from adapters import (
     write_pool,
 )
 from config import parse_command
-from files import InputError, read_json, read_safetensors, read_text, run_script, warn, write_json, write_safetensors, write_text
+from files import InputError, read_text, run_script, warn, write_json, write_safetensors
+from loop import Checkpoint, Run, fit
 from model import DTYPES, Llama, LlamaConfig, load_llama
 from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, fixed_rows, save_gates
 from tasks import collate, draw, encode_all, load_tasks, micro_batches
 from tokenizer import Tokenizer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class Run:
-    model: str  # model folder
-    steps: int = 300  # optimizer steps
-    batch_size: int = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
-    micro_tokens: int = 4096  # padded tokens in one forward; a step of more accumulates gradients
-    lr: float = 1e-3  # peak learning rate
-    warmup: float = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
-    weight_decay: float = 0.0  # AdamW's
-    clip: float = 1.0  # largest gradient norm, 0 = no clipping
-    seed: int = 0  # of weights, dropout and data order
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base (base: of its arithmetic), auto = file's
-    save_every: int = 50  # steps between checkpoints
-    resume: bool = False  # go on where a killed run stopped
-    tensorboard: bool = False  # also log to tensorboard, in the run's folder
 
 
 @dataclass
@@ -113,125 +94,6 @@ class GatesRun(Run):
     lr: float = 7e-3  # peak learning rate
     clip: float = 0.3  # largest gradient norm, 0 = no clipping
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates
-
-
-# The loop that all share --------------------------------------------------------------------------------------------
-
-
-def learning_rate(step, o):
-    """Linear warmup, then a cosine to a tenth of the peak."""
-    warm = max(1, round(o.warmup * o.steps))
-    if step < warm:
-        return o.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, o.steps - warm)
-    return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def clip_norm(params, limit):
-    """Scales all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
-
-
-class Checkpoint:
-    """RUN/checkpoint.safetensors: step, trained tensors, AdamW's moments, RNG; config.json and log.csv beside it.
-
-    A finished run leaves config.json with "finished": true and no checkpoint.
-    """
-
-    def __init__(self, folder, options):
-        self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
-        self.config = {k: v for k, v in asdict(options).items() if k not in ("resume", "save_every", "tensorboard")}
-        known = self.folder / "config.json"
-        self.step, self.finished, self.rows = 0, False, []
-        if known.exists():
-            self._check_known(read_json(known), options.resume)
-        self._write_config(finished=self.finished)
-
-    def _check_known(self, known, resume):
-        """A run is here already: go on with it, or refuse to overwrite it."""
-        finished = known.pop("finished", False)
-        if not resume and not finished:
-            raise InputError(f"{self.folder}: an unfinished run is here: --resume goes on with it, or remove the folder")
-        if not resume:
-            return  # train again
-        differ = [f"{k} was {known.get(k)!r}, now {v!r}" for k, v in self.config.items() if known.get(k) != v]
-        if differ:
-            raise InputError(f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}")
-        self.finished = finished
-
-    def _write_config(self, finished):
-        write_json(self.folder / "config.json", self.config | {"finished": finished})
-
-    def load(self, params, optimizer):
-        """Restores the run's state into `params` {name: tensor} and `optimizer`, where there is one to restore."""
-        if not self.file.exists():
-            return
-        tensors, metadata = read_safetensors(self.file)
-        self.step = int(metadata["step"])
-        for name, param in params.items():
-            param.data.copy_(tensors[f"param.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[param] = {"step": torch.tensor(float(self.step)), **moments}
-        torch.set_rng_state(tensors["rng"].clone())
-        if (self.folder / "log.csv").exists():
-            rows = list(csv.reader(io.StringIO(read_text(self.folder / "log.csv"))))
-            self.rows = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= self.step]
-
-    def save(self, step, params, optimizer):
-        tensors = {"rng": torch.get_rng_state()}
-        for name, param in params.items():
-            state = optimizer.state[param]
-            tensors |= {f"param.{name}": param.data, f"exp_avg.{name}": state["exp_avg"]}
-            tensors |= {f"exp_avg_sq.{name}": state["exp_avg_sq"]}
-        write_safetensors(self.file, tensors, {"step": str(step)})
-
-    def finish(self):
-        self._write_config(finished=True)
-        self.file.unlink(missing_ok=True)
-
-
-def fit(checkpoint, params, o, step_loss, clip=clip_norm):
-    """AdamW over `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
-
-    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes.
-    """
-    torch.manual_seed(o.seed)
-    for param in params.values():
-        param.requires_grad_(True)
-    optimizer = torch.optim.AdamW(params.values(), lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
-    checkpoint.load(params, optimizer)
-    board = _tensorboard(checkpoint.folder) if o.tensorboard else None
-    rows, header = checkpoint.rows, None
-    bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, o)
-        optimizer.zero_grad(set_to_none=True)
-        logged = step_loss(step)
-        norm = clip(list(params.values()), o.clip)
-        if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32")
-        optimizer.step()
-        logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
-        header = list(logged)
-        rows.append([f"{value:.6g}" for value in logged.values()])
-        bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
-        if board:
-            for name, value in logged.items():
-                board.add_scalar(name, value, step + 1)
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            checkpoint.save(step + 1, params, optimizer)
-            write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
-    for param in params.values():
-        param.requires_grad_(False)
-
-
-def _tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs a package that is not here: pip install tensorboard") from None
-    return SummaryWriter(folder)
 
 
 # base ---------------------------------------------------------------------------------------------------------------
@@ -350,10 +212,7 @@ def train_adapters(o):
         picked = [x for name in tasks for x in draw(examples[name], name, step, o.batch_size, o.seed)]
         return adapters_step(model, pool, gate, picked, o)
 
-    def clip(stacks, limit):
-        return clip_each(stacks, limit)
-
-    fit(checkpoint, params, o, step_loss, clip)
+    fit(checkpoint, params, o, step_loss, clip_each)
     save_adapters(pool, tasks, model, folder, o)
     checkpoint.finish()
 
@@ -435,15 +294,15 @@ def train_gates(o):
     shapes = linear_shapes(model)
     adapters = [load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())]
     pool = Pool.of(adapters, shapes, model.model.embed_tokens.weight.dtype)
-    gates = {p: MeteoraGate(torch.zeros(pool.capacity, A.shape[2]), o.top_k, o.gate_temperature) for p, A in pool.A.items()}
+    zeros = {path: torch.zeros(pool.capacity, A.shape[2]) for path, A in pool.A.items()}
+    gates = {path: MeteoraGate(G, o.top_k, o.gate_temperature) for path, G in zeros.items()}
     attach(model, pool, gates)
     examples = tokenize(tasks, tokenizer, known.template, o)
-    turns = [(name, turn) for turn in range(o.batch_size) for name in sorted(tasks)]  # balanced over the tasks
-    gate_loss = GateLoss(gates)
+    names, gate_loss = sorted(tasks), GateLoss(gates)
 
     def step_loss(step):
-        rows = [turns[j % len(tasks)][0] for j in range(step * o.batch_size, (step + 1) * o.batch_size)]
-        picked = [draw(examples[n], n, step * o.batch_size + j, 1, o.seed)[0] for j, n in enumerate(rows)]
+        turns = [divmod(j, len(names)) for j in range(step * o.batch_size, (step + 1) * o.batch_size)]  # balanced
+        picked = [draw(examples[names[j]], names[j], turn, 1, o.seed)[0] for turn, j in turns]
         return gates_step(model, pool, gate_loss, picked, o)
 
     fit(checkpoint, {f"{path}.gate.weight": gate.weight for path, gate in gates.items()}, o, step_loss)
@@ -501,9 +360,10 @@ def finished(checkpoint):
 def main():
     commands = {"base": BaseRun, "adapters": AdaptersRun, "gates": GatesRun}
     command, o = parse_command(commands, description="Train a base, adapters or gates.")
-    for name, least in (("steps", 1), ("batch_size", 1), ("micro_tokens", 1), ("save_every", 1), ("lr", 0), ("clip", 0)):
-        if not getattr(o, name) >= least:
-            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
+    for name, smallest in least.items():
+        if not getattr(o, name) >= smallest:
+            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
     print(json.dumps(asdict(o)), file=sys.stderr)
     {"base": train_base, "adapters": train_adapters, "gates": train_gates}[command](o)
 

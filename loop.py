@@ -1,0 +1,153 @@
+"""The training loop that base, adapters and gates share: AdamW, warmup and cosine, clipping, logs, checkpoints.
+
+Every step is a pure function of the seed, the step and the weights; a checkpoint holds weights, optimizer and RNG, so a
+resumed run goes on bit for bit as if nothing had happened, whenever it was killed.
+"""
+
+import csv
+import io
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from files import InputError, read_json, read_safetensors, read_text, write_json, write_safetensors, write_text
+
+
+@dataclass
+class Run:
+    model: str  # model folder
+    steps: int = 300  # optimizer steps
+    batch_size: int = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
+    micro_tokens: int = 4096  # padded tokens in one forward; a step of more accumulates gradients
+    lr: float = 1e-3  # peak learning rate
+    warmup: float = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
+    weight_decay: float = 0.0  # AdamW's
+    clip: float = 1.0  # largest gradient norm, 0 = no clipping
+    seed: int = 0  # of weights, dropout and data order
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of the frozen base, auto = the file's; of base's arithmetic
+    )
+    save_every: int = 50  # steps between checkpoints
+    resume: bool = False  # go on where a killed run stopped
+    tensorboard: bool = False  # also log to tensorboard, in the run's folder
+
+
+def learning_rate(step, o):
+    """Linear warmup, then a cosine to a tenth of the peak."""
+    warm = max(1, round(o.warmup * o.steps))
+    if step < warm:
+        return o.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, o.steps - warm)
+    return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def clip_norm(params, limit):
+    """Scales all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    return float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
+
+
+class Checkpoint:
+    """RUN/checkpoint.safetensors: step, trained tensors, AdamW's moments, RNG; config.json and log.csv beside it.
+
+    A finished run leaves config.json with "finished": true and no checkpoint.
+    """
+
+    def __init__(self, folder, options):
+        self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
+        self.config = {k: v for k, v in asdict(options).items() if k not in ("resume", "save_every", "tensorboard")}
+        known = self.folder / "config.json"
+        self.step, self.finished, self.rows = 0, False, []
+        if known.exists():
+            self._check_known(read_json(known), options.resume)
+        self._write_config(finished=self.finished)
+
+    def _check_known(self, known, resume):
+        """A run is here already: go on with it, or refuse to overwrite it."""
+        finished = known.pop("finished", False)
+        if not resume and not finished:
+            raise InputError(f"{self.folder}: an unfinished run is here: go on with --resume, or remove the folder")
+        if not resume:
+            return  # train again
+        differ = [f"{k} was {known.get(k)!r}, now {v!r}" for k, v in self.config.items() if known.get(k) != v]
+        if differ:
+            raise InputError(f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}")
+        self.finished = finished
+
+    def _write_config(self, finished):
+        write_json(self.folder / "config.json", self.config | {"finished": finished})
+
+    def load(self, params, optimizer):
+        """Restores the run's state into `params` {name: tensor} and `optimizer`, where there is one to restore."""
+        if not self.file.exists():
+            return
+        tensors, metadata = read_safetensors(self.file)
+        self.step = int(metadata["step"])
+        for name, param in params.items():
+            param.data.copy_(tensors[f"param.{name}"])
+            moments = {key: tensors[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[param] = {"step": torch.tensor(float(self.step)), **moments}
+        torch.set_rng_state(tensors["rng"].clone())
+        if (self.folder / "log.csv").exists():
+            rows = list(csv.reader(io.StringIO(read_text(self.folder / "log.csv"))))
+            self.rows = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= self.step]
+
+    def save(self, step, params, optimizer):
+        tensors = {"rng": torch.get_rng_state()}
+        for name, param in params.items():
+            state = optimizer.state[param]
+            tensors |= {f"param.{name}": param.data, f"exp_avg.{name}": state["exp_avg"]}
+            tensors |= {f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+        write_safetensors(self.file, tensors, {"step": str(step)})
+
+    def finish(self):
+        self._write_config(finished=True)
+        self.file.unlink(missing_ok=True)
+
+
+def fit(checkpoint, params, o, step_loss, clip=clip_norm):
+    """AdamW over `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
+
+    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes.
+    """
+    torch.manual_seed(o.seed)
+    for param in params.values():
+        param.requires_grad_(True)
+    optimizer = torch.optim.AdamW(params.values(), lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
+    checkpoint.load(params, optimizer)
+    board = _tensorboard(checkpoint.folder) if o.tensorboard else None
+    rows, header = checkpoint.rows, None
+    bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, o)
+        optimizer.zero_grad(set_to_none=True)
+        logged = step_loss(step)
+        norm = clip(list(params.values()), o.clip)
+        if not math.isfinite(norm):
+            raise InputError(f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32")
+        optimizer.step()
+        logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
+        header = list(logged)
+        rows.append([f"{value:.6g}" for value in logged.values()])
+        bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
+        if board:
+            for name, value in logged.items():
+                board.add_scalar(name, value, step + 1)
+        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+            checkpoint.save(step + 1, params, optimizer)
+            write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
+    for param in params.values():
+        param.requires_grad_(False)
+
+
+def _tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs a package that is not here: pip install tensorboard") from None
+    return SummaryWriter(folder)

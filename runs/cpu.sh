@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes tiny/, the embedded default, from nothing: about an hour on two CPU cores. Killed, it goes on where it was.
+#   runs/cpu.sh [FOLDER]        default: out/tiny
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-out/tiny}
+tasks=out/tiny_tasks
+# One of each family of tiny_tasks.py.
+names=(reverse_word sort_list add number_to_words german plural capital tallest)
+
+python tiny_tasks.py --out $tasks
+python train.py base --text $tasks/corpus.txt --model "$out" --dtype bfloat16 --resume
+python train.py adapters --model "$out" --pool "$out" --tasks $tasks "${names[@]/#/--only=}" \
+  --steps 300 --lr 3e-3 --dropout 0.05 --save_dtype bfloat16 --resume
+for k in 1 2; do
+  python train.py gates --model "$out" --pool "$out" --tasks $tasks --top_k $k --steps 200 --save_dtype bfloat16 --resume
+done
+python eval.py --model "$out" --out "$out-eval" --methods base,oracle,meteora_top1,meteora_top2
