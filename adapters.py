@@ -44,6 +44,7 @@ REFUSED = {
     "target_parameters": "adapted bare parameters",
     "trainable_token_indices": "trained token embeddings",
     "velora_config": "VeLoRA",
+    "arrow_config": "PEFT's Arrow router",
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "lora_ga_config": "LoRA-GA, which changed the base itself: convert the adapter to plain LoRA first",
@@ -54,7 +55,7 @@ HARMLESS = {
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora"),
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size"),
-    *("runtime_config", "arrow_config", "ensure_weight_tying"),
+    *("runtime_config", "ensure_weight_tying"),
 }
 
 
@@ -112,6 +113,8 @@ def load_adapter(folder, name=None, shapes=None):
     if shapes is not None:
         _check_shapes(adapter, file, shapes)
         _check_targets(adapter, config_file, shapes)
+    if not any(scale and B[path].any() for path, scale in scale.items()):
+        warn(f"{folder}: changes nothing: every lora_B or every scale is zero (saved before training?)")
     if (folder / "samples.jsonl").exists():
         adapter.samples = [row["prompt"] for row in read_jsonl(folder / "samples.jsonl", ("prompt",))]
     return adapter
@@ -139,6 +142,8 @@ def _check_config(config, file):
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float) if name == "lora_alpha" else int):
             refuse(name, "a number")
+        if not math.isfinite(value):
+            refuse(name, "a finite number")
     if config["r"] < 1:
         refuse("r", "at least 1")
     for name, meaning in REFUSED.items():
@@ -154,9 +159,29 @@ def _check_config(config, file):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(isinstance(v, (int, float)) for v in pattern.values()):
             refuse(name, "an object of numbers")
+        if not all(math.isfinite(v) for v in pattern.values()):
+            refuse(name, "finite numbers")
+        for key in pattern:
+            _compile(key, file, name)
+    for name, kind in (("target_modules", str), ("exclude_modules", str), ("layers_pattern", str),
+                       ("layers_to_transform", int)):  # fmt: skip
+        value = config.get(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, kind) for item in items):
+            refuse(name, f"{'text' if kind is str else 'a number'} or a list of them")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            _compile(config[name], file, name)
     for name in sorted(config.keys() - HARMLESS - REFUSED.keys()):
         if config[name]:
             warn(f"{file}: unknown field {name} = {config[name]!r}: ignored, a newer PEFT may mean something by it")
+
+
+def _compile(pattern, file, field_name):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{file}: {field_name}: bad pattern {pattern!r}: {error}") from None
 
 
 def _split_keys(tensors, file):
@@ -233,14 +258,12 @@ def _check_targets(adapter, file, shapes):
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or [r"[^.]*"]
-    pattern = patterns if isinstance(patterns, str) else patterns[0]
-    try:
-        named = {p for p in shapes if matches(targets, p) and not (excluded and matches(excluded, p))}
-        if layers:
-            found = {p: re.match(rf".*\.{pattern}\.(\d+)\.", p) for p in named}
-            named = {p for p, m in found.items() if m and int(m[1]) in layers}
-    except re.error as error:
-        raise InputError(f"{file}: target_modules, exclude_modules or layers_pattern: bad pattern: {error}") from None
+    pattern = patterns if isinstance(patterns, str) else "|".join(patterns)
+    _compile(pattern, file, "layers_pattern")
+    named = {p for p in shapes if matches(targets, p) and not (excluded and matches(excluded, p))}
+    if layers:
+        found = {p: re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", p) for p in named}
+        named = {p for p, m in found.items() if m and int(m[1]) in layers}
     for paths, says in ((named - adapter.A.keys(), "no tensors"), (adapter.A.keys() - named, "tensors")):
         if paths:
             named_by = "named by" if says == "no tensors" else "not named by"
@@ -356,7 +379,7 @@ class Pool:
 
     def adapter(self, name):
         """The adapter as its slot holds it now, at its own rank and modules: for saving what was trained."""
-        member, slot = self.members[name].adapter, self.slot(name)
+        slot, member = self.slot(name), self.members[name].adapter
         ranks = {p: _pattern(member.config.get("rank_pattern"), p, member.config["r"]) for p in member.scale}
         A = {p: self.A[p][slot, :r].detach().clone() for p, r in ranks.items()}
         B = {p: self.B[p][slot, :, :r].detach().clone() for p, r in ranks.items()}

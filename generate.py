@@ -138,8 +138,7 @@ def decode(mole, ids, sampling, routing=False):
     model, config, b = mole.model, mole.model.config, len(ids)
     device = model.model.embed_tokens.weight.device
     lengths = [len(row) for row in ids]
-    room = config.max_position_embeddings
-    capacity = min(max(lengths) + max(sampling.max_new_tokens, 1), max(room, max(lengths) + 1))
+    room, capacity = config.max_position_embeddings, max(lengths) + sampling.max_new_tokens
     cache = KVCache(config, b, capacity, model.model.embed_tokens.weight.dtype, device)
     padded = torch.zeros(b, max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(ids):
@@ -166,7 +165,8 @@ def decode(mole, ids, sampling, routing=False):
                 yield Token(row, index, text, seen[row] if routing else [], finish)
         if not any(active):
             return
-        hidden, seen = _forward(mole, chosen[:, None], cache, None, routing)
+        counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
+        hidden, seen = _forward(mole, chosen[:, None], cache, counts, routing)
         logits = model.head(hidden[:, 0])
 
 

@@ -29,9 +29,7 @@ class Run:
     weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # largest gradient norm, 0 = no clipping
     seed: int = 0  # of weights, dropout and data order
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of the frozen base, auto = the file's; of base's arithmetic
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base, auto = the file's
     save_every: int = 50  # steps between checkpoints
     resume: bool = False  # go on where a killed run stopped
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
@@ -57,18 +55,21 @@ class Checkpoint:
     A finished run leaves config.json with "finished": true and no checkpoint.
     """
 
-    def __init__(self, folder, options):
+    def __init__(self, folder, options, names=()):
+        """`names`: the tasks or adapters of the run; with the options they say which run it is."""
         self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
         self.config = {k: v for k, v in asdict(options).items() if k not in ("resume", "save_every", "tensorboard")}
+        self.config["names"] = list(names)
         known = self.folder / "config.json"
         self.step, self.finished, self.rows = 0, False, []
         if known.exists():
             self._check_known(read_json(known), options.resume)
-        self._write_config(finished=self.finished)
 
     def _check_known(self, known, resume):
         """A run is here already: go on with it, or refuse to overwrite it."""
         finished = known.pop("finished", False)
+        if finished:  # killed before finish() could
+            self.file.unlink(missing_ok=True)
         if not resume and not finished:
             raise InputError(f"{self.folder}: an unfinished run is here: go on with --resume, or remove the folder")
         if not resume:
@@ -78,7 +79,7 @@ class Checkpoint:
             raise InputError(f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}")
         self.finished = finished
 
-    def _write_config(self, finished):
+    def write_config(self, finished):
         write_json(self.folder / "config.json", self.config | {"finished": finished})
 
     def load(self, params, optimizer):
@@ -105,7 +106,7 @@ class Checkpoint:
         write_safetensors(self.file, tensors, {"step": str(step)})
 
     def finish(self):
-        self._write_config(finished=True)
+        self.write_config(finished=True)
         self.file.unlink(missing_ok=True)
 
 
@@ -114,6 +115,7 @@ def fit(checkpoint, params, o, step_loss, clip=clip_norm):
 
     Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes.
     """
+    checkpoint.write_config(finished=False)
     torch.manual_seed(o.seed)
     for param in params.values():
         param.requires_grad_(True)
@@ -139,8 +141,9 @@ def fit(checkpoint, params, o, step_loss, clip=clip_norm):
             for name, value in logged.items():
                 board.add_scalar(name, value, step + 1)
         if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            checkpoint.save(step + 1, params, optimizer)
+            # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
             write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
+            checkpoint.save(step + 1, params, optimizer)
     for param in params.values():
         param.requires_grad_(False)
 

@@ -30,7 +30,7 @@ class Mole:
     pool: Pool | None = None
     folder: object = None  # the PoolFolder it came from, None without one
     template: str = "{prompt}"
-    attached: tuple | None = None  # (gate file, temperature, spelling) in use
+    attached: tuple | None = None  # what is attached: gate file, temperature, spelling, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
 
     @property
@@ -60,17 +60,20 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto"):
     if folders:
         shapes = linear_shapes(base)
         loaded = [load_adapter(path, name, shapes) for name, path in folders]
-        for adapter in loaded:
-            _check_base_name(adapter, model)
+        _check_base_names(loaded, model)
         mole.pool = Pool.of(loaded, shapes, base.model.embed_tokens.weight.dtype, device)
     return mole
 
 
-def _check_base_name(adapter, model):
+def _check_base_names(adapters, model):
     """The commonest mistake: an adapter for another base. Its config names the one it was made for."""
-    named = adapter.config.get("base_model_name_or_path")
-    if named and Path(named).name.lower() != Path(model).resolve().name.lower():
-        warn(f"adapter {adapter.name} was made for base {named!r}, this one is {str(model)!r}")
+    strangers = {}
+    for adapter in adapters:
+        named = adapter.config.get("base_model_name_or_path")
+        if named and Path(named).name.lower() != Path(model).resolve().name.lower():
+            strangers.setdefault(named, []).append(adapter.name)
+    for named, names in strangers.items():
+        warn(f"made for base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -138,7 +141,8 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
 def _attach(mole, k, temperature, spelling):
     """Attaches the pool with top-k gates (k None: without), unless it is attached just so already."""
     file = gate_file(mole, k) if k else None
-    key = (str(file), temperature, spelling)
+    members = tuple((name, m.slot, m.hash) for name, m in mole.pool.members.items())
+    key = (file, temperature, spelling, members)
     if mole.attached == key:
         return
     if k and (file is None or not file.exists()):

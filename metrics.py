@@ -6,6 +6,7 @@ examples. Intervals are 95 % percentile bootstraps over the examples, seeded.
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
@@ -42,8 +43,8 @@ def yes_no(answer, target):
 
 def final_number(text):
     """The number after '####', else the last one in the text, as GSM8K is scored; None where there is none."""
-    numbers = re.findall(r"-?\d[\d,]*\.?\d*", text.split("####")[-1])
-    return float(numbers[-1].replace(",", "").rstrip(".")) if numbers else None
+    numbers = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", text.split("####")[-1])
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None  # exact at any length
 
 
 def gsm8k(answer, target):

@@ -153,9 +153,9 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of past tokens, and how many each row holds. The model advances it, no layer does.
 
-    k, v: (layers, b, kv heads, capacity, d); lengths: (b,) int64. `end` is the largest length, kept beside the tensor
-    so that nobody waits for a device to read it. What is cached stays as the adapters active at that token computed
-    it: switching adapters between tokens changes what follows, never the past.
+    k, v: (layers, b, kv heads, capacity, d); lengths: (b,) int64. No row is longer than `end`, a number kept beside the
+    tensor so that nobody waits for a device to read it. What is cached stays as the adapters active at that token
+    computed it: switching adapters between tokens changes what follows, never the past.
     """
 
     def __init__(self, config, b, capacity, dtype=torch.float32, device=None):
@@ -258,16 +258,18 @@ class Trunk(nn.Module):
             end = cache.end + t
             if end > cache.capacity:
                 raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
+            counts = torch.full_like(cache.lengths, t) if counts is None else counts
             positions = cache.lengths[:, None] + step  # (b, t)
             if cache.end:  # an empty cache needs no mask: causal attention among the new tokens
                 mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
         x = self.embed_tokens(ids)
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, end, ids.device)  # (b, 1, t, d/2)
+        dynamic = cache is not None and self.config.rope["rope_type"] == "dynamic"
+        length = int((cache.lengths + counts).max()) if dynamic else end  # no other type asks the device
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, length, ids.device)  # (b, 1, t, d/2)
         cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype) for y in (angle.cos(), angle.sin()))
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, positions, None if cache is None else (cache.k[index], cache.v[index]))
         if cache is not None:
-            counts = torch.full_like(cache.lengths, t) if counts is None else counts
             cache.lengths += counts
             cache.end += int(counts.max()) if t > 1 else 1
         return self.norm(x)

@@ -92,6 +92,8 @@ class MeteoraGate(nn.Module):
         if self.loss is not None:
             self.loss.add(logits)
         top, idx = logits.topk(min(self.k, logits.shape[1]), dim=-1)  # (n, k)
+        if self.k == 1:  # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
+            return Mixture(idx, torch.ones_like(top))
         return Mixture(idx, F.softmax(top / self.temperature, dim=-1))
 
 
@@ -100,20 +102,23 @@ class SampleGate(nn.Module):
 
     idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
     another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
-    One SampleGate serves all Linears where `inner` is None.
+    Where `inner` is None one SampleGate can serve all Linears.
     """
 
     def __init__(self, inner=None):
         super().__init__()
         self.inner, self.idx, self.weight, self.routed = inner, None, None, None
+        self.some = self.every = False  # routed.any(), routed.all(), read once for all Linears
 
     def set(self, idx, weight, routed=None):
         self.idx, self.weight, self.routed = idx, weight, routed
-        return self
+        self.some, self.every = routed is not None and bool(routed.any()), routed is not None and bool(routed.all())
 
     def forward(self, x, sample, ax):
+        if self.every:
+            return self.inner(x, sample, ax)
         fixed = Mixture(self.idx[sample], self.weight[sample])
-        if self.inner is None or self.routed is None:
+        if not self.some:
             return fixed
         chosen = self.inner(x, sample, ax)
         k = max(fixed.idx.shape[1], chosen.idx.shape[1])

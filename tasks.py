@@ -124,5 +124,5 @@ def collate(examples):
         n = len(example.ids)
         ids[row, :n] = torch.tensor(example.ids)
         real[row, :n] = True
-        predicts[row, example.n_prompt - 1 : n - 1] = True
+        predicts[row, max(0, example.n_prompt - 1) : n - 1] = True
     return Batch(ids, real, predicts, [example.task for example in examples])

@@ -5,7 +5,7 @@
     python train.py gates --model DIR --tasks DIR --pool DIR --top_k 2  MeteoRA's gates over the pool
 
 The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on bit for bit where a
-killed run stopped. Options, log and checkpoint of a run are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/gates_topK.
+killed run stopped. A run's options, log and checkpoint: MODEL/runs/base, POOL/runs/adapters, POOL/runs/gates_topK.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from adapters import (
     write_pool,
 )
 from config import parse_command
-from files import InputError, read_text, run_script, warn, write_json, write_safetensors
+from files import InputError, read_text, run_script, warn, write_bytes, write_json, write_safetensors
 from loop import Checkpoint, Run, fit
 from model import DTYPES, Llama, LlamaConfig, load_llama
 from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, fixed_rows, save_gates
@@ -113,9 +113,8 @@ def train_tokenizer(text, o, folder):
         )  # fmt: skip
     except RuntimeError as error:
         raise InputError(f"--vocab_size {o.vocab_size}: {' '.join(str(error).split())}") from None
-    (folder / "tokenizer.model.partial").write_bytes(model.getvalue())
-    (folder / "tokenizer.model.partial").rename(folder / "tokenizer.model")
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"})
+    write_bytes(folder / "tokenizer.model", model.getvalue())
 
 
 def train_base(o):
@@ -128,10 +127,10 @@ def train_base(o):
     if checkpoint.finished:
         return finished(checkpoint)
     text = read_text(o.text)
-    if not (folder / "tokenizer.model").exists():
+    if not checkpoint.file.exists():
         train_tokenizer(text, o, folder)
     tokenizer = Tokenizer(folder)
-    documents = [np.array([*tokenizer.encode(line), tokenizer.eos_id], np.uint16) for line in text.split("\n") if line]
+    documents = [np.array([*tokenizer.encode(line), tokenizer.eos_id], np.int32) for line in text.split("\n") if line]
     stream = np.concatenate(documents)
     if len(stream) <= o.block_size:
         raise InputError(f"{o.text}: {len(stream)} tokens, expected more than --block_size {o.block_size}")
@@ -193,10 +192,12 @@ def train_adapters(o):
     its own adapter, and each adapter gets the gradient and the clipping that it would get alone."""
     tasks = load_tasks(required(o, "tasks"), o.only)
     folder = Path(required(o, "pool"))
-    checkpoint = Checkpoint(folder / "runs" / "adapters", o)
+    checkpoint = Checkpoint(folder / "runs" / "adapters", o, tasks)
     if checkpoint.finished:
         return finished(checkpoint)
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=o.template)
+    check_pool(known, model, o, o.template)
     shapes = linear_shapes(model)
     examples = tokenize(tasks, tokenizer, o.template, o)
     targets = {path: shape for path, shape in shapes.items() if path.endswith(tuple(o.target))}
@@ -213,8 +214,18 @@ def train_adapters(o):
         return adapters_step(model, pool, gate, picked, o)
 
     fit(checkpoint, params, o, step_loss, clip_each)
-    save_adapters(pool, tasks, model, folder, o)
+    save_adapters(pool, tasks, model, known, o)
     checkpoint.finish()
+
+
+def check_adapter_options(o):
+    """Raises InputError for what would end in a traceback, or in a pool that nothing can read."""
+    if not 0 <= o.dropout < 0.99:
+        raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
+    if not math.isfinite(o.alpha) or o.alpha <= 0:
+        raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
+    if "{prompt}" not in o.template:
+        raise InputError(f"--template is {o.template!r}, expected a text that holds {{prompt}}")
 
 
 def new_adapter(task, targets, o):
@@ -262,18 +273,23 @@ def clip_each(stacks, limit):
     return float(norms.max())
 
 
-def save_adapters(pool, tasks, model, path, o):
+def check_pool(known, model, o, template):
+    """Raises InputError where a pool's adapters were made for another base or with another template than this run's."""
+    if known.fingerprint not in (None, model.fingerprint):
+        raise InputError(f"{known.path / 'pool.json'}: made for another base than {o.model} (fingerprint differs)")
+    if known.adapters and known.template != template:
+        raise InputError(f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}")
+
+
+def save_adapters(pool, tasks, model, known, o):
     """Writes the adapters, then pool.json that names them beside those that were there."""
-    known = read_pool(path) if (path / "pool.json").exists() else PoolFolder(path, {})
-    if known.adapters and known.template != o.template:
-        warn(f"{path}: its other adapters were trained with the template {known.template!r}, now it is {o.template!r}")
     for name in tasks:
         adapter = pool.adapter(name)
         for part in (adapter.A, adapter.B):
             part.update({p: y.to(DTYPES[o.save_dtype]) for p, y in part.items()})
-        save_adapter(adapter, path / "adapters" / name)
-    adapters = known.adapters | {name: path / "adapters" / name for name in tasks}
-    write_pool(PoolFolder(path, adapters, model.fingerprint, o.template))
+        save_adapter(adapter, known.path / "adapters" / name)
+    adapters = known.adapters | {name: known.path / "adapters" / name for name in tasks}
+    write_pool(PoolFolder(known.path, adapters, model.fingerprint, o.template))
 
 
 # gates --------------------------------------------------------------------------------------------------------------
@@ -287,10 +303,11 @@ def train_gates(o):
     tasks = load_tasks(required(o, "tasks"), sorted(known.adapters))
     if o.top_k < 1 or o.top_k > len(known.adapters):
         raise InputError(f"--top_k is {o.top_k}, expected 1 to {len(known.adapters)}, the adapters of {known.path}")
-    checkpoint = Checkpoint(known.path / "runs" / f"gates_top{o.top_k}", o)
+    checkpoint = Checkpoint(known.path / "runs" / f"gates_top{o.top_k}", o, tasks)
     if checkpoint.finished:
         return finished(checkpoint)
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     adapters = [load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())]
     pool = Pool.of(adapters, shapes, model.model.embed_tokens.weight.dtype)
@@ -361,9 +378,12 @@ def main():
     commands = {"base": BaseRun, "adapters": AdaptersRun, "gates": GatesRun}
     command, o = parse_command(commands, description="Train a base, adapters or gates.")
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
+    least |= {"r": 1, "samples": 0} if command == "adapters" else {}
     for name, smallest in least.items():
         if not getattr(o, name) >= smallest:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
+    if command == "adapters":
+        check_adapter_options(o)
     print(json.dumps(asdict(o)), file=sys.stderr)
     {"base": train_base, "adapters": train_adapters, "gates": train_gates}[command](o)
 
