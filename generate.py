@@ -138,7 +138,8 @@ def decode(mole, ids, sampling, routing=False):
     model, config, b = mole.model, mole.model.config, len(ids)
     device = model.model.embed_tokens.weight.device
     lengths = [len(row) for row in ids]
-    room, capacity = config.max_position_embeddings, max(lengths) + sampling.max_new_tokens
+    room = config.max_position_embeddings
+    capacity = max(lengths) + min(sampling.max_new_tokens, max(room - min(lengths), 0) + 1)  # the shortest fills it
     cache = KVCache(config, b, capacity, model.model.embed_tokens.weight.dtype, device)
     padded = torch.zeros(b, max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(ids):
@@ -292,13 +293,15 @@ class Printer:
 
 def result(prompt, method, tokens, prompt_trace, seconds):
     """The JSON object of one answer; its tokens' texts joined are its text."""
-    kept = [t for t in tokens if t.finish != "eos"]
+    kept = [{"id": t.id, "text": t.text, "adapters": t.adapters} for t in tokens if t.finish != "eos"]
+    if kept and tokens[-1].finish == "eos":  # a character that the EOS cut short
+        kept[-1]["text"] += tokens[-1].text
     return {
         "prompt": prompt,
         "text": "".join(t.text for t in tokens),
         "method": method,
         "finish_reason": tokens[-1].finish,
-        "tokens": [{"id": t.id, "text": t.text, "adapters": t.adapters} for t in kept],
+        "tokens": kept,
         "prompt_tokens": prompt_trace,
         "retrieved": [],
         "seconds": round(seconds, 4),

@@ -95,10 +95,9 @@ def read_config(path):
 
 def _read_rope(raw, file):
     """Both layouts: rope_theta + rope_scaling, and the newer rope_parameters that holds everything."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
-    rope |= raw.get("rope_scaling") or {}
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or {})
     rope |= raw.get("rope_parameters") or {}
-    rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if rope["rope_type"] not in ROPE_TYPES:
         raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {', '.join(ROPE_TYPES)}")
     needed = {
@@ -348,7 +347,7 @@ def load_llama(folder, dtype=None, device="cpu"):
     with torch.device("meta"):
         model = Llama(config)
     expected = model.state_dict()
-    found, digest = {}, hashlib.sha256()
+    found, marks = {}, {}
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
             for name in sorted(tensors.keys()):
@@ -364,11 +363,11 @@ def load_llama(folder, dtype=None, device="cpu"):
                     raise InputError(f"{file}: {name} holds {tensor.dtype}, expected floating-point weights")
                 check_finite(file, name, tensor)
                 dtype = dtype or tensor.dtype
-                digest.update(f"{name} {got}".encode() + tensor.flatten()[:256].float().numpy().tobytes())
+                marks[name] = f"{name} {got}".encode() + tensor.flatten()[:256].float().numpy().tobytes()
                 found[name] = tensor.to(device, dtype)
     if missing := sorted(expected.keys() - found.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder}: tensor {missing[0]}{more} missing; {_deciding_fields(missing[0])}")
     model.load_state_dict(found, strict=True, assign=True)
-    model.fingerprint = digest.hexdigest()
+    model.fingerprint = hashlib.sha256(b"".join(marks[name] for name in sorted(marks))).hexdigest()
     return model.requires_grad_(False).eval()

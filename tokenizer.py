@@ -6,6 +6,7 @@ whole characters.
 """
 
 import json
+import re
 from pathlib import Path
 
 from files import InputError, read_bytes, read_json, read_text
@@ -71,14 +72,15 @@ class Tokenizer:
         def refuse(message):
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        extensions = ["jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = refuse
         try:
             template = environment.from_string(self.chat_template)
             bos, eos = (self.backend.token(i) if i is not None else "" for i in (self.bos_id, self.eos_id))
             return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can raise anything
             raise InputError(f"chat template: {error}") from None
 
 
@@ -149,12 +151,18 @@ class _SentencePiece:
             raise InputError(f"{file}: not a sentencepiece model ({error})") from None
         if not data:
             raise InputError(f"{file}: empty")
+        controls = [self.pieces.id_to_piece(i) for i in range(len(self)) if self.pieces.is_control(i)]
+        self.controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")  # (?!) matches nothing
 
     def __len__(self):
         return self.pieces.vocab_size()
 
     def encode(self, text):
-        return self.pieces.encode(text)
+        """Special tokens written out, as chat templates do, become their ids: sentencepiece would spell them."""
+        ids = []
+        for part in filter(None, self.controls.split(text)):
+            ids += [self.pieces.piece_to_id(part)] if self.controls.fullmatch(part) else self.pieces.encode(part)
+        return ids
 
     def decode(self, ids):
         return self.pieces.decode([i for i in ids if i < len(self)])

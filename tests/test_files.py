@@ -232,10 +232,6 @@ def test_old_file_stays(tmp_path, monkeypatch, where):
     path = tmp_path / "w.bin"
     write_bytes(path, b"old" * 1000)
     if where == "write":
-
-        class Half(bytes):  # half of it gets written
-            pass
-
         real = open
 
         def half_open(name, mode="r", **options):
@@ -309,10 +305,13 @@ def test_hash_sees_names_dtypes_and_shapes():
     """Without it the same bytes under another name, dtype or shape pass for the same adapter."""
     one, bits = TENSORS["a"], TENSORS["a"].view(torch.int32)
     variants = [
-        {"a": one}, {"b": one}, {"a": bits}, {"a": one.view(7, 5)}, {"a": one.view(35)}, {"a": one, "b": torch.zeros(0)},
-        {"a": one[:3], "b": one[3:]}, {"a": one[:2], "b": one[2:]}, {},
+        {"a": one}, {"b": one}, {"a": bits}, {"a": one.view(7, 5)}, {"a": one.view(35)},
+        {"a": one, "b": torch.zeros(0)},         {"a": one[:3], "b": one[3:]}, {"a": one[:2], "b": one[2:]}, {},
     ]  # fmt: skip
-    hashes = [hash_tensors(v) for v in variants] + [hash_tensors({"a": one}, "scale 2"), hash_tensors({"a": one}, "scale 4")]
+    hashes = [hash_tensors(v) for v in variants] + [
+        hash_tensors({"a": one}, "scale 2"),
+        hash_tensors({"a": one}, "scale 4"),
+    ]
     assert len(set(hashes)) == len(hashes)
 
 

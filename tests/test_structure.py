@@ -14,10 +14,10 @@ from conftest import ROOT, command
 from config import build_parser
 
 # From the bottom up: a module imports only modules above it in this list.
-ORDER = (
-    "config files model tokenizer kernels metrics viz adapters moe_lora retriever tiny_tasks tasks baselines methods "
-    "generate loop train eval bench"
-).split()  # fmt: skip
+ORDER = [
+    *("config", "files", "model", "tokenizer", "kernels", "metrics", "viz", "adapters", "moe_lora", "retriever"),
+    *("tiny_tasks", "tasks", "baselines", "methods", "generate", "loop", "train", "eval", "bench"),
+]
 MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
 OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub"}
 ORACLES = {"transformers", "peft", "accelerate", "datasets"}
@@ -111,7 +111,12 @@ def test_importing_has_no_effects(tmp_path):
     """Without it `import generate` in somebody's notebook reads the command line, seeds or prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *MODULES], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", IMPORT_ALL, *MODULES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
@@ -128,11 +133,16 @@ def test_help_explains_every_option(line):
     for field in fields(cls):
         text = actions[field.name].help.replace("%%", "%")
         assert re.sub(r"\s*\(default: .*\)$", "", text), f"{cls.__name__}.{field.name} has no comment beside it"
-        assert f"--{field.name.rstrip('_')}" in done.stdout.split() or f"--{field.name.rstrip('_')}," in done.stdout.split()
+        assert (
+            f"--{field.name.rstrip('_')}" in done.stdout.split()
+            or f"--{field.name.rstrip('_')}," in done.stdout.split()
+        )
         assert re.sub(r"\s+", "", text) in shown, field.name
 
 
-@pytest.mark.parametrize("module", [*MODULES, *(f"tests/{file.stem}" for file in sorted((ROOT / "tests").glob("*.py")))])
+@pytest.mark.parametrize(
+    "module", [*MODULES, *(f"tests/{file.stem}" for file in sorted((ROOT / "tests").glob("*.py")))]
+)
 def test_first_line_says_what_it_is(module):
     """Without it a reader opens a file and has to infer from its code what it is for."""
     assert (ast.get_docstring(tree(module)) or "").strip()
