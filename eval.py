@@ -133,15 +133,17 @@ def main():
     methods = [m.strip() for m in o.methods.split(",") if m.strip()]
     for method in methods:
         for name in tasks:
-            check_method(mole, f"adapter:{name}" if method == "oracle" else method)
-    results, answers, timing = {}, [], {}
+            check_method(mole, f"adapter:{name}" if method == "oracle" else method, o.top_k)
+    results, answers, timing, known = {}, [], {}, {}  # known: what oracle and adapter:NAME share is generated once
     bar = tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1)
     for method in methods:
         begin, scores = time.perf_counter(), {}
         for name, task in tasks.items():
             bar.set_postfix_str(f"{method} on {name}")
             used = f"adapter:{name}" if method == "oracle" else method
-            texts = answer_all(mole, [row["prompt"] for row in task.test], used, o)
+            if (used, name) not in known:
+                known[used, name] = answer_all(mole, [row["prompt"] for row in task.test], used, o)
+            texts = known[used, name]
             scores[name] = asdict(score(task.metric, texts, [row["response"] for row in task.test], o.seed))
             rows = zip(task.test, texts, strict=True)
             answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]

@@ -37,7 +37,7 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that can't be written
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -85,8 +85,8 @@ def parse_json(text, where):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise InputError(f"{where}: bad JSON: nested too deep") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested too deep
+        raise InputError(f"{where}: bad JSON: {error}") from None
 
 
 def read_json(path):

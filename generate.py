@@ -330,7 +330,7 @@ def main():
         print_pool(mole)
         return
     name, why = default_method(mole, o.top_k)
-    methods = [check_method(mole, m) for m in (o.method or [name])]
+    methods = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
     print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
     methods = methods if len(methods) == len(prompts) else methods * len(prompts)
     ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]

@@ -91,14 +91,20 @@ def default_method(mole, k):
     gates = sorted(mole.folder.path.glob("gates/meteora_top*.safetensors")) if mole.folder else []
     for file in [gate_file(mole, k), *gates] if gates else []:
         if file.exists():
-            k = file.stem.removeprefix("meteora_top")
-            return f"meteora_top{k}", f"{many}, top-{k} gates from gates/{file.name}"
+            found = file.stem.removeprefix("meteora_top")
+            name = "meteora" if found == str(k) else file.stem
+            return name, f"{many}, top-{found} gates from gates/{file.name}"
     if len(mole.pool.names) == 1:
         return f"adapter:{mole.pool.names[0]}", "the only one"
     return "uniform", f"{many} and no gates: python train.py gates makes them"
 
 
-def check_method(mole, name):
+def gates_of(name, top_k):
+    """The k of the gates that method `name` uses (`meteora` those of --top_k), None where it uses none."""
+    return int(name.partition("_top")[2] or top_k) if name.startswith("meteora") else None
+
+
+def check_method(mole, name, top_k=2):
     """Raises InputError unless `name` is a method that this pool has the parts for. Returns it."""
     kind, _, rest = name.partition(":")
     if name == "base":
@@ -109,6 +115,10 @@ def check_method(mole, name):
         raise InputError(f"method {name}: needs adapters, and there are none: name a --pool or an --adapter NAME=DIR")
     if kind == "adapter":
         mole.pool.slot(rest)
+    k = gates_of(name, top_k)
+    if k and not (mole.folder and gate_file(mole, k).exists()):
+        where = gate_file(mole, k) if mole.folder else "a pool folder with gates"
+        raise InputError(f"method {name}: needs {where}: python train.py gates --top_k {k} makes it")
     return name
 
 
@@ -119,10 +129,10 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
     """Sets the model up for one batch: names[j] is row j's method. Raises InputError for an unknown name, and where
     gates are needed that are missing, naming the command that makes them."""
     for name in names:
-        check_method(mole, name)
+        check_method(mole, name, top_k)
     if mole.pool is None:
         return
-    ks = {int(name.partition("_top")[2] or top_k) for name in names if name.startswith("meteora")}
+    ks = {gates_of(name, top_k) for name in names} - {None}
     if len(ks) > 1:
         raise InputError(f"one batch takes one kind of gate, found top-{' and top-'.join(map(str, sorted(ks)))}")
     _attach(mole, next(iter(ks), None), gate_temperature, spelling)
@@ -145,9 +155,6 @@ def _attach(mole, k, temperature, spelling):
     key = (file, temperature, spelling, members)
     if mole.attached == key:
         return
-    if k and (file is None or not file.exists()):
-        where = file or "a pool folder with gates"
-        raise InputError(f"method meteora needs {where}: python train.py gates --top_k {k} makes it")
     if k:
         inner = load_gates(file, mole.pool, temperature, mole.model.model.embed_tokens.weight.dtype)
         gates = {path: SampleGate(inner[path]) for path in mole.pool.A}

@@ -109,10 +109,10 @@ def train(kit, tasks, *more):
     ]
 
 
-# The script itself, in a process of its own with its own standard streams, forked from one that has imported torch.
+# The script itself, in a process of its own with its own standard streams, forked from one that has imported the libraries.
 WARM = """
 import json, os, runpy, sys, traceback
-import generate, torch, train
+import jinja2.sandbox, numpy, safetensors.torch, sentencepiece, tokenizers, torch, tqdm
 with torch.device("meta"):
     torch.nn.Linear(2, 3), torch.nn.Embedding(5, 7)  # the first time imports sympy: a second
 for line in sys.stdin:
@@ -817,7 +817,7 @@ WORKS = {
     "empty prompt": (lambda kit: (generate(kit.model, "--raw", "--json", prompt=""), []),),
     "generation_config": (lambda kit: (generate(kit.a_model(generation_config__json='{\n"eos'), "--json"),
                                        ["generation_config.json", "line 2", "config.json"]),),
-    "another base's adapter": (lambda kit: adapter_config(kit, {"base_model_name_or_path": "me/Llama-9"}, ["Llama-9"]),),
+    "another base's adapter": (lambda kit: adapter_config(kit, {"base_model_name_or_path": "Llama-9"}, ["Llama-9"]),),
     "unknown field": (lambda kit: adapter_config(kit, {"use_quantum": True}, ["use_quantum"]),),
 }  # fmt: skip
 
