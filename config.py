@@ -53,7 +53,12 @@ def build_parser(cls, prog=None, description=None):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         text = help_texts.get(field.name, "")
         shown = "" if default in (None, [], "", MISSING) else f" (default: {default})"
-        options = {"dest": field.name, "default": default, "help": (text + shown).replace("%", "%%"), "required": default is MISSING}
+        options = {
+            "dest": field.name,
+            "default": default,
+            "help": (text + shown).replace("%", "%%"),
+            "required": default is MISSING,
+        }
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:

@@ -37,7 +37,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that can't be written
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        name = error.filename2 or error.filename or "standard output"  # of a rename, the target
+        print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -70,10 +71,16 @@ def read_bytes(path):
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def read_text(path):
+def read_known(path):
+    """read_bytes, or InputError where the file is plainly something else: a Git LFS pointer, a web page, a zip."""
     data = read_bytes(path)
     if stranger := _stranger(data[:512]):
         raise InputError(f"{path}: is {stranger}")
+    return data
+
+
+def read_text(path):
+    data = read_known(path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -224,6 +224,8 @@ def check_options(o):
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0), ("top_k", 1)):
         if not getattr(o, name) >= least:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    if not -(2**63) <= o.seed < 2**63:
+        raise InputError(f"--seed is {o.seed}, expected a number of 64 bits")
     if not 0 < o.top_p <= 1:
         raise InputError(f"--top_p is {o.top_p}, expected more than 0 and at most 1")
     if not o.gate_temperature > 0:
@@ -243,6 +245,17 @@ def read_adapters(pairs):
             raise InputError(f"adapter name {name!r} twice: {dict(named)[name]} and {folder}")
         named.append((name, folder))
     return named
+
+
+def read_prompt(prompt):
+    """The prompt, or standard input for "-". Raises InputError where it is not UTF-8: no tokenizer could encode it."""
+    name, data = "--prompt", prompt.encode("utf-8", "surrogateescape")
+    if prompt == "-":
+        name, data = "standard input", sys.stdin.buffer.read().removesuffix(b"\n")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
 def print_pool(mole):
@@ -324,7 +337,7 @@ def main():
         return
     check_options(o)
     adapters = read_adapters(o.adapter)
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in o.prompt]
+    prompts = [read_prompt(prompt) for prompt in o.prompt]
     mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device)
     if o.list_:
         print_pool(mole)

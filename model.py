@@ -9,6 +9,7 @@ never looks at what comes later, and in the cache the next real tokens overwrite
 h hidden size, d head_dim, v vocabulary.
 """
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -78,8 +79,13 @@ def read_config(path):
     if heads % sizes["num_key_value_heads"]:
         refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
-    if not isinstance(head_dim, int) or head_dim % 2:
-        raise InputError(f"{file}: head_dim is {head_dim}, expected an even number (rotary pairs)")
+    if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
+        raise InputError(f"{file}: head_dim is {head_dim}, expected a positive even number (rotary pairs)")
+    if not isinstance(raw.get("rms_norm_eps", 1e-6), (int, float)):
+        refuse("rms_norm_eps", "a number")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), (dict, type(None))):
+            refuse(name, "an object or null")
     return LlamaConfig(
         **sizes,
         head_dim=head_dim,
@@ -336,6 +342,19 @@ def weight_files(folder):
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+@contextlib.contextmanager
+def _without_init():
+    """No initial weights inside: on the meta device torch would import sympy for them, a second of every start."""
+    kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
+    for kind in kept:
+        kind.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for kind, reset in kept.items():
+            kind.reset_parameters = reset
+
+
 def load_llama(folder, dtype=None, device="cpu"):
     """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None keeps the file's.
 
@@ -344,7 +363,7 @@ def load_llama(folder, dtype=None, device="cpu"):
     each tensor's name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
     """
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _without_init():
         model = Llama(config)
     expected = model.state_dict()
     found, marks = {}, {}
@@ -359,8 +378,8 @@ def load_llama(folder, dtype=None, device="cpu"):
                 got, want = tuple(tensor.shape), tuple(expected[name].shape)
                 if got != want:
                     raise InputError(f"{file}: {name} is {got}, expected {want}; {_deciding_fields(name)}")
-                if not tensor.is_floating_point():
-                    raise InputError(f"{file}: {name} holds {tensor.dtype}, expected floating-point weights")
+                if tensor.dtype not in (*DTYPES.values(), torch.float64):
+                    raise InputError(f"{file}: {name} holds {tensor.dtype}, expected float32, bfloat16 or float16")
                 check_finite(file, name, tensor)
                 dtype = dtype or tensor.dtype
                 marks[name] = f"{name} {got}".encode() + tensor.flatten()[:256].float().numpy().tobytes()

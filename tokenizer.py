@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from files import InputError, read_bytes, read_json, read_text
+from files import InputError, read_json, read_known, read_text
 
 
 class Tokenizer:
@@ -17,8 +17,8 @@ class Tokenizer:
 
     def __init__(self, folder):
         folder = Path(folder)
-        config_file = folder / "tokenizer_config.json"
-        self.config = read_json(config_file) if config_file.exists() else {}
+        self.config_file = folder / "tokenizer_config.json"
+        self.config = read_json(self.config_file) if self.config_file.exists() else {}
         if (folder / "tokenizer.json").exists():
             self.backend = _Json(folder / "tokenizer.json")
         elif (folder / "tokenizer.model").exists():
@@ -33,6 +33,8 @@ class Tokenizer:
         """The id of a special token, which the config gives as a string, as {"content": string} or not at all."""
         token = self.config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, (str, type(None))):
+            raise InputError(f"{self.config_file}: {name} is {token!r}, expected a text or null")
         return self.backend.token_id(token) if token else self.backend.special_id(name)
 
     def __len__(self):
@@ -59,6 +61,8 @@ class Tokenizer:
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        if not isinstance(template, (str, type(None))):
+            raise InputError(f"{self.config_file}: chat_template is {template!r}, expected a text")
         return template
 
     def chat(self, messages):
@@ -138,7 +142,7 @@ class _SentencePiece:
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor
 
-        data = read_bytes(file)
+        data = read_known(file)
         words = data[:200].split(b"\n")[0].split(b" ")
         if len(words) == 2 and words[1].isdigit():  # lines of "base64 rank"
             raise InputError(

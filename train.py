@@ -59,7 +59,7 @@ class BaseRun(Run):
     symbol: list[str] = field(default_factory=lambda: ["[INST]", "[/INST]", "\n"])  # whole tokens; repeatable
     steps: int = 1200  # optimizer steps
     batch_size: int = 32  # windows a step
-    micro_tokens: int = 8192  # tokens in one forward; a step of more accumulates gradients
+    micro_tokens: int = 4096  # tokens in one forward; a step of more accumulates gradients
     lr: float = 2e-3  # peak learning rate
     weight_decay: float = 0.1  # AdamW's
     save_every: int = 200  # steps between checkpoints

@@ -103,7 +103,12 @@ def command(*args, stdin=None, cwd=None, timeout=120):
     """Runs `python SCRIPT ARGS...` from the repository; returns the CompletedProcess with text output."""
     script, *rest = map(str, args)
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *rest], input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout
+        [sys.executable, str(ROOT / script), *rest],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
     )
 
 

@@ -109,7 +109,7 @@ def train(kit, tasks, *more):
     ]
 
 
-# The script itself, in a process of its own with its own standard streams, forked from one that has imported the libraries.
+# The script itself, in a process and standard streams of its own, forked from one that has imported the libraries.
 WARM = """
 import json, os, runpy, sys, traceback
 import jinja2.sandbox, numpy, safetensors.torch, sentencepiece, tokenizers, torch, tqdm
@@ -257,6 +257,10 @@ def spoil(name, value):
     return change
 
 
+def in_float8(tensors):
+    tensors.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()})
+
+
 UP = "model.layers.2.mlp.up_proj.weight"
 BASE_TENSORS = {
     "missing": (lambda t: t.pop(UP), [UP, "missing", "intermediate_size"]),
@@ -267,7 +271,7 @@ BASE_TENSORS = {
     "nan": (spoil(UP, float("nan")), [WEIGHTS, UP, "NaN"]),
     "inf": (spoil(UP, float("-inf")), [WEIGHTS, UP, "Inf"]),
     "integers": (put(UP, torch.ones(67, 44, dtype=torch.int8)), [WEIGHTS, UP, "int8"]),
-    "float8": (put(UP, torch.ones(67, 44).to(torch.float8_e4m3fn)), [WEIGHTS, UP, "float8"]),
+    "all float8": (in_float8, [WEIGHTS, "float8"]),
 }  # fmt: skip
 
 

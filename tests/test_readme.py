@@ -1,0 +1,63 @@
+"""What the README says, done: its first command, its Python, its options, its embedded model."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+from conftest import ROOT, command
+
+import eval as evaluation
+import generate
+import train
+from config import build_parser
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(
+    r"python (\w+\.py) (.*?)(?:\s+#.*)?$", re.sub(r"\\\n\s*", "", "\n".join(b for _, b in BLOCKS)), re.MULTILINE
+)
+
+
+def test_the_first_command_answers():
+    """The first thing that a newcomer types must work as it stands there, offline."""
+    install, _, first = BLOCKS[0][1].strip().partition(" && ")
+    assert install == "pip install -r requirements.txt"
+    script, *args = shlex.split(first)[1:]
+    done = command(script, *args)
+    assert done.returncode == 0 and done.stdout == "mice\n", (done.stdout, done.stderr)
+    assert done.stderr.startswith("method: meteora (")
+
+
+def test_the_python_example_runs():
+    """An example that people copy breaks silently when a name changes."""
+    code = next(text for language, text in BLOCKS if language == "python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *tokens, answers = done.stdout.splitlines()
+    assert "Haus" in answers and any("plural" in line for line in tokens)
+
+
+def test_every_option_in_a_command_exists():
+    """A README that names an option which is gone sends its readers into an error."""
+    classes = {"base": train.BaseRun, "adapters": train.AdaptersRun, "gates": train.GatesRun}
+    seen = 0
+    for script, rest in COMMANDS:
+        first = rest.split()[0] if rest else ""
+        cls = {"generate.py": generate.Options, "eval.py": evaluation.Options}.get(script) or classes[first]
+        known = build_parser(cls)._option_string_actions
+        for option in re.findall(r"(--\w+)", rest):
+            assert option in known, (script, option)
+            seen += 1
+    assert seen > 20
+
+
+def test_every_embedded_adapter_answers_its_task(tmp_path):
+    """A model committed with the wrong adapters, gates or tokenizer answers, and answers nonsense."""
+    args = ("--limit", 5, "--methods", "oracle,meteora", "--out", tmp_path)
+    done = command("eval.py", *args)
+    assert done.returncode == 0, done.stderr
+    results = generate.json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert results["oracle"]["mean"] >= 80 and results["meteora"]["mean"] >= 80, done.stdout
+    again = command("eval.py", *args)
+    assert again.stdout == done.stdout
