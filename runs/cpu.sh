@@ -13,6 +13,7 @@ python train.py base --text $tasks/corpus.txt --model "$out" --dtype bfloat16 --
 python train.py adapters --model "$out" --pool "$out" --tasks $tasks "${names[@]/#/--only=}" \
   --steps 300 --lr 2e-3 --save_dtype bfloat16 --resume
 for k in 1 2; do
-  python train.py gates --model "$out" --pool "$out" --tasks $tasks --top_k $k --steps 200 --save_dtype bfloat16 --resume
+  python train.py gates --model "$out" --pool "$out" --tasks $tasks --top_k $k \
+    --steps 1000 --batch_size 32 --save_dtype bfloat16 --resume
 done
 python eval.py --model "$out" --out "$out-eval" --methods base,oracle,meteora_top1,meteora_top2
