@@ -316,7 +316,7 @@ def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole
     assert default_method(load(small_model), 2)[0] == "base"
     assert default_method(load(small_model, adapters={"elm": folders["elm"]}), 2)[0] == "adapter:elm"
     assert default_method(load(small_model, adapters=folders), 2)[0] == "uniform"
-    assert [default_method(mole, k)[0] for k in (1, 2, 3)] == ["meteora_top1", "meteora_top2", "meteora_top1"]
+    assert [default_method(mole, k)[0] for k in (1, 2, 3)] == ["meteora", "meteora", "meteora_top1"]
     assert answer(mole, PROMPTS[:2]) == answer(mole, PROMPTS[:2], method="meteora_top2")
 
 
@@ -388,7 +388,7 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     status, out, err = run(*args)
     assert (status, out) == (0, "".join(f"{text}\n" for text in said))
     why = f"{len(NAMES)} adapters, top-2 gates from gates/meteora_top2.safetensors"
-    assert err.splitlines() == [f"method: meteora_top2 ({why})"]
+    assert err.splitlines() == [f"method: meteora ({why})"]
     status, out, _ = run(*args, "--routing", "--html", page)
     assert status == 0 and "\x1b[38;2;" in out and "\x1b[2;38;2;" in out
     bare = re.sub(r"\x1b\[[\d;]*m", "", out)
