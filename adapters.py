@@ -113,8 +113,8 @@ def load_adapter(folder, name=None, shapes=None):
     if shapes is not None:
         _check_shapes(adapter, file, shapes)
         _check_targets(adapter, config_file, shapes)
-    if not any(scale and B[path].any() for path, scale in scale.items()):
-        warn(f"{folder}: changes nothing: every lora_B or every scale is zero (saved before training?)")
+    if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
+        warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
     if (folder / "samples.jsonl").exists():
         adapter.samples = [row["prompt"] for row in read_jsonl(folder / "samples.jsonl", ("prompt",))]
     return adapter

@@ -76,6 +76,8 @@ def parse_args(cls, argv=None, prog=None, description=None):
     parser = build_parser(cls, prog, description)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
+        if not unknown[0].startswith("-"):
+            parser.error(f"unknown argument {unknown[0]!r}: every option begins with --")
         option = unknown[0].split("=")[0]
         names = [f"--{f.name.rstrip('_')}" for f in fields(cls)]
         parser.error(f"unknown option {unknown[0]}{nearest(option, names)}")

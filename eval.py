@@ -20,11 +20,12 @@ from tqdm import tqdm
 import tiny_tasks
 from config import parse_args
 from files import InputError, run_script, write_json, write_jsonl, write_text
-from generate import TINY, Sampling, decode, encode_prompt
+from generate import TINY, Sampling, check_values, decode, encode_prompt
 from methods import check_method, load_mole, set_methods
 from metrics import score
 from moe_lora import GateLoss, attached
 from tasks import Task, collate, encode, load_tasks, micro_batches
+from tokenizer import check_ids
 
 
 @dataclass
@@ -71,6 +72,7 @@ def gate_accuracy(mole, tasks, method, o):
     gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
     loss, right, n = GateLoss(gates), 0, 0
     examples = [encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test]
+    check_ids([index for example in examples for index in example.ids], mole.model.config.vocab_size)
     for part in micro_batches(examples, 4096):
         batch = collate(part)
         set_methods(mole, [method] * len(part), o.top_k, o.gate_temperature)
@@ -128,9 +130,15 @@ def choose_tasks(mole, o):
 
 def main():
     o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
+    methods = [m.strip() for m in o.methods.split(",") if m.strip()]
+    for name, least in (("batch_size", 1), ("top_k", 1), ("limit", 0), ("seed", 0)):
+        if getattr(o, name) < least:
+            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
+    if not methods:
+        raise InputError("--methods names none")
     mole = load_mole(o.model or TINY, o.pool or None, (), o.dtype, o.device)
     tasks = choose_tasks(mole, o)
-    methods = [m.strip() for m in o.methods.split(",") if m.strip()]
     for method in methods:
         for name in tasks:
             check_method(mole, f"adapter:{name}" if method == "oracle" else method, o.top_k)
@@ -150,8 +158,9 @@ def main():
             bar.update(len(texts))
         mean = sum(s["score"] for s in scores.values()) / len(scores)
         results[method] = {"mean": round(mean, 2), "tasks": scores}
-        if method.startswith("meteora"):
-            results[method]["gates"] = gate_accuracy(mole, tasks, method, o)
+        own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
+        if method.startswith("meteora") and own:
+            results[method]["gates"] = gate_accuracy(mole, own, method, o)
         timing[method] = round(time.perf_counter() - begin, 2)
     bar.close()
     save(o, mole, tasks, results, answers, timing)
@@ -168,6 +177,7 @@ def save(o, mole, tasks, results, answers, timing):
     write_json(out / "timing.json", {"seconds": timing} | machine)
     write_text(out / "results.md", table(results, tasks))
     print(table(results, tasks), end="")
+    print(f"wrote {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

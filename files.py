@@ -24,6 +24,9 @@ class InputError(Exception):
 
 def run_script(main):
     """Runs `main()` as a command: InputError is one line and exit status 2, Ctrl-C 130, a closed pipe 141."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()
@@ -176,8 +179,12 @@ def check_finite(path, name, tensor):
 
 def write_bytes(path, data):
     """Writes beside `path`, flushes to disk, renames: readers see the old file or the new one, never a part."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a device, a pipe: nothing to keep whole; a folder: an OSError
+        with open(path, "wb") as file:
+            file.write(data)
+        return
     partial = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves behind, the next save overwrites
     with open(partial, "wb") as file:
         file.write(data)

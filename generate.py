@@ -8,6 +8,7 @@ for whole answers.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from methods import Mole, check_method, default_method, load_mole, set_methods
 from model import KVCache
 from moe_lora import Recorder
 from tasks import fill
-from tokenizer import TextStream
+from tokenizer import TextStream, check_ids
 from viz import Palette, html_page, legend, paint
 
 TINY = Path(__file__).parent / "tiny"
@@ -87,13 +88,35 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
 
     method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
-    which adapters computed each token. `sampling`: the fields of Sampling. Raises InputError for bad input.
+    which adapters computed each token. `sampling`: the fields of Sampling. Raises InputError for bad input,
+    RuntimeError where another batch began on the same model before this one ended.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts, options = [prompts] if isinstance(prompts, str) else list(prompts), Sampling(**sampling)
+    check_values(options, top_k, gate_temperature)
+    if not prompts:
+        return
     ids = [encode_prompt(mole, prompt, raw, chat, truncate) for prompt in prompts]
     method = default_method(mole, top_k)[0] if method is None else method
-    set_methods(mole, [method] * len(ids) if isinstance(method, str) else method, top_k, gate_temperature)
-    yield from (token for token in decode(mole, ids, Sampling(**sampling), routing) if isinstance(token, Token))
+    methods = [method] * len(ids) if isinstance(method, str) else list(method)
+    if len(methods) != len(ids):
+        raise InputError(f"{len(methods)} methods for {len(ids)} prompts: give one, or one a prompt")
+    set_methods(mole, methods, top_k, gate_temperature)
+    yield from (token for token in decode(mole, ids, options, routing) if isinstance(token, Token))
+
+
+def check_values(sampling, top_k, gate_temperature):
+    """Raises InputError for values that no sampler or gate can use."""
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0)):
+        if not getattr(sampling, name) >= least:
+            raise InputError(f"--{name} is {getattr(sampling, name)}, expected at least {least}")
+    if not -(2**63) <= sampling.seed < 2**63:
+        raise InputError(f"--seed is {sampling.seed}, expected a number of 64 bits")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"--top_p is {sampling.top_p}, expected more than 0 and at most 1")
+    if not top_k >= 1:
+        raise InputError(f"--top_k is {top_k}, expected at least 1")
+    if not gate_temperature > 0:
+        raise InputError(f"--gate_temperature is {gate_temperature}, expected more than 0")
 
 
 def answer(mole, prompts, **options):
@@ -107,7 +130,7 @@ def answer(mole, prompts, **options):
 
 def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
     """Prompt -> token ids, through the pool's template, the chat template or neither. Raises InputError for a prompt
-    that is empty, too long, or tokenized to ids that the model doesn't have."""
+    that is too long, empty where there is no BOS, or tokenized to ids that the model doesn't have."""
     tokenizer, config = mole.tokenizer, mole.model.config
     if chat:
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), start=False)
@@ -117,8 +140,7 @@ def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
         if tokenizer.bos_id is None:
             raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")
         ids = [tokenizer.bos_id]
-    if max(ids) >= config.vocab_size:
-        raise InputError(f"token id {max(ids)}, but the model has {config.vocab_size}: wrong tokenizer for this model")
+    check_ids(ids, config.vocab_size)
     room = config.max_position_embeddings
     if len(ids) > room:
         if truncate == "no":
@@ -152,6 +174,7 @@ def decode(mole, ids, sampling, routing=False):
         seen = [row[-1] for row in seen]
     logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
+    turn = mole.turn
     texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
     for step in range(1, sampling.max_new_tokens + 1):
         chosen = choose(logits.float(), sampling, generators)
@@ -166,6 +189,8 @@ def decode(mole, ids, sampling, routing=False):
                 yield Token(row, index, text, seen[row] if routing else [], finish)
         if not any(active):
             return
+        if mole.turn != turn:
+            raise RuntimeError("another batch began on this model: finish one stream before starting the next")
         counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
         hidden, seen = _forward(mole, chosen[:, None], cache, counts, routing)
         logits = model.head(hidden[:, 0])
@@ -194,7 +219,7 @@ def choose(logits, sampling, generators):
     """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row by its generator."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0 at any temperature
     if 0 < sampling.sample_top_k < logits.shape[-1]:
         least = logits.topk(sampling.sample_top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -218,18 +243,9 @@ START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among t
 
 
 def check_options(o):
-    """Raises InputError for values that no sampler or gate can use."""
+    """Raises InputError for options that exclude each other."""
     if o.raw and o.chat:
         raise InputError("--raw and --chat exclude each other")
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0), ("top_k", 1)):
-        if not getattr(o, name) >= least:
-            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
-    if not -(2**63) <= o.seed < 2**63:
-        raise InputError(f"--seed is {o.seed}, expected a number of 64 bits")
-    if not 0 < o.top_p <= 1:
-        raise InputError(f"--top_p is {o.top_p}, expected more than 0 and at most 1")
-    if not o.gate_temperature > 0:
-        raise InputError(f"--gate_temperature is {o.gate_temperature}, expected more than 0")
     if len(o.method) > 1 and len(o.method) != len(o.prompt):
         raise InputError(f"{len(o.method)} times --method for {len(o.prompt)} prompts: give it once, or once a prompt")
 
@@ -336,6 +352,7 @@ def main():
         print(START)
         return
     check_options(o)
+    check_values(o, o.top_k, o.gate_temperature)
     adapters = read_adapters(o.adapter)
     prompts = [read_prompt(prompt) for prompt in o.prompt]
     mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device)
@@ -348,7 +365,7 @@ def main():
     methods = methods if len(methods) == len(prompts) else methods * len(prompts)
     ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
     set_methods(mole, methods, o.top_k, o.gate_temperature)
-    routing = sys.stdout.isatty() if o.routing is None else o.routing
+    routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.routing is None else o.routing
     recording = bool((routing and not o.json) or o.json or o.html)
     sampling = Sampling(o.max_new_tokens, o.temperature, o.sample_top_k, o.top_p, o.seed)
     run(mole, prompts, ids, methods, sampling, o, routing, recording)

@@ -40,13 +40,13 @@ def compute_ax(x, A):
 
 
 def _loop(x, A, B, idx, weight):
-    y = x.new_zeros(x.shape[0], B.shape[1])
+    y = torch.zeros(x.shape[0], B.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for j in idx.unique().tolist():
         rows, slots = (idx == j).nonzero(as_tuple=True)
         ax = x[rows] @ A[j].T.to(x.dtype)  # (tokens of j, r)
         bax = (ax * weight[rows, slots, None].to(x.dtype)) @ B[j].T.to(x.dtype)
-        y = y.index_add(0, rows, bax)
-    return y
+        y = y.index_add(0, rows, bax.to(y.dtype))
+    return y.to(x.dtype)
 
 
 def _bmm(x, A, B, idx, weight):

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from files import InputError, read_json, read_safetensors, read_text, write_json, write_safetensors, write_text
+from files import InputError, read_json, read_safetensors, read_text, warn, write_json, write_safetensors, write_text
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder, options, names=()):
-        """`names`: the tasks or adapters of the run; with the options they say which run it is."""
+        """`names`: the tasks, base and adapters of the run; with the options they say which run it is."""
         self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
         self.config = {k: v for k, v in asdict(options).items() if k not in ("resume", "save_every", "tensorboard")}
         self.config["names"] = list(names)
@@ -73,7 +73,7 @@ class Checkpoint:
         if not resume and not finished:
             raise InputError(f"{self.folder}: an unfinished run is here: go on with --resume, or remove the folder")
         if not resume:
-            return  # train again
+            return warn(f"{self.folder}: a finished run is here: training again replaces what it wrote")
         differ = [f"{k} was {known.get(k)!r}, now {v!r}" for k, v in self.config.items() if known.get(k) != v]
         if differ:
             raise InputError(f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}")
@@ -105,9 +105,10 @@ class Checkpoint:
             tensors |= {f"exp_avg_sq.{name}": state["exp_avg_sq"]}
         write_safetensors(self.file, tensors, {"step": str(step)})
 
-    def finish(self):
+    def finish(self, written):
         self.write_config(finished=True)
         self.file.unlink(missing_ok=True)
+        print(f"wrote {written}", file=sys.stderr)
 
 
 def fit(checkpoint, params, o, step_loss, clip=clip_norm):
@@ -124,26 +125,34 @@ def fit(checkpoint, params, o, step_loss, clip=clip_norm):
     board = _tensorboard(checkpoint.folder) if o.tensorboard else None
     rows, header = checkpoint.rows, None
     bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, o)
-        optimizer.zero_grad(set_to_none=True)
-        logged = step_loss(step)
-        norm = clip(list(params.values()), o.clip)
-        if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32")
-        optimizer.step()
-        logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
-        header = list(logged)
-        rows.append([f"{value:.6g}" for value in logged.values()])
-        bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
-        if board:
-            for name, value in logged.items():
-                board.add_scalar(name, value, step + 1)
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
-            write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
-            checkpoint.save(step + 1, params, optimizer)
+    try:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, o)
+            optimizer.zero_grad(set_to_none=True)
+            logged = step_loss(step)
+            norm = clip(list(params.values()), o.clip)
+            if not math.isfinite(norm):
+                raise InputError(
+                    f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32"
+                )
+            optimizer.step()
+            logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
+            header = list(logged)
+            rows.append([f"{value:.6g}" for value in logged.values()])
+            bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
+            if board:
+                for name, value in logged.items():
+                    board.add_scalar(name, value, step + 1)
+            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+                # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
+                write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
+                checkpoint.save(step + 1, params, optimizer)
+    except KeyboardInterrupt:
+        bar.close()
+        where = "the last checkpoint" if checkpoint.file.exists() else "the start: there is no checkpoint yet"
+        warn(f"stopped; --resume goes on from {where}")
+        raise
     for param in params.values():
         param.requires_grad_(False)
 

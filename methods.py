@@ -32,15 +32,18 @@ class Mole:
     template: str = "{prompt}"
     attached: tuple | None = None  # what is attached: gate file, temperature, spelling, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
+    turn: int = 0  # how often set_methods was called: one batch at a time
 
     @property
     def eos_ids(self):
-        ids = set(self.model.config.eos_token_ids)
-        return ids or ({self.tokenizer.eos_id} - {None})
+        """What ends a text: the model's EOS ids and the tokenizer's, which adapters are trained to end with."""
+        return {*self.model.config.eos_token_ids, self.tokenizer.eos_id} - {None}
 
 
 def load_mole(model, pool=None, extra=(), dtype="auto", device="auto"):
     """Model folder, pool folder (default: the model's own, where it is one) and extra {name: PEFT folder} -> Mole."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.empty(0, device=device)
@@ -88,7 +91,7 @@ def default_method(mole, k):
     if mole.pool is None:
         return "base", "no adapters here"
     many = f"{len(mole.pool.names)} adapters"
-    gates = sorted(mole.folder.path.glob("gates/meteora_top*.safetensors")) if mole.folder else []
+    gates = sorted(mole.folder.path.glob("gates/meteora_top[1-9].safetensors")) if mole.folder else []
     for file in [gate_file(mole, k), *gates] if gates else []:
         if file.exists():
             found = file.stem.removeprefix("meteora_top")
@@ -130,6 +133,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
     gates are needed that are missing, naming the command that makes them."""
     for name in names:
         check_method(mole, name, top_k)
+    mole.turn += 1
     if mole.pool is None:
         return
     ks = {gates_of(name, top_k) for name in names} - {None}

@@ -1,7 +1,8 @@
 """Exact match, yes/no, final number, BLEU, ROUGE: strings in, numbers from 0 to 100 out.
 
 An empty answer is a wrong answer, never dropped. BLEU is sacrebleu's corpus level; the other scores are means over
-examples. Intervals are 95 % percentile bootstraps over the examples, seeded.
+examples. Intervals are 95 % percentile bootstraps over the examples, seeded; where all examples score alike, as at 0 or
+100 %, a bootstrap has no width and says nothing about what other examples would give.
 """
 
 import re
@@ -42,9 +43,10 @@ def yes_no(answer, target):
 
 
 def final_number(text):
-    """The number after '####', else the last one in the text, as GSM8K is scored; None where there is none."""
-    numbers = re.findall(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", text.split("####")[-1])
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None  # exact at any length
+    """The first number after '####', as GSM8K marks its answers, else the last one in the text; None without any."""
+    _, mark, marked = text.partition("####")
+    numbers = re.findall(r"(?:(?<!\d)-)?(?:\d[\d,]*\.?\d*|\.\d+)", marked if mark else text)
+    return Decimal(numbers[0 if mark else -1].replace(",", "")) if numbers else None  # exact at any length
 
 
 def gsm8k(answer, target):

@@ -44,7 +44,6 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    bos_token_id: int | None = None
     eos_token_ids: tuple = ()
 
 
@@ -81,20 +80,23 @@ def read_config(path):
     head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
     if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
         raise InputError(f"{file}: head_dim is {head_dim}, expected a positive even number (rotary pairs)")
-    if not isinstance(raw.get("rms_norm_eps", 1e-6), (int, float)):
-        refuse("rms_norm_eps", "a number")
+    eps = raw.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        refuse("rms_norm_eps", "a number above 0")
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(raw.get(name, False), bool):
+            refuse(name, "true or false")
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), (dict, type(None))):
             refuse(name, "an object or null")
     return LlamaConfig(
         **sizes,
         head_dim=head_dim,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=eps,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         attention_bias=raw.get("attention_bias", False),
         mlp_bias=raw.get("mlp_bias", False),
         rope=_read_rope(raw, file),
-        bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=_read_eos(raw, folder),
     )
 
@@ -112,8 +114,9 @@ def _read_rope(raw, file):
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     for name in ("rope_theta", *needed.get(rope["rope_type"], ())):
-        if not isinstance(rope.get(name), (int, float)):
-            raise InputError(f"{file}: rope {rope['rope_type']!r}: {name} is {rope.get(name)!r}, expected a number")
+        if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
+            found = f"{name} is {rope.get(name)!r}"
+            raise InputError(f"{file}: rope {rope['rope_type']!r}: {found}, expected a number above 0")
     return rope
 
 
@@ -125,7 +128,10 @@ def _read_eos(raw, folder):
             eos = read_json(generation).get("eos_token_id", eos)
         except InputError as error:
             warn(f"{error}; using the eos_token_id of config.json")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(isinstance(index, int) for index in eos):
+        raise InputError(f"{folder}: eos_token_id is {list(eos)}, expected a whole number or a list of them")
+    return eos
 
 
 # Rotary positions ---------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.d, self.h = c.head_dim, c.hidden_size
+        self.d = c.head_dim
         self.groups = c.num_attention_heads != c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
@@ -380,10 +386,10 @@ def load_llama(folder, dtype=None, device="cpu"):
                     raise InputError(f"{file}: {name} is {got}, expected {want}; {_deciding_fields(name)}")
                 if tensor.dtype not in (*DTYPES.values(), torch.float64):
                     raise InputError(f"{file}: {name} holds {tensor.dtype}, expected float32, bfloat16 or float16")
-                check_finite(file, name, tensor)
                 dtype = dtype or tensor.dtype
                 marks[name] = f"{name} {got}".encode() + tensor.flatten()[:256].float().numpy().tobytes()
                 found[name] = tensor.to(device, dtype)
+                check_finite(file, name, found[name])  # after the cast, which may overflow
     if missing := sorted(expected.keys() - found.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder}: tensor {missing[0]}{more} missing; {_deciding_fields(missing[0])}")

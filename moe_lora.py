@@ -8,7 +8,7 @@ operation and one small protocol for whatever chooses:
     gate(x: (n, i), sample: (n,) int64, ax: callable -> (n, e, r)) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
 
 `sample` is the row of the batch that a token belongs to, `ax` gives A x of all adapters, computed once and shared with
-the kernel. Unused slots weigh 0. To try a gate of your own, write an nn.Module with that forward and attach it.
+the dense kernel. Unused slots weigh 0. To try a gate of your own, write an nn.Module with that forward and attach it.
 
 Letters, here and everywhere: b batch, t positions, n tokens (b*t, flattened), e adapter slots in the pool, k adapters
 a token uses, r rank, i/o in/out features of a Linear, v vocabulary, m gated Linears. W base weight (o, i), A (e, r, i),
@@ -94,7 +94,7 @@ class MeteoraGate(nn.Module):
         top, idx = logits.topk(min(self.k, logits.shape[1]), dim=-1)  # (n, k)
         if self.k == 1:  # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
             return Mixture(idx, torch.ones_like(top))
-        return Mixture(idx, F.softmax(top / self.temperature, dim=-1))
+        return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
 
 
 class SampleGate(nn.Module):

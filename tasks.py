@@ -5,6 +5,7 @@ metric. What a training step sees is a pure function of (seed, step): a resumed 
 to go on with the same data.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,13 @@ def draw(items, name, step, count, seed):
     picked = []
     for position in range(step * count, (step + 1) * count):
         epoch, index = divmod(position, len(items))
-        order = random.Random(f"{seed}/{name}/{epoch}").sample(range(len(items)), len(items))
-        picked.append(items[order[index]])
+        picked.append(items[_order(seed, name, epoch, len(items))[index]])
     return picked
+
+
+@functools.lru_cache(maxsize=256)  # more tasks than a run has
+def _order(seed, name, epoch, n):
+    return random.Random(f"{seed}/{name}/{epoch}").sample(range(n), n)
 
 
 def micro_batches(examples, max_tokens):

@@ -12,6 +12,12 @@ from pathlib import Path
 from files import InputError, read_json, read_known, read_text
 
 
+def check_ids(ids, vocab_size):
+    """Raises InputError where an id is beyond the model's embedding."""
+    if max(ids) >= vocab_size:
+        raise InputError(f"token id {max(ids)}, but the model has {vocab_size}: wrong tokenizer for this model")
+
+
 class Tokenizer:
     """encode, decode, chat. `bos_id` and `eos_id` may be None; `adds_bos` says whether texts begin with BOS."""
 
@@ -102,7 +108,7 @@ class _Json:
         self.fast.no_padding()
         self.fast.no_truncation()
         started, bare = (self.fast.encode("a", add_special_tokens=special).ids for special in (True, False))
-        self.first = started[0] if len(started) > len(bare) and started[0] != bare[0] else None  # the post-processor's
+        self.first = started[0] if started[:1] != bare[:1] else None  # the post-processor's
         self.adds_bos = self.first is not None
 
     def __len__(self):

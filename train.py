@@ -27,6 +27,7 @@ from adapters import (
     Adapter,
     Pool,
     PoolFolder,
+    is_pool,
     linear_shapes,
     load_adapter,
     peft_config,
@@ -40,13 +41,14 @@ from loop import Checkpoint, Run, fit
 from model import DTYPES, Llama, LlamaConfig, load_llama
 from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, fixed_rows, save_gates
 from tasks import collate, draw, encode_all, load_tasks, micro_batches
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_ids
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
 class BaseRun(Run):
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, auto = float32; saved in bfloat16
     text: str = ""  # UTF-8 text to train on, a document a line
     vocab_size: int = 2048  # sentencepiece pieces
     hidden_size: int = 256  # width
@@ -96,6 +98,10 @@ class GatesRun(Run):
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates
 
 
+BASE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "max_position_embeddings", "vocab_size", "block_size")  # fmt: skip
+
+
 # base ---------------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +128,8 @@ def train_base(o):
     if not o.text:
         raise InputError("train.py base needs --text FILE, a document a line")
     folder = Path(o.model)
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists() and not (folder / "runs" / "base" / "config.json").exists():
+        raise InputError(f"{folder}: holds a model that this command didn't make: name another --model")
     checkpoint = Checkpoint(folder / "runs" / "base", o)
     if checkpoint.finished:
         return finished(checkpoint)
@@ -158,7 +165,16 @@ def train_base(o):
     fit(checkpoint, params, o, step_loss)
     write_safetensors(folder / "model.safetensors", {n: p.data.to(torch.bfloat16) for n, p in params.items()})
     write_json(folder / "config.json", raw)
-    checkpoint.finish()
+    checkpoint.finish(folder)
+
+
+def check_heads(o):
+    """Raises InputError where heads don't divide the width into even parts."""
+    if o.hidden_size % (2 * o.num_attention_heads) or o.num_attention_heads % o.num_key_value_heads:
+        raise InputError(
+            f"--num_attention_heads is {o.num_attention_heads}, expected hidden_size {o.hidden_size} to be an even "
+            f"multiple of it, and it to be a multiple of num_key_value_heads {o.num_key_value_heads}"
+        )
 
 
 def base_config(o, tokenizer):
@@ -166,9 +182,6 @@ def base_config(o, tokenizer):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     sizes = {name: getattr(o, name) for name in (*names, "max_position_embeddings")}
     sizes |= {"vocab_size": len(tokenizer), "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-    if o.hidden_size % o.num_attention_heads or o.num_attention_heads % o.num_key_value_heads:
-        raise InputError(f"num_attention_heads {o.num_attention_heads}: expected a divisor of hidden_size "
-                         f"{o.hidden_size} and a multiple of num_key_value_heads {o.num_key_value_heads}")  # fmt: skip
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rope_theta": 10000.0}
     config = LlamaConfig(**sizes, head_dim=o.hidden_size // o.num_attention_heads)
@@ -192,14 +205,18 @@ def train_adapters(o):
     its own adapter, and each adapter gets the gradient and the clipping that it would get alone."""
     tasks = load_tasks(required(o, "tasks"), o.only)
     folder = Path(required(o, "pool"))
-    checkpoint = Checkpoint(folder / "runs" / "adapters", o, tasks)
+    if is_pool(folder) and not (folder / "pool.json").exists():
+        raise InputError(
+            f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
+        )
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    checkpoint = Checkpoint(folder / "runs" / "adapters", o, [*tasks, f"base {model.fingerprint}"])
     if checkpoint.finished:
         return finished(checkpoint)
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
     known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=o.template)
     check_pool(known, model, o, o.template)
     shapes = linear_shapes(model)
-    examples = tokenize(tasks, tokenizer, o.template, o)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, o.template, o)
     targets = {path: shape for path, shape in shapes.items() if path.endswith(tuple(o.target))}
     if unknown := [t for t in o.target if not any(path.endswith(f".{t}") for path in shapes)]:
         raise InputError(f"--target {unknown[0]}: no such Linear, expected some of {', '.join(LINEARS)}")
@@ -215,7 +232,7 @@ def train_adapters(o):
 
     fit(checkpoint, params, o, step_loss, clip_each)
     save_adapters(pool, tasks, model, known, o)
-    checkpoint.finish()
+    checkpoint.finish(f"{known.path / 'adapters'}/{{{','.join(tasks)}}}")
 
 
 def check_adapter_options(o):
@@ -303,18 +320,19 @@ def train_gates(o):
     tasks = load_tasks(required(o, "tasks"), sorted(known.adapters))
     if o.top_k < 1 or o.top_k > len(known.adapters):
         raise InputError(f"--top_k is {o.top_k}, expected 1 to {len(known.adapters)}, the adapters of {known.path}")
-    checkpoint = Checkpoint(known.path / "runs" / f"gates_top{o.top_k}", o, tasks)
-    if checkpoint.finished:
-        return finished(checkpoint)
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     adapters = [load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())]
+    bound = [f"{adapter.name} {adapter.hash}" for adapter in adapters]
+    checkpoint = Checkpoint(known.path / "runs" / f"gates_top{o.top_k}", o, [*bound, f"base {model.fingerprint}"])
+    if checkpoint.finished:
+        return finished(checkpoint)
     pool = Pool.of(adapters, shapes, model.model.embed_tokens.weight.dtype)
     zeros = {path: torch.zeros(pool.capacity, A.shape[2]) for path, A in pool.A.items()}
     gates = {path: MeteoraGate(G, o.top_k, o.gate_temperature) for path, G in zeros.items()}
     attach(model, pool, gates)
-    examples = tokenize(tasks, tokenizer, known.template, o)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o)
     names, gate_loss = sorted(tasks), GateLoss(gates)
 
     def step_loss(step):
@@ -328,7 +346,7 @@ def train_gates(o):
         gate.weight.data = gate.weight.data.to(DTYPES[o.save_dtype])
     file = known.path / "gates" / f"meteora_top{o.top_k}.safetensors"
     save_gates(file, gates, pool, o.top_k, pool.names)
-    checkpoint.finish()
+    checkpoint.finish(file)
 
 
 def gates_step(model, pool, gate_loss, picked, o):
@@ -359,11 +377,12 @@ def required(o, name):
     return getattr(o, name)
 
 
-def tokenize(tasks, tokenizer, template, o):
+def tokenize(tasks, tokenizer, vocab_size, template, o):
     """{task name: [Example]} of the train splits, those over --max_length left out with a warning."""
     examples, long = {}, 0
     for name, task in tasks.items():
         examples[name], dropped = encode_all(tokenizer, template, task.train, name, o.max_length)
+        check_ids([index for example in examples[name] for index in example.ids], vocab_size)
         long += dropped
     if long:
         warn(f"{long} training examples of more than --max_length {o.max_length} tokens are left out")
@@ -379,11 +398,14 @@ def main():
     command, o = parse_command(commands, description="Train a base, adapters or gates.")
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
     least |= {"r": 1, "samples": 0} if command == "adapters" else {}
+    least |= {"seed": 0, **dict.fromkeys(BASE_SIZES, 1)} if command == "base" else {}
     for name, smallest in least.items():
         if not getattr(o, name) >= smallest:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
     if command == "adapters":
         check_adapter_options(o)
+    if command == "base":
+        check_heads(o)
     print(json.dumps(asdict(o)), file=sys.stderr)
     {"base": train_base, "adapters": train_adapters, "gates": train_gates}[command](o)
 
