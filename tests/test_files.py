@@ -372,3 +372,22 @@ def test_full_disk():
         err = process.communicate(timeout=100)[1]
     assert process.returncode == 2, (process.returncode, err)
     assert err == "error: standard output: No space left on device\n"
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    """Renaming over them would leave the file that the link names as it was, or replace a device by a file."""
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+
+
+def test_closed_streams_are_not_a_traceback(tmp_path):
+    """A daemon or a cron job may start us with no standard output at all."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from files import run_script; run_script(lambda: print(1))"
+    done = subprocess.run(f'exec "{sys.executable}" -c "$CODE" >&- <&-', shell=True, env=os.environ | {"CODE": code})
+    assert done.returncode == 0

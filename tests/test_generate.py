@@ -114,6 +114,27 @@ def test_batch_equals_each_prompt_alone(mole, methods):
     assert len(said) >= len(first) - 1, "methods that all answer alike prove nothing (meteora is meteora_top2)"
 
 
+def test_two_streams_on_one_model_are_refused(mole):
+    """The adapters of a batch live in the model: a second stream would hand its own to the first, in silence."""
+    first = stream(mole, "the fox", method=f"adapter:{mole.pool.names[0]}", max_new_tokens=5)
+    next(first)
+    answer(mole, "the dog", method="base", max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="another batch began"):
+        list(first)
+
+
+def test_values_are_checked_for_importers_too(mole):
+    """Importers meet the same bad values as the command line; unchecked, they sample from NaN without a word."""
+    assert answer(mole, []) == []
+    bad = ({"temperature": -1.0}, {"top_k": 0}, {"gate_temperature": 0.0}, {"top_p": 0.0}, {"method": ["base"] * 2})
+    for options in bad:
+        with pytest.raises(InputError):
+            answer(mole, "the fox", **options)
+    for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-40, "method": "meteora"}):
+        greedy = answer(mole, "the fox", max_new_tokens=5, **options)  # the limit of both is the largest alone
+        assert greedy == answer(mole, "the fox", max_new_tokens=5, **options | {"temperature": 0.0})
+
+
 def test_recorded_adapters_are_those_asked_for(mole):
     """The colours are what people look at to see whether routing works: they must be the adapters that computed."""
     rows = tokens_of(mole, PROMPTS[:4], ["base", "adapter:birch", "uniform", "meteora_top2"], routing=True)

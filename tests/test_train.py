@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_adapters
+from conftest import ROOT, write_adapters, write_llama
 
 import loop
 import train
@@ -304,6 +305,37 @@ def test_resume_notices_other_tasks(small_model, tmp_path, monkeypatch):
     write_tasks(tmp_path / "one", ("plurals",))
     with pytest.raises(InputError, match="plurals"):
         run(o, resume=True)
+
+
+def test_resume_notices_other_adapters(small_model, tmp_path):
+    """Gates are bound to their adapters: 'finished already' after these were trained again would leave gates that
+    no pool accepts, and half a run over each set would be bound to the second."""
+    gates = options("top1", small_model, tmp_path / "out", steps=1)
+    run(gates)
+    write_adapters(Path(gates.pool) / "adapters", load_llama(small_model), reversed(ANSWERS))
+    with pytest.raises(InputError, match="names was"):
+        run(gates, resume=True)
+
+
+def test_what_others_made_is_not_overwritten(small_model, tmp_path):
+    """A model folder or a folder of PEFT adapters given by mistake must not be replaced, nor its adapters left out."""
+    base = options("base", small_model, tmp_path / "a" / "out", steps=1)
+    shutil.copytree(small_model, base.model)
+    with pytest.raises(InputError, match="a model that this command didn't make"):
+        run(base)
+    assert (Path(base.model) / "model.safetensors").read_bytes() == (small_model / "model.safetensors").read_bytes()
+    adapters = options("adapters", small_model, tmp_path / "b" / "out", steps=1)
+    write_adapters(adapters.pool, load_llama(small_model), ["elm"])
+    with pytest.raises(InputError, match=r"no pool\.json"):
+        run(adapters)
+
+
+def test_a_tokenizer_of_another_model_is_refused(small_model, tmp_path):
+    """Ids beyond the embedding end in an IndexError from inside torch, or on a GPU in a dead process."""
+    model = write_llama(tmp_path / "model", vocab_size=300)
+    shutil.copy(small_model / "tokenizer.model", model)
+    with pytest.raises(InputError, match="the model has 300: wrong tokenizer"):
+        run(options("adapters", model, tmp_path / "out", steps=1))
 
 
 def test_bad_input_leaves_no_run_behind(small_model, tmp_path):
