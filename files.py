@@ -169,9 +169,10 @@ def read_safetensors(path):
 def check_finite(path, name, tensor):
     """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at load."""
     if tensor.is_floating_point() and tensor.numel():
-        ends = torch.stack(torch.aminmax(tensor))  # NaN in both where there is one; unlike a sum, without a copy
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+        ends = torch.stack(torch.aminmax(wide))  # NaN in both where there is one; unlike a sum, without a copy
         if not torch.isfinite(ends).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+            bad = int((~torch.isfinite(wide)).sum())
             raise InputError(f"{path}: {name} holds {bad} NaN or Inf values of {tensor.numel()}")
 
 
