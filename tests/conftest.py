@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--real_model", help="folder of a real Llama with its tokenizer, for the tests marked real")
-    parser.addoption("--real_tasks", help="folder of real task folders, for the tests marked real")
 
 
 @pytest.fixture
@@ -27,13 +26,6 @@ def real_model(request):
     """The folder given as --real_model; asking for real tests without one is an error, not a skip."""
     folder = request.config.getoption("--real_model")
     assert folder, "tests marked real need --real_model DIR"
-    return folder
-
-
-@pytest.fixture
-def real_tasks(request):
-    folder = request.config.getoption("--real_tasks")
-    assert folder, "tests marked real need --real_tasks DIR"
     return folder
 
 
