@@ -57,10 +57,6 @@ class Tokenizer:
         """Ids -> text, special tokens left out."""
         return self.backend.decode(list(ids))
 
-    def text_of(self, index):
-        """One token by itself, spaces kept: for showing, not for joining (characters may span tokens)."""
-        return self.backend.text_of(index)
-
     def _read_chat_template(self, folder):
         if (folder / "chat_template.jinja").exists():
             return read_text(folder / "chat_template.jinja")
@@ -120,12 +116,6 @@ class _Json:
     def decode(self, ids):
         return self.fast.decode(ids, skip_special_tokens=True)
 
-    def text_of(self, index):
-        token = self.fast.id_to_token(index)
-        if token is None:
-            return ""
-        return token.replace("▁", " ") if "▁" in token else self.fast.decode([index], skip_special_tokens=False)
-
     def token(self, index):
         return self.fast.id_to_token(index)
 
@@ -176,12 +166,6 @@ class _SentencePiece:
 
     def decode(self, ids):
         return self.pieces.decode([i for i in ids if i < len(self)])
-
-    def text_of(self, index):
-        if index >= len(self):
-            return ""
-        piece = self.pieces.id_to_piece(index)
-        return bytes([int(piece[3:5], 16)]).decode("latin-1") if self.pieces.is_byte(index) else piece.replace("▁", " ")
 
     def token(self, index):
         return self.pieces.id_to_piece(index)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes tiny/, the embedded default, from nothing: about an hour on two CPU cores. Killed, it goes on where it was.
+# Makes tiny/, the embedded default, from nothing: roughly an hour on two CPU cores. Killed, it goes on where it was.
 #   runs/cpu.sh [FOLDER]        default: out/tiny
 set -euo pipefail
 cd "$(dirname "$0")/.."

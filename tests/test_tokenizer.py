@@ -148,14 +148,6 @@ def test_special_tokens_have_their_ids(tokenizers, tmp_path):
     assert (Tokenizer(folder).bos_id, Tokenizer(folder).eos_id) == (2, 1)  # the config's word counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_of_one_token_keeps_its_space(tokenizers, kind):
-    """Shown one by one, tokens without their spaces run into a single word."""
-    ours = tokenizers[kind]
-    shown = "".join(ours.text_of(index) for index in ours.encode("the plural of fox", start=False))
-    assert shown.removeprefix(" ") == "the plural of fox"
-
-
 def test_tokenizer_json_comes_first(tmp_path):
     """Llama 3's folder holds both, and its tokenizer.model is a tiktoken file that sentencepiece can't read."""
     folder = write_tokenizer(tmp_path / "t", "llama3")
