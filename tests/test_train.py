@@ -761,7 +761,7 @@ def test_transformers_reads_our_base(base):
     model, tokenizer = load_llama(base.model, torch.float32), Tokenizer(base.model)
     ids = tokenizer.encode("[INST] the lazy dog [/INST]\n2024")
     assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-    pieces = [tokenizer.backend.token(i) for i in ids]
+    pieces = [tokenizer.decode([i]).strip(" ") for i in ids]
     assert {"[INST]", "[/INST]", "\n"} <= set(pieces) and pieces[-4:] == ["2", "0", "2", "4"]
     theirs = LlamaForCausalLM.from_pretrained(base.model, dtype=torch.float32).eval()
     with torch.no_grad():
