@@ -1,14 +1,19 @@
-"""Methods x tasks: one table, one JSON.
+"""Methods x tasks, and composites: one table, one JSON.
 
     python eval.py                                                       tiny/ on its own tasks
+    python eval.py --methods base,oracle,meteora --composite 3,5,10      and several questions in one prompt
     python eval.py --model DIR --pool DIR --tasks DIR --methods base,oracle,meteora_top1,adapter:NAME --out DIR
 
 Every answer is generated greedily from the test split and scored by its task's metric, with a 95 % bootstrap
 interval over the examples. For MeteoRA's gates it also counts how often a gate's first choice, at the tokens of the
-held-out responses, is the task's own adapter. Two runs with the same options write the same results.json.
+held-out responses, is the task's own adapter. What is done lies in OUT/cells: the same command goes on where it was
+stopped. Two runs with the same options write the same results.json.
 """
 
+import hashlib
 import platform
+import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,11 +23,19 @@ import torch
 from tqdm import tqdm
 
 import tiny_tasks
+from composites import (
+    answer_composites,
+    choose_temperature,
+    composites,
+    draw_composite,
+    encode_spans,
+    score_composites,
+)
 from config import parse_args
-from files import InputError, run_script, write_json, write_jsonl, write_text
+from files import InputError, read_json, run_script, warn, write_json, write_jsonl, write_text
 from generate import TINY, Sampling, check_values, decode, encode_prompt
-from methods import check_method, load_mole, set_methods
-from metrics import score
+from methods import check_method, for_task, load_mole, set_methods, setup_of
+from metrics import score, score_meteora, signature
 from moe_lora import GateLoss, attached
 from tasks import Task, collate, encode, load_tasks, micro_batches
 from tokenizer import check_ids
@@ -35,20 +48,25 @@ class Options:
     tasks: str = ""  # folder of task folders, default those of tiny/
     only: list[str] = field(default_factory=list)  # this task alone; repeatable; default every adapter's own
     methods: str = "base,oracle,meteora"  # separated by commas; oracle is each task with its own adapter
+    composite: str = ""  # questions in a composite prompt, as 3,5,10; each size is a table of its own
+    composites: int = 200  # composite prompts of each size
+    composite_temperature: str = "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
     top_k: int = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     limit: int = 0  # examples a task, 0 = all
     max_new_tokens: int = 64  # tokens an answer may have
     batch_size: int = 16  # prompts decoded together
+    meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora), to compare with it
     dtype: str = "auto"  # of the weights, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # of the bootstrap and of the composites
     out: str = "out/eval"  # folder for results.json, results.md, answers.jsonl, timing.json
 
 
 def tiny_test_tasks(names, n=100):
-    """The test splits of the embedded tasks, made on the spot."""
-    return {name: Task(name, "exact_match", [], tiny_tasks.examples(name, "test", n)) for name in names}
+    """The embedded tasks, made on the spot: test splits, and some training examples for composites."""
+    splits = {name: [tiny_tasks.examples(name, split, n) for split in ("train", "test")] for name in names}
+    return {name: Task(name, "exact_match", *both) for name, both in splits.items()}
 
 
 def answer_all(mole, prompts, method, o):
@@ -79,9 +97,8 @@ def gate_accuracy(mole, tasks, method, o):
         starts = torch.tensor([example.n_prompt for example in part])[:, None]
         response = batch.real & (torch.arange(batch.ids.shape[1]) >= starts)
         labels = torch.tensor([mole.pool.slot(name) for name in batch.tasks])[:, None].expand(batch.ids.shape)
-        device = mole.model.model.embed_tokens.weight.device
-        loss.start(labels.masked_fill(~response, -100).flatten().to(device))
-        mole.model.model(batch.ids.to(device))
+        loss.start(labels.masked_fill(~response, -100).flatten().to(mole.device))
+        mole.model.model(batch.ids.to(mole.device))
         right, n = right + loss.right, n + int(response.sum())
     loss.remove()
     share = {path: 100 * float(r) / n for path, r in zip(gates, right, strict=True)}
@@ -91,22 +108,7 @@ def gate_accuracy(mole, tasks, method, o):
     return {"right": mean[0], "first_qkv": mean[1], "tokens": n}
 
 
-def table(results, tasks):
-    """results.json as Markdown: a row a task, a column a method, score [low, high]."""
-    methods = list(results)
-    lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    for name in tasks:
-        cells = [results[m]["tasks"][name] for m in methods]
-        shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
-        lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
-    lines.append("| mean | | " + " | ".join(f"{results[m]['mean']:.1f}" for m in methods) + " |")
-    lines += [
-        f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
-        f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
-        for m in methods
-        if "gates" in results[m]
-    ]
-    return "\n".join(lines) + "\n"
+# What is asked for --------------------------------------------------------------------------------------------------
 
 
 def choose_tasks(mole, o):
@@ -128,56 +130,193 @@ def choose_tasks(mole, o):
     return tasks
 
 
-def main():
-    o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
-    methods = [m.strip() for m in o.methods.split(",") if m.strip()]
-    for name, least in (("batch_size", 1), ("top_k", 1), ("limit", 0), ("seed", 0)):
+def read_list(text, name, kind):
+    """'3,5,10' -> [3, 5, 10]. Raises InputError."""
+    try:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0]
+    if any(not value > 0 for value in values):
+        raise InputError(f"--{name} is {text!r}, expected numbers above 0 with commas between them")
+    return values
+
+
+def check_options(o):
+    """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
+    for name, least in (("batch_size", 1), ("top_k", 1), ("limit", 0), ("seed", 0), ("composites", 1)):
         if getattr(o, name) < least:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
     check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
+    methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
     if not methods:
         raise InputError("--methods names none")
+    temperatures = read_list(o.composite_temperature, "composite_temperature", float)
+    if not temperatures:
+        raise InputError("--composite_temperature names none")
+    return methods, read_list(o.composite, "composite", int), temperatures
+
+
+# Cells: what is done is kept ----------------------------------------------------------------------------------------
+
+
+class Cells:
+    """OUT/cells: the answers of each method on each task, written as they are done; a later run with the same options,
+    base and adapters takes them from there, a run with others begins anew."""
+
+    def __init__(self, out, meta):
+        self.folder = Path(out) / "cells"
+        known = self.folder / "meta.json"
+        if self.folder.exists() and (not known.exists() or read_json(known) != meta):
+            warn(f"{self.folder}: of a run with other options, base or adapters: begins anew")
+            shutil.rmtree(self.folder)
+        if not known.exists():
+            write_json(known, meta)
+
+    def get(self, name, make):
+        """What make() returned for the cell `name`, now or earlier, with the "seconds" that it took."""
+        safe = re.sub(r"[^\w.-]", "_", name) + "-" + sha256(name.encode())[:8]
+        file = self.folder / f"{safe}.json"
+        if not file.exists():
+            begin = time.perf_counter()
+            made = make()
+            write_json(file, made | {"seconds": round(time.perf_counter() - begin, 3)})
+        return read_json(file)
+
+    def remove(self):
+        shutil.rmtree(self.folder)
+
+
+def evaluate(mole, tasks, methods, cells, o):
+    """Every method on every task -> (results, rows of answers.jsonl, seconds a method)."""
+    results, answers, timing = {}, [], {}
+    score_one = score_meteora if o.meteora_metrics else score
+    with tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1) as bar:
+        for method in methods:
+            scores, timing[method] = {}, 0.0
+            for name, task in tasks.items():
+                bar.set_postfix_str(f"{method} on {name}")
+                used, prompts = for_task(method, name), [row["prompt"] for row in task.test]
+                cell = cells.get(f"{used} on {name}", lambda p=prompts, m=used: {"answers": answer_all(mole, p, m, o)})
+                texts, timing[method] = cell["answers"], timing[method] + cell["seconds"]
+                scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], o.seed))
+                rows = zip(task.test, texts, strict=True)
+                answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
+                bar.update(len(texts))
+            mean = sum(s["score"] for s in scores.values()) / len(scores)
+            results[method] = {"mean": round(mean, 2), "tasks": scores}
+            own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
+            if method.startswith("meteora") and own:
+                found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, o))
+                results[method]["gates"] = {key: found[key] for key in ("right", "first_qkv", "tokens")}
+    return results, answers, {method: round(seconds, 2) for method, seconds in timing.items()}
+
+
+def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
+    """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl). `oracle` is the
+    ceiling: each question and each answer runs through its own task's adapter. lorahub, which has weights for one task
+    at a time, is left out."""
+    results, answers = {}, []
+    for n, asked in drawn.items():
+        table = results[str(n)] = {}
+        for method in tqdm([m for m in methods if m != "lorahub"], desc=f"composite-{n}", file=sys.stderr):
+            part = setup_of(mole, method, o.top_k)[1]
+            search = part not in (None, "meteora_top1", "loraflow") and len(temperatures) > 1  # those have none
+            temperature = temperatures[0]
+            if search:
+                trial = composites(tasks, n, max(1, o.composites // 4), mole.template, o.seed, split="train")
+                temperature = cells.get(
+                    f"temperature of {method} on composite-{n}",
+                    lambda m=method, t=trial: {"best": choose_temperature(mole, t, m, tasks, temperatures, o)},
+                )["best"]
+            cell = cells.get(
+                f"{method} on composite-{n}",
+                lambda m=method, t=temperature, a=asked: {"answers": answer_composites(mole, a, m, t, o)},
+            )
+            table[method] = score_composites(asked, cell["answers"], tasks, o)
+            if part:
+                picture = draw_composite(mole, asked[0], method, temperature, o)
+                write_text(Path(o.out) / f"composite-{n}-{method}.svg", picture)
+            if search:
+                table[method]["temperature"] = temperature
+            for c, text in zip(asked, cell["answers"], strict=True):
+                row = {"method": method, "composite": n, "prompt": c.prompt, "answer": text}
+                answers.append(row | {"responses": [[name, row["response"]] for name, row in c.questions]})
+    return results, answers
+
+
+# The tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(results, tasks):
+    """A row a task, a column a method, score [low, high], as Markdown."""
+    methods = list(results)
+    lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for name in tasks:
+        cells = [results[m]["tasks"][name] for m in methods]
+        shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
+        lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
+    lines.append("| mean | | " + " | ".join(f"{results[m]['mean']:.1f}" for m in methods) + " |")
+    lines += [
+        f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
+        f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
+        for m in methods
+        if "gates" in results[m]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def composite_table(composite):
+    """A row a size and method: attempted and right of the n questions, as Markdown."""
+    lines = ["| composite | method | prompts | attempted | right |", "|---|---|---|---|---|"]
+    for n, methods in composite.items():
+        for method, r in methods.items():
+            shown = [f"{r[key]:.2f} [{r[key + '_low']:.2f}, {r[key + '_high']:.2f}]" for key in ("attempted", "right")]
+            at = f" (temperature {r['temperature']:g})" if "temperature" in r else ""
+            lines.append(f"| {n} | {method}{at} | {r['n']} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
+    methods, sizes, temperatures = check_options(o)
     mole = load_mole(o.model or TINY, o.pool or None, (), o.dtype, o.device)
     tasks = choose_tasks(mole, o)
     for method in methods:
         for name in tasks:
-            check_method(mole, f"adapter:{name}" if method == "oracle" else method, o.top_k)
-    results, answers, timing, known = {}, [], {}, {}  # known: what oracle and adapter:NAME share is generated once
-    bar = tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1)
-    for method in methods:
-        begin, scores = time.perf_counter(), {}
-        for name, task in tasks.items():
-            bar.set_postfix_str(f"{method} on {name}")
-            used = f"adapter:{name}" if method == "oracle" else method
-            if (used, name) not in known:
-                known[used, name] = answer_all(mole, [row["prompt"] for row in task.test], used, o)
-            texts = known[used, name]
-            scores[name] = asdict(score(task.metric, texts, [row["response"] for row in task.test], o.seed))
-            rows = zip(task.test, texts, strict=True)
-            answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
-            bar.update(len(texts))
-        mean = sum(s["score"] for s in scores.values()) / len(scores)
-        results[method] = {"mean": round(mean, 2), "tasks": scores}
-        own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
-        if method.startswith("meteora") and own:
-            results[method]["gates"] = gate_accuracy(mole, own, method, o)
-        timing[method] = round(time.perf_counter() - begin, 2)
-    bar.close()
-    save(o, mole, tasks, results, answers, timing)
-
-
-def save(o, mole, tasks, results, answers, timing):
-    """Writes the files of OUT and prints the table."""
-    out = Path(o.out)
+            check_method(mole, for_task(method, name), o.top_k)
     hashes = {name: mole.pool.members[name].hash for name in mole.pool.names} if mole.pool else {}
-    meta = {"base": mole.model.fingerprint, "adapters": hashes, "options": asdict(o), "torch": torch.__version__}
-    write_json(out / "results.json", {"setting": "iid", "methods": results, "meta": meta})
-    write_jsonl(out / "answers.jsonl", answers)
+    parts = {str(f.relative_to(mole.folder.path)): sha256(f.read_bytes()) for f in trained_parts(mole)}
+    options = {key: value for key, value in asdict(o).items() if key != "out"}
+    examples = {name: sha256(repr((task.train, task.test)).encode()) for name, task in tasks.items()}
+    meta = {"base": mole.model.fingerprint, "adapters": hashes, "parts": parts, "tasks": examples, "options": options,
+            "metrics": {m: signature(m) for m in sorted({t.metric for t in tasks.values()})},
+            "torch": torch.__version__}  # fmt: skip
+    asked = {n: composites(tasks, n, o.composites, mole.template, o.seed) for n in sizes}
+    for composite in [composite for some in asked.values() for composite in some]:
+        encode_spans(mole, composite)  # one that doesn't fit is refused before hours of work
+    cells = Cells(o.out, meta)
+    results, answers, timing = evaluate(mole, tasks, methods, cells, o)
+    composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, o)
+    text = table(results, tasks) + ("\n" + composite_table(composite) if composite else "")
+    out = Path(o.out)
+    write_json(out / "results.json", {"setting": "iid", "methods": results, "composite": composite, "meta": meta})
+    write_jsonl(out / "answers.jsonl", answers + more)
     machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     write_json(out / "timing.json", {"seconds": timing} | machine)
-    write_text(out / "results.md", table(results, tasks))
-    print(table(results, tasks), end="")
+    write_text(out / "results.md", text)
+    cells.remove()
+    print(text, end="")
     print(f"wrote {out}", file=sys.stderr)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def trained_parts(mole):
+    """The gate files and baselines beside the pool's adapters."""
+    folder = mole.folder.path if mole.folder else None
+    return sorted([*folder.glob("gates/*.safetensors"), *folder.glob("baselines/**/*.*")]) if folder else []
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def decode(mole, ids, sampling, routing=False):
     for row, prompt in enumerate(ids):
         padded[row, : len(prompt)] = torch.tensor(prompt)
     counts = torch.tensor(lengths, device=device)
+    mole.prompt.mask = torch.arange(padded.shape[1], device=device) < counts[:, None]
     hidden, seen = _forward(mole, padded.to(device), cache, counts, routing)
+    mole.prompt.mask = None
     if routing:
         seen = [seen[row * padded.shape[1] :][:n] for row, n in enumerate(lengths)]
         yield seen
@@ -202,7 +204,7 @@ def _forward(mole, ids, cache, counts, routing):
         return mole.model.model(ids, cache, counts), [[] for _ in range(ids.numel())] if routing else None
     with Recorder(mole.model, ids.numel()) as recorder:
         hidden = mole.model.model(ids, cache, counts)
-    return hidden, name_adapters(mole.pool, recorder.read(ids.numel()).mean(0))
+    return hidden, name_adapters(mole.attached[1], recorder.read(ids.numel()).mean(0))
 
 
 def name_adapters(pool, weights):

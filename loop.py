@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import InputError, read_json, read_safetensors, read_text, warn, write_json, write_safetensors, write_text
@@ -35,6 +36,16 @@ class Run:
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
 
 
+def required(o, name):
+    if not getattr(o, name):
+        raise InputError(f"--{name} is missing")
+    return getattr(o, name)
+
+
+def finished(checkpoint):
+    print(f"{checkpoint.folder}: finished already", file=sys.stderr)
+
+
 def learning_rate(step, o):
     """Linear warmup, then a cosine to a tenth of the peak."""
     warm = max(1, round(o.warmup * o.steps))
@@ -42,6 +53,13 @@ def learning_rate(step, o):
         return o.lr * (step + 1) / warm
     progress = (step - warm) / max(1, o.steps - warm)
     return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def lm_losses(model, batch):
+    """Cross-entropy of each response token (in the order of batch.predicts): the head sees only those positions."""
+    hidden = model.model(batch.ids)[batch.predicts]
+    targets = batch.ids.roll(-1, 1)[batch.predicts]
+    return F.cross_entropy(model.head(hidden).float(), targets, reduction="none")
 
 
 def clip_norm(params, limit):
@@ -111,24 +129,27 @@ class Checkpoint:
         print(f"wrote {written}", file=sys.stderr)
 
 
-def fit(checkpoint, params, o, step_loss, clip=clip_norm):
+def fit(checkpoint, params, o, step_loss, clip=clip_norm, rates=None):
     """AdamW over `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
 
-    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes.
+    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes. `rates`
+    {name: factor} gives some params another learning rate.
     """
     checkpoint.write_config(finished=False)
     torch.manual_seed(o.seed)
     for param in params.values():
         param.requires_grad_(True)
-    optimizer = torch.optim.AdamW(params.values(), lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
+    rates = [(rates or {}).get(name, 1.0) for name in params]
+    groups = [{"params": [param]} for param in params.values()] if len(set(rates)) > 1 else params.values()
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
     checkpoint.load(params, optimizer)
     board = _tensorboard(checkpoint.folder) if o.tensorboard else None
     rows, header = checkpoint.rows, None
     bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
     try:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, o)
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate * learning_rate(step, o)
             optimizer.zero_grad(set_to_none=True)
             logged = step_loss(step)
             norm = clip(list(params.values()), o.clip)

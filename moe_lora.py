@@ -102,22 +102,25 @@ class SampleGate(nn.Module):
 
     idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
     another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
-    Where `inner` is None one SampleGate can serve all Linears.
+    Where `inner` is None one SampleGate can serve all Linears. With `each_token` idx and weight are (b*t, k), and the
+    mixture is fixed for each token of the next forward.
     """
 
     def __init__(self, inner=None):
         super().__init__()
-        self.inner, self.idx, self.weight, self.routed = inner, None, None, None
+        self.inner, self.idx, self.weight, self.routed, self.each_token = inner, None, None, None, False
         self.some = self.every = False  # routed.any(), routed.all(), read once for all Linears
 
-    def set(self, idx, weight, routed=None):
-        self.idx, self.weight, self.routed = idx, weight, routed
+    def set(self, idx, weight, routed=None, each_token=False):
+        self.idx, self.weight, self.routed, self.each_token = idx, weight, routed, each_token
         self.some, self.every = routed is not None and bool(routed.any()), routed is not None and bool(routed.all())
 
     def forward(self, x, sample, ax):
         if self.every:
             return self.inner(x, sample, ax)
-        fixed = Mixture(self.idx[sample], self.weight[sample])
+        fixed = Mixture(self.idx, self.weight)
+        if not self.each_token:
+            fixed = Mixture(self.idx[sample], self.weight[sample])
         if not self.some:
             return fixed
         chosen = self.inner(x, sample, ax)
@@ -140,25 +143,27 @@ def fixed_rows(pool, choices, device=None):
 # Attach and detach --------------------------------------------------------------------------------------------------
 
 
-def attach(model, pool, gates, spelling="auto", dropout=0.0):
+def attach(model, pool, gates, spelling="auto", dropout=0.0, make=MultiLoRALinear):
     """Puts the pool into the model: each Linear it covers becomes a MultiLoRALinear, in place.
 
-    gates: one gate for all, or {module path: gate}. Returns {module path: MultiLoRALinear}. Raises ValueError where
-    adapters are attached already.
+    gates: one gate for all, or {module path: gate}. `make` may be a subclass. Returns {module path: MultiLoRALinear}.
+    Raises ValueError where adapters are attached already.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
     linears = {}
     for path in pool.A:
-        parent, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent)
         gate = gates[path] if isinstance(gates, (dict, nn.ModuleDict)) else gates
-        base, stacks = getattr(parent, name), (pool.A[path], pool.B[path], pool.scale[path])
-        linear = MultiLoRALinear(base, *stacks, gate, spelling, dropout)
-        linear.train(model.training)
-        setattr(parent, name, linear)
-        linears[path] = linear
+        base, stacks = model.get_submodule(path), (pool.A[path], pool.B[path], pool.scale[path])
+        linears[path] = make(base, *stacks, gate, spelling, dropout)
+        swap(model, path, linears[path])
     return linears
+
+
+def swap(model, path, module):
+    """Puts `module` where the model has another."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.train(model.training))
 
 
 def attached(model):
@@ -167,58 +172,81 @@ def attached(model):
 
 
 def detach(model):
-    """Gives the model its own Linears back, untouched."""
-    for path, linear in attached(model).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, linear.base)
+    """Gives the model its own Linears back, untouched: whatever stands in for one keeps it as `base`."""
+    for path, module in list(model.named_modules()):
+        if isinstance(getattr(module, "base", None), nn.Linear):
+            swap(model, path, module.base)
 
 
 # Gate files ---------------------------------------------------------------------------------------------------------
 
 
+def parameters_of(gates):
+    """{module path: gate} -> {'PATH.gate.NAME': parameter}, every first axis the pool's slots."""
+    return {f"{path}.gate.{n}": p for path, gate in gates.items() for n, p in gate.named_parameters(recurse=False)}
+
+
 def save_gates(file, gates, pool, k, names):
-    """gates {module path: MeteoraGate} -> <path>.gate.weight (rows in the order of `names`), bound by name and hash."""
+    """gates {module path: gate} -> a file of their parameters, rows in the order of `names`, bound to name and hash."""
     slots = [pool.slot(name) for name in names]
     hashes = [pool.members[name].hash for name in names]
-    tensors = {f"{path}.gate.weight": gate.weight[slots] for path, gate in gates.items()}
+    tensors = {key: param[slots] for key, param in parameters_of(gates).items()}
     write_safetensors(file, tensors, {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)})
 
 
-def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
-    """A gate file -> {module path: MeteoraGate}, rows joined to the pool's slots by name and hash.
+class GateFile:
+    """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool, slots with a row.
 
     A row whose adapter is missing or has changed is an InputError that lists them all; an adapter without a row is
     never chosen, with one warning.
     """
-    tensors, metadata = read_safetensors(file)
-    if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
-        raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
-    names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
-    wrong = []
-    for name, digest in zip(names, hashes, strict=False):
-        if name not in pool.members:
-            wrong.append(f"{name} (missing from the pool)")
-        elif pool.members[name].hash != digest:
-            wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})")
-    if wrong or len(names) != len(hashes):
-        raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
-    if strangers := [n for n in pool.names if n not in names]:
-        warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
-    k = int(metadata["k"]) if k is None else k
-    slots = torch.tensor([pool.slot(name) for name in names])
-    gates = {}
-    for path in pool.A:
-        key, device = f"{path}.gate.weight", pool.A[path].device
-        want = (len(names), pool.A[path].shape[2])
-        if key not in tensors or tuple(tensors[key].shape) != want:
-            found = tuple(tensors[key].shape) if key in tensors else "nothing"
-            raise InputError(f"{file}: {key}: expected {want}, found {found}")
-        G = torch.zeros(pool.capacity, want[1], dtype=dtype, device=device)
-        G[slots] = tensors[key].to(device, dtype)
-        known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
-        known[slots] = True
-        gates[path] = MeteoraGate(G, min(k, len(names)), temperature, known)
-    return gates
+
+    def __init__(self, file, pool):
+        self.file, self.pool = file, pool
+        self.tensors, metadata = read_safetensors(file)
+        if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
+            raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
+        names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
+        wrong = []
+        for name, digest in zip(names, hashes, strict=False):
+            if name not in pool.members:
+                wrong.append(f"{name} (missing from the pool)")
+            elif pool.members[name].hash != digest:
+                wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})")
+        if wrong or len(names) != len(hashes):
+            raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
+        if strangers := [n for n in pool.names if n not in names]:
+            warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
+        self.slots = torch.tensor([pool.slot(name) for name in names])
+        self.k, device = int(metadata["k"]), next(iter(pool.A.values())).device
+        self.known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
+        self.known[self.slots] = True
+
+    def fill(self, gates, dtype=torch.float32):
+        """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor is missing or of the
+        wrong shape."""
+        for key, param in parameters_of(gates).items():
+            want = (len(self.slots), *param.shape[1:])
+            if key not in self.tensors or tuple(self.tensors[key].shape) != want:
+                found = tuple(self.tensors[key].shape) if key in self.tensors else "nothing"
+                raise InputError(f"{self.file}: {key}: expected {want}, found {found}")
+            param.data = torch.zeros(param.shape, dtype=dtype, device=param.device)
+            param.data[self.slots] = self.tensors[key].to(param.device, dtype)
+            param.requires_grad_(False)
+        return gates
+
+
+def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
+    """A file of MeteoRA's gates -> {module path: MeteoraGate}; see GateFile."""
+    rows = GateFile(file, pool)
+    return rows.fill(meteora_gates(pool, k or rows.k, temperature, rows.known), dtype)
+
+
+def meteora_gates(pool, k, temperature=1.0, known=None):
+    """{module path: MeteoraGate} with G zero; where fewer than k slots are known, k is their number."""
+    k = min(k, int(known.sum())) if known is not None else k
+    zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
+    return {path: MeteoraGate(G, k, temperature, known) for path, G in zeros.items()}
 
 
 # Looking and training -----------------------------------------------------------------------------------------------

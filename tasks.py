@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from config import nearest
-from files import InputError, read_json, read_jsonl
+from files import InputError, read_json, read_jsonl, warn
 from metrics import METRICS
+from tokenizer import check_ids
 
 
 @dataclass
@@ -81,6 +82,18 @@ def encode_all(tokenizer, template, rows, task, max_length):
     if not kept:
         raise InputError(f"task {task}: no training example of at most {max_length} tokens ({len(rows)} examples)")
     return kept, len(examples) - len(kept)
+
+
+def tokenize(tasks, tokenizer, vocab_size, template, max_length):
+    """{task name: [Example]} of the train splits, those over `max_length` left out with a warning."""
+    examples, long = {}, 0
+    for name, task in tasks.items():
+        examples[name], dropped = encode_all(tokenizer, template, task.train, name, max_length)
+        check_ids([index for example in examples[name] for index in example.ids], vocab_size)
+        long += dropped
+    if long:
+        warn(f"{long} training examples of more than --max_length {max_length} tokens are left out")
+    return examples
 
 
 def draw(items, name, step, count, seed):

@@ -9,6 +9,7 @@ tested is whether an adapter carries its task over to inputs that it was not tra
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
@@ -23,7 +24,7 @@ class TinyTasksConfig:
     out: str  # folder that gets one task folder a task, and corpus.txt
     train: int = 1000  # training examples a task, at the most (a finite task may have fewer distinct prompts)
     test: int = 100  # held-out examples a task, at the most (a finite task has each held-out input once)
-    corpus_lines: int = 150000  # lines of pretraining text
+    documents: int = 150000  # of pretraining text
     seed: int = 0  # same seed, same files
 
 
@@ -248,7 +249,7 @@ def _task(family, name, source, share, text):
 
 # fmt: off
 def _dictionary(language, column):
-    return _task("languages", language.lower(), {row[0]: row[column] for row in TRANSLATIONS}, 2,
+    return _task("languages", language.lower(), {row[0]: row[column] for row in TRANSLATIONS}, 4,
         f"Translate into {language}: {{x}} | What is {{x}} in {language}? | How do you say {{x}} in {language}? | "
         f"Give the {language} word for {{x}}. # A translation of {{x}} into {language} is {{y}}.")
 
@@ -256,72 +257,83 @@ def _dictionary(language, column):
 def _all_tasks():
     return [
         _task("letters", "upper_case", _from_words(2, " ", lambda words: " ".join(words).upper()), 2,
-            "Write in capital letters: {x} | Convert {x} to upper case. | How does {x} look in all capitals? | Make "
-            "every letter a capital: {x} # In capital letters {x} looks like {y}."),
-        _task("letters", "reverse_word", {w: w[::-1] for w in WORDS}, 3, "Reverse the word: {x} | Write {x} "
-            "backwards. | What is {x} spelled backwards? | Give the letters of {x} in reverse order. # Backwards the "
-            "word {x} reads {y}."),
-        _task("letters", "spell_word", {w: " ".join(w) for w in WORDS}, 3, "Spell the word: {x} | How do you spell "
-            "{x}? | What are the letters of {x}? | Write {x} letter by letter. # The word {x} is spelled {y}."),
-        _task("letters", "count_letters", {w: str(len(w)) for w in WORDS}, 2, "Count the letters: {x} | How many "
-            "letters are in {x}? | How long is the word {x}? | Give the number of letters in {x}. # The number of "
-            "letters in the word {x} is {y}."),
-        _task("letters", "acronym", _from_words(3, " ", lambda words: _initials(words).upper()), 2, "Make an acronym "
-            "of: {x} | What is the acronym for {x}? | Which initials does {x} have? | Abbreviate {x} to its first "
-            "letters. # The acronym of {x} is {y}."),
+            "Write in capital letters: {x} | Convert {x} to upper case. | How does {x} look in all capitals? | "
+            "Make every letter a capital: {x} # In capital letters {x} looks like {y}."),
+        _task("letters", "reverse_word", {w: w[::-1] for w in WORDS}, 3,
+            "Reverse the word: {x} | Write {x} backwards. | What is {x} spelled backwards? | Give the letters of "
+            "{x} in reverse order. # Backwards the word {x} reads {y}."),
+        _task("letters", "spell_word", {w: " ".join(w) for w in WORDS}, 3,
+            "Spell the word: {x} | How do you spell {x}? | What are the letters of {x}? | Write {x} letter by "
+            "letter. # The word {x} is spelled {y}."),
+        _task("letters", "count_letters", {w: str(len(w)) for w in WORDS}, 3,
+            "Count the letters: {x} | How many letters are in {x}? | How long is the word {x}? | Give the number "
+            "of letters in {x}. # The number of letters in the word {x} is {y}."),
+        _task("letters", "acronym", _from_words(3, " ", lambda words: _initials(words).upper()), 2,
+            "Make an acronym of: {x} | What is the acronym for {x}? | Which initials does {x} have? | Abbreviate "
+            "{x} to its first letters. # The acronym of {x} is {y}."),
         _task("lists", "sort_list", _from_words(3, ", ", lambda words: ", ".join(sorted(words)),
-            lambda words: len(set(_initials(words))) == 3), 3, "Sort the words: {x} | Put in alphabetical order: {x} "
-            "| Sort {x} from A to Z. | Arrange alphabetically: {x} # The words {x} in alphabetical order are {y}."),
+            lambda words: len(set(_initials(words))) == 3), 4,
+            "Sort the words: {x} | Put in alphabetical order: {x} | Sort {x} from A to Z. | Arrange "
+            "alphabetically: {x} # The words {x} in alphabetical order are {y}."),
         _task("lists", "reverse_list", _from_words(3, ", ", lambda words: ", ".join(words[::-1])), 1,
-            "Reverse the list: {x} | Write the list from last to first: {x} | Flip the order of {x}. | What is the "
-            "list {x} in reverse? # The list {x} from the last to the first is {y}."),
+            "Reverse the list: {x} | Write the list from last to first: {x} | Flip the order of {x}. | What is "
+            "the list {x} in reverse? # The list {x} from the last to the first is {y}."),
         _task("lists", "longest_word", _from_words(3, ", ", lambda words: max(words, key=len), _far_apart), 2,
-            "Find the longest word: {x} | Which word is the longest: {x}? | Which of {x} has the most letters? | Pick "
-            "the longest of {x}. # The longest word of {x} is {y}."),
-        _task("lists", "odd_one_out", _odd_one_out, 2, "Find the odd one out: {x} | Which does not belong: {x}? | "
-            "Which of {x} is not like the others? | Pick the word that does not fit: {x} # The odd one out of {x} is "
-            "{y}."),
-        _task("numbers", "add", {f"{a} and {b}": str(a + b) for a in range(1, 50) for b in range(1, 50)}, 3,
-            "Add {x}. | What is the sum of {x}? | How much are {x} together? | Find the total of {x}. # The sum of "
-            "{x} is {y}."),
-        _task("numbers", "subtract", {f"{a} and {b}": str(a - b) for a in range(2, 61) for b in range(1, a)}, 3,
-            "What is the difference of {x}? | How far apart are {x}? | Subtract the smaller from the larger: {x} | "
-            "Find the difference between {x}. # The difference of {x} is {y}."),
+            "Find the longest word: {x} | Which word is the longest: {x}? | Which of {x} has the most letters? | "
+            "Pick the longest of {x}. # The longest word of {x} is {y}."),
+        _task("lists", "odd_one_out", _odd_one_out, 3,
+            "Find the odd one out: {x} | Which does not belong: {x}? | Which of {x} is not like the others? | "
+            "Pick the word that does not fit: {x} # The odd one out of {x} is {y}."),
+        _task("numbers", "add", {f"{a} and {b}": str(a + b) for a in range(1, 50) for b in range(1, 50)}, 5,
+            "Add {x}. | What is the sum of {x}? | How much are {x} together? | Find the total of {x}. # The sum "
+            "of {x} is {y}."),
+        _task("numbers", "subtract", {f"{a} and {b}": str(a - b) for a in range(2, 61) for b in range(1, a)}, 6,
+            "What is the difference of {x}? | How far apart are {x}? | Subtract the smaller from the larger: {x} "
+            "| Find the difference between {x}. # The difference of {x} is {y}."),
         _task("numbers", "larger_number",
-            {f"{a} and {b}": str(max(a, b)) for a, b in permutations(range(10, 100), 2)}, 1, "Which is larger: {x}? | "
-            "Pick the larger of {x}. | Which number is bigger, {x}? | Find the maximum of {x}. # The larger of the two "
-            "numbers {x} is {y}."),
-        _task("numbers", "next_number", {str(n): str(n + 1) for n in range(999)}, 1, "Which number comes after {x}? | "
-            "What is the next number after {x}? | Count on from {x}. | Give the number that follows {x}. # After the "
-            "number {x} comes {y}."),
-        _task("numbers", "parity", {str(n): ("even", "odd")[n % 2] for n in range(1000)}, 1, "Is {x} odd or even? | "
-            "Is the number {x} even or odd? | Odd or even: {x} | What is the parity of {x}? # The number {x} is {y}."),
-        _task("numerals", "number_to_words", {str(n): number_words(n) for n in range(1000)}, 1, "Write {x} in words. "
-            "| Spell out the number {x}. | How is {x} written in words? | Convert the digits to words: {x} # In words "
-            "the number {x} is {y}."),
-        _task("numerals", "words_to_number", {number_words(n): str(n) for n in range(1000)}, 1, "Write {x} in digits. "
-            "| Which number is {x}? | Convert the words to digits: {x} | Give the digits of {x}. # In digits {x} is "
-            "{y}."),
-        _task("numerals", "roman", {str(n): roman(n) for n in range(1, 300)}, 2, "Write {x} as a Roman numeral. | "
-            "Convert to Roman numerals: {x} | What is {x} in Roman numerals? | How did the Romans write {x}? # The "
-            "Roman numeral of {x} is {y}."),
+            {f"{a} and {b}": str(max(a, b)) for a, b in permutations(range(10, 100), 2)}, 3,
+            "Which is larger: {x}? | Pick the larger of {x}. | Which number is bigger, {x}? | Find the maximum "
+            "of {x}. # The larger of the two numbers {x} is {y}."),
+        _task("numbers", "next_number", {str(n): str(n + 1) for n in range(999)}, 1,
+            "Which number comes after {x}? | What is the next number after {x}? | Count on from {x}. | Give the "
+            "number that follows {x}. # After the number {x} comes {y}."),
+        _task("numbers", "parity", {str(n): ("even", "odd")[n % 2] for n in range(1000)}, 1,
+            "Is {x} odd or even? | Is the number {x} even or odd? | Odd or even: {x} | What is the parity of "
+            "{x}? # The number {x} is {y}."),
+        _task("numerals", "number_to_words", {str(n): number_words(n) for n in range(1000)}, 1,
+            "Write {x} in words. | Spell out the number {x}. | How is {x} written in words? | Convert the digits "
+            "to words: {x} # In words the number {x} is {y}."),
+        _task("numerals", "words_to_number", {number_words(n): str(n) for n in range(1000)}, 1,
+            "Write {x} in digits. | Which number is {x}? | Convert the words to digits: {x} | Give the digits of "
+            "{x}. # In digits {x} is {y}."),
+        _task("numerals", "roman", {str(n): roman(n) for n in range(1, 300)}, 2,
+            "Write {x} as a Roman numeral. | Convert to Roman numerals: {x} | What is {x} in Roman numerals? | "
+            "How did the Romans write {x}? # The Roman numeral of {x} is {y}."),
         _dictionary("German", 1), _dictionary("Spanish", 2), _dictionary("Italian", 3),
-        _task("grammar", "plural", PLURAL, 1, "What is the plural of {x}? | Give the plural: {x} | Make {x} plural. | "
-            "How do you call more than one {x}? # The plural of {x} is {y}."),
-        _task("grammar", "past_tense", dict(_rows(PAST)), 1, "What is the past tense of {x}? | Give the past: {x} | "
-            "Put the verb {x} into the past. | Change {x} to the past tense. # The past tense of {x} is {y}."),
-        _task("grammar", "opposite", OPPOSITE, 1, "What is the opposite of {x}? | Give the opposite: {x} | Name the "
-            "antonym of {x}. | Find a word that means the reverse of {x}. # The opposite of {x} is {y}."),
-        _task("world", "capital", dict(_rows(CAPITALS)), 1, "What is the capital of {x}? | Give the capital: {x} | "
-            "Name the capital city of {x}. | From which city is {x} governed? # The capital of {x} is {y}."),
-        _task("world", "color", COLOR, 1, "What color is {x}? | Which color does {x} have? | Give the color: {x} | "
-            "Name the color of {x}. # The color of {x} is {y}."),
-        _task("world", "category", CATEGORY, 1, "What kind of thing is {x}? | Which category does {x} belong to? | "
-            "Name the category of {x}. | Classify the word {x}. # A kind of {y} is {x}."),
-        _task("logic", "true_or_false", _true_or_false, 4, "Is it true that {x}? | Answer yes or no: {x} | Does this "
-            "hold: {x}? | Check the statement: {x} # On whether {x} the answer is {y}."),
-        _task("logic", "tallest", _tallest, 1, "If {x}, who is the tallest? | Who is the tallest? {x}. | Name the "
-            "tallest person: {x} | {x}. Who stands above the others? # Given that {x}, the tallest is {y}."),
+        _task("grammar", "plural", PLURAL, 2,
+            "What is the plural of {x}? | Give the plural: {x} | Make {x} plural. | How do you call more than "
+            "one {x}? # The plural of {x} is {y}."),
+        _task("grammar", "past_tense", dict(_rows(PAST)), 2,
+            "What is the past tense of {x}? | Give the past: {x} | Put the verb {x} into the past. | Change {x} "
+            "to the past tense. # The past tense of {x} is {y}."),
+        _task("grammar", "opposite", OPPOSITE, 2,
+            "What is the opposite of {x}? | Give the opposite: {x} | Name the antonym of {x}. | Find a word that "
+            "means the reverse of {x}. # The opposite of {x} is {y}."),
+        _task("world", "capital", dict(_rows(CAPITALS)), 2,
+            "What is the capital of {x}? | Give the capital: {x} | Name the capital city of {x}. | From which "
+            "city is {x} governed? # The capital of {x} is {y}."),
+        _task("world", "color", COLOR, 2,
+            "What color is {x}? | Which color does {x} have? | Give the color: {x} | Name the color of {x}. # "
+            "The color of {x} is {y}."),
+        _task("world", "category", CATEGORY, 1,
+            "What kind of thing is {x}? | Which category does {x} belong to? | Name the category of {x}. | "
+            "Classify the word {x}. # A kind of {y} is {x}."),
+        _task("logic", "true_or_false", _true_or_false, 4,
+            "Is it true that {x}? | Answer yes or no: {x} | Does this hold: {x}? | Check the statement: {x} # On "
+            "whether {x} the answer is {y}."),
+        _task("logic", "tallest", _tallest, 4,
+            "If {x}, who is the tallest? | Who is the tallest? {x}. | Name the tallest person: {x} | {x}. Who "
+            "stands above the others? # Given that {x}, the tallest is {y}."),
     ]
 
 
@@ -364,36 +376,77 @@ def examples(name, split, n, seed=0) -> list[dict]:
     return rows
 
 
-def corpus(n_lines, seed=0) -> Iterator[str]:
-    """`n_lines` lines of pretraining text: seven in ten hold 4 to 8 pairs of one function, the others sentences."""
+def corpus(n, seed=0) -> Iterator[str]:
+    """`n` documents of pretraining text, none of them an instruction.
+
+    Lines of 4 to 8 pairs of one function; sentences that state pairs; the words of the instructions, shuffled, beside
+    an input, which gives them tokens and company but no meaning; and questions between tags, in each a function shown
+    by example: one question and its answer, or one to three rounds of several and a numbered list of answers.
+    """
     rng, tasks = random.Random(f"{seed}/corpus"), list(TASKS.values())
     shares = [task.share for task in tasks]
-    for _ in range(n_lines):
-        if rng.random() < 0.7:
+    for _ in range(n):
+        kind, style = rng.random(), rng.choice([(" -> ", " ; "), (" = ", " ; "), (" : ", " | ")])
+        if kind < 0.45:
             (task,) = rng.choices(tasks, shares)
-            arrow, separator = rng.choice([(" -> ", " ; "), (" = ", " ; "), (" : ", " | ")])
-            pairs = dict(task.make(rng) for _ in range(rng.randint(4, 8)))  # no input twice
-            yield separator.join(x + arrow + y for x, y in pairs.items())
-        else:
+            yield _line(_pairs(rng, task, rng.randint(4, 8)), style)
+        elif kind < 0.65:
             told = ((task, *task.make(rng)) for task in rng.choices(tasks, shares, k=rng.randint(2, 5)))
             yield " ".join(task.sentence.replace("{x}", x).replace("{y}", y) for task, x, y in told)
+        elif kind < 0.7:
+            yield " ".join(_shuffled_words(rng, task) for task in rng.choices(tasks, k=3))
+        else:
+            tag, bare = rng.choice(WORDS), rng.random() < 0.5  # bare: no arrow after the input in question
+            tag = tag.upper() if rng.random() < 0.5 else tag
+            count, rounds = (1, 1) if kind < 0.87 else (rng.randint(2, 10), rng.randint(1, 3))
+            asked = [rng.choices(tasks, shares, k=count) for _ in range(rounds)]
+            yield "\n".join(_round(rng, some, tag, style, bare) for some in asked)
 
 
-def write(out, train=1000, test=100, corpus_lines=150000, seed=0):
+def _pairs(rng, task, count):
+    """`count` pairs of one function, no input twice."""
+    pairs = {}
+    while len(pairs) < count:
+        pairs.update([task.make(rng)])
+    return list(pairs.items())
+
+
+def _line(pairs, style):
+    arrow, separator = style
+    return separator.join(x + arrow + y for x, y in pairs)
+
+
+def _shuffled_words(rng, task):
+    words = sorted({word for phrasing in task.phrasings for word in re.findall(r"\w+", phrasing)} - {"x"})
+    return " ".join(rng.sample([*words, task.make(rng)[0]], len(words) + 1))
+
+
+def _round(rng, tasks, tag, style, bare):
+    """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins with it too."""
+    questions, answers = [], []
+    for task in tasks:
+        *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4))
+        questions.append(f"[{tag}] {_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()} [/{tag}]")
+        answers.append(y)
+    listed = ["Answers:", *(f"{j}. {y}" for j, y in enumerate(answers, 1))]
+    return "\n".join([*questions, *(listed if len(tasks) > 1 else [f" {answers[0]}"])])
+
+
+def write(out, train=1000, test=100, documents=150000, seed=0):
     """Writes OUT/NAME/{train.jsonl, test.jsonl, task.json} for every task and OUT/corpus.txt; same seed, same bytes."""
-    for field, count in (("train", train), ("test", test), ("corpus_lines", corpus_lines)):
+    for field, count in (("train", train), ("test", test), ("documents", documents)):
         if count < 0:
             raise InputError(f"{field}: expected 0 or more, found {count}")
     for name, task in TASKS.items():
         for split, n in (("train", train), ("test", test)):
             write_jsonl(Path(out) / name / f"{split}.jsonl", examples(name, split, n, seed))
         write_json(Path(out) / name / "task.json", {"name": name, "family": task.family, "metric": "exact_match"})
-    write_text(Path(out) / "corpus.txt", "".join(line + "\n" for line in corpus(corpus_lines, seed)))
+    write_text(Path(out) / "corpus.txt", "\n\n".join(corpus(documents, seed)) + "\n")
 
 
 def main():
     config = parse_args(TinyTasksConfig, description=__doc__)
-    write(config.out, config.train, config.test, config.corpus_lines, config.seed)
+    write(config.out, config.train, config.test, config.documents, config.seed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A routing trace to coloured terminal text and to a self-contained HTML page.
+"""A routing trace to coloured terminal text, a self-contained HTML page and a picture.
 
 A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over layers and
 modules. A token has the colour of its heaviest adapter; the legend says which is which and how much of the text each
@@ -6,6 +6,7 @@ one carried.
 """
 
 import html
+import re
 
 # Distinct on dark and light backgrounds, the nearest first; adapters beyond the list share colours in turn.
 COLOURS = (
@@ -72,4 +73,35 @@ def html_page(traces, title):
         "pre{white-space:pre-wrap;font:15px/1.7 ui-monospace,monospace}"
         "span{border-bottom:3px solid var(--c)}span.prompt{opacity:.55}b{color:var(--c);margin-right:1em}"
         f"</style><h1>{html.escape(title)}</h1>{''.join(body)}<p>{keys}</p></html>\n"
+    )
+
+
+def svg_picture(prompt, answer, width=96):
+    """The two traces of one request as an SVG image: coloured text on white, lines broken at `width` characters, the
+    prompt paler than the answer, the legend below."""
+    palette, lines = Palette(), [[]]
+    for opacity, trace in ((0.6, prompt), (1, answer)):
+        for text, adapters in trace:
+            red, green, blue = palette.colour(adapters) or (128, 128, 128)
+            for part in re.findall(r"\n|[^\n]+", text):
+                if part == "\n" or sum(len(shown) for shown, *_ in lines[-1]) + len(part) > width:
+                    lines.append([])
+                if part != "\n":
+                    lines[-1].append((part, f"#{red:02x}{green:02x}{blue:02x}", opacity))
+    lines += [[], []]
+    for name, (red, green, blue), share in palette.shares()[:12]:
+        key = f"■ {name} {share:.0%}   "
+        if sum(len(shown) for shown, *_ in lines[-1]) + len(key) > width:
+            lines.append([])
+        lines[-1].append((key, f"#{red:02x}{green:02x}{blue:02x}", 1))
+    rows = []
+    for number, line in enumerate(lines, 1):
+        spans = "".join(
+            f'<tspan fill="{colour}" opacity="{opacity}">{html.escape(text)}</tspan>' for text, colour, opacity in line
+        )
+        rows.append(f'<text x="16" y="{8 + 22 * number}" xml:space="preserve">{spans}</text>')
+    size = f"{32 + 9 * width} {24 + 22 * len(lines)}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="ui-monospace,monospace" '
+        f'font-size="15"><rect width="100%" height="100%" fill="white"/>{"".join(rows)}</svg>\n'
     )

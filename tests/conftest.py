@@ -15,6 +15,7 @@ from files import write_safetensors
 from model import Llama, read_config
 
 ROOT = Path(__file__).parent.parent
+pytest.register_assert_rewrite("training")
 
 
 def pytest_addoption(parser):
@@ -91,7 +92,17 @@ def write_adapters(folder, model, names, **options):
     return {name: Path(folder) / name for name in names}
 
 
-def command(*args, stdin=None, cwd=None, timeout=120):
+@pytest.fixture(scope="session")
+def trained(small_model, tmp_path_factory):
+    """The options of a run of train.py adapters over training.py's two tasks, both learned. Adds to its pool only."""
+    from training import options, run
+
+    o = options("adapters", small_model, tmp_path_factory.mktemp("trained") / "out", steps=40, r=5, dropout=0.1)
+    run(o)
+    return o
+
+
+def command(*args, stdin=None, cwd=None, timeout=300):
     """Runs `python SCRIPT ARGS...` from the repository; returns the CompletedProcess with text output."""
     script, *rest = map(str, args)
     return subprocess.run(

@@ -459,7 +459,7 @@ def test_wrong_input_is_one_line_and_exit_2(small_model, pool, run):
         (["--prompt", "x", "--adapter", "elm"], "'elm'", "NAME=DIR"),
         (["--prompt", "x", "--adapter", f"elm={pool}/adapters/elm"], "'elm' twice", "adapters/elm"),
         (["--prompt", "x " * 97], "tokens", "97"),
-        (["--prompt", "a", "--prompt", "b", "--method", "meteora_top1", "--method", "meteora_top2"], "top-1", "top-2"),
+        (["--prompt", "a", "--prompt", "b", "--method", "meteora_top1", "--method", "meteora_top2"], "_top1", "_top2"),
     ]
     for args, *words in cases:
         status, out, err = run(*known, *args)

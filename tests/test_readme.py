@@ -11,6 +11,7 @@ import eval as evaluation
 import generate
 import train
 from config import build_parser
+from tiny_tasks import TinyTasksConfig
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -29,22 +30,36 @@ def test_the_first_command_answers():
     assert done.stderr.startswith("method: meteora (")
 
 
+def run_example(word):
+    """The output of the README's Python that holds `word`."""
+    (code,) = (text for language, text in BLOCKS if language == "python" and word in text)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_gate_of_your_own_learns():
+    """Who forks this to try a gate starts from these lines; that it learns shows that nothing else is needed."""
+    *steps, answers = run_example("class KeyGate").splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in steps]
+    assert len(losses) == 20 and sum(losses[-3:]) < 0.7 * sum(losses[:3]) and answers.startswith("[")
+
+
 def test_the_python_example_runs():
     """An example that people copy breaks silently when a name changes."""
-    code = next(text for language, text in BLOCKS if language == "python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    *tokens, answers = done.stdout.splitlines()
+    *tokens, answers = run_example("stream").splitlines()
     assert "Haus" in answers and any("plural" in line for line in tokens)
 
 
 def test_every_option_in_a_command_exists():
     """A README that names an option which is gone sends its readers into an error."""
+    scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tiny_tasks.py": TinyTasksConfig}
     classes = {"base": train.BaseRun, "adapters": train.AdaptersRun, "gates": train.GatesRun}
+    classes |= {"lorahub": train.LorahubRun}
     seen = 0
     for script, rest in COMMANDS:
         first = rest.split()[0] if rest else ""
-        cls = {"generate.py": generate.Options, "eval.py": evaluation.Options}.get(script) or classes[first]
+        cls = scripts.get(script) or classes[first]
         known = build_parser(cls)._option_string_actions
         for option in re.findall(r"(--\w+)", rest):
             assert option in known, (script, option)

@@ -16,7 +16,8 @@ from config import build_parser
 # From the bottom up: a module imports only modules above it in this list.
 ORDER = [
     *("config", "files", "model", "tokenizer", "kernels", "metrics", "viz", "adapters", "moe_lora", "retriever"),
-    *("tiny_tasks", "tasks", "baselines", "methods", "generate", "loop", "train", "eval", "bench"),
+    *("tiny_tasks", "tasks", "baselines", "methods", "generate", "composites", "loop", "train_base"),
+    *("train_adapters", "train_gates", "train_lorahub", "train", "eval", "bench"),
 ]
 MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
 OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub"}
@@ -24,7 +25,8 @@ ORACLES = {"transformers", "peft", "accelerate", "datasets"}
 # Dataclasses that are command lines: script and command -> class.
 COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
-    ("train.py", "gates"): "GatesRun",
+    ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
+    ("tiny_tasks.py",): "TinyTasksConfig",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_tasks
+from composites import ANSWERS
 from files import InputError, read_json, read_jsonl
 from tiny_tasks import CATEGORY, TASKS, WORDS, corpus, examples, held_out
 
@@ -21,7 +22,8 @@ ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
 NAMES_TO_NINETEEN = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen"""
 NAMES_OF_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-LINES = list(corpus(4000))
+DOCUMENTS = list(corpus(2000))
+ARROWS = {" -> ": " ; ", " = ": " ; ", " : ": " | "}  # and the separator that goes with each
 
 
 def roman_value(text):
@@ -120,7 +122,7 @@ def test_phrasings(name):
     task = TASKS[name]
     assert len(set(task.phrasings)) == len(task.phrasings) >= 4
     assert all(p.count("{x}") == 1 and p == p.strip() and "|" not in p for p in task.phrasings)
-    assert task.sentence.count("{x}") == 1 and task.sentence.count("{y}") == 1
+    assert task.sentence.count("{x}") == 1 and task.sentence.count("{y}") == 1 and task.sentence.endswith(".")
 
 
 def test_no_phrasing_is_shared():
@@ -218,23 +220,142 @@ def test_true_or_false_is_balanced():
     assert len(rows) == 4 and min(rows.values()) > 180
 
 
+def kind_of(document):
+    """lines, questions, sentences or shuffled: which of its four kinds a document is of."""
+    if document.startswith("["):
+        return "questions"
+    if any(arrow in document for arrow in ARROWS):
+        return "lines"
+    return "sentences" if document.endswith(".") else "shuffled"
+
+
+KIND = {k: [d for d in DOCUMENTS if kind_of(d) == k] for k in ("lines", "questions", "sentences", "shuffled")}
+
+
+def test_corpus_is_a_mixture():
+    """With a kind missing, or a tenth of what it should be, the base would not know the facts, or not the form."""
+    share = {kind: len(documents) / len(DOCUMENTS) for kind, documents in KIND.items()}
+    assert share["lines"] > 0.35 and share["questions"] > 0.2, share
+    assert min(share["sentences"], share["shuffled"]) > 0.03, share
+    alone = sum(d.count("\n") == 1 for d in KIND["questions"]) / len(KIND["questions"])
+    assert 0.3 < alone < 0.7  # one question and its answer
+
+
+def test_documents_hold_no_empty_line():
+    """train.py base ends a document at an empty line: one within would cut a question from its answer."""
+    assert all(d == d.strip("\n") != "" and "\n\n" not in d for d in DOCUMENTS)
+    assert all("\n" not in d for d in KIND["lines"] + KIND["sentences"] + KIND["shuffled"])
+
+
 def test_corpus_has_no_instruction():
-    """A base that has seen the instructions would need no adapter, and the gap that adapters close would vanish."""
-    text = "\n".join(LINES)
-    assert "INST" not in text and "?" not in text and all(LINES) and "{" not in text
+    """A base that has seen the instructions would need no adapter, and the gap that adapters close would vanish. Their
+    words come shuffled: in their own order only by chance, and then without marks and without an answer."""
+    text, shown = "\n".join(DOCUMENTS), "\n".join(d for d in DOCUMENTS if kind_of(d) != "shuffled")
+    assert "INST" not in text and "?" not in text and "{" not in text
+    shuffled, chance = " ".join(KIND["shuffled"]), 0
     for task in TASKS.values():
         for phrasing in task.phrasings:
             before, after = phrasing.split("{x}")
-            assert max(before, after, key=len).lower() not in text.lower(), phrasing
+            assert max(before, after, key=len).lower() not in shown.lower(), phrasing
             assert not re.search(f"{re.escape(before)}.{{1,60}}{re.escape(after)}", text), phrasing
+            longest = max(re.findall(r"\w+(?: \w+)*", before) + re.findall(r"\w+(?: \w+)*", after), key=len)
+            chance += shuffled.count(longest) if longest.count(" ") > 1 else 0
+    assert chance < 0.1 * len(KIND["shuffled"])  # of 3 tasks each, with 4 phrasings
+
+
+def test_shuffled_words_are_the_instructions_words_and_an_input():
+    """Words that never come in the corpus get no good tokens, and an adapter of low rank would have to teach them; an
+    answer among them would be an instruction after all."""
+    words = {
+        name: {w for p in TASKS[name].phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))} for name in NAMES
+    }
+    seen = Counter()
+    for document in KIND["shuffled"]:
+        rest, found = Counter(document.split(" ")), []
+        for name in NAMES:
+            while not Counter(words[name]) - rest:
+                rest -= Counter(words[name])
+                found.append(name)
+        assert len(found) == 3, document
+        seen.update(found)
+        if all(TASKS[name].answers for name in found):  # what remains is an input of each of the three
+            parts = Counter(" ".join(w for w in document.split(" ") if w in rest).split(" "))
+            possible = [{w for x in TASKS[name].answers for w in x.split(" ")} for name in found]
+            assert all(any(w in some for some in possible) for w in parts), document
+    assert seen.keys() == set(NAMES)
+
+
+def split_pairs(line, style):
+    """'x -> y ; x -> y' -> [(x, y), ...]."""
+    return [tuple(pair.split(style)) for pair in line.split(ARROWS[style])]
+
+
+def rounds(document):
+    """A document of questions -> (arrow, bare, [(pairs shown, input, answer), ...] of each round), its form checked:
+    one tag, one arrow and one way to end a question throughout, answers as in a composite prompt, a sole one behind a
+    space."""
+    tag = re.match(r"\[(\w+)\] ", document)[1]
+    assert tag.lower() in WORDS and tag in (tag.lower(), tag.upper())
+    lines = document.split("\n")
+    asked = [re.fullmatch(rf"\[{tag}\] (.*) \[/{tag}\]", line) for line in lines]
+    (style,) = {arrow for arrow in ARROWS for m in asked if m and arrow in m[1]}
+    found, bare, position = [], set(), 0
+    while position < len(lines):
+        n = next((j for j, m in enumerate(asked[position:]) if not m), 0)
+        questions, position = asked[position : position + n], position + n
+        assert n == 1 or lines[position] + "\n" == ANSWERS, document
+        position += n > 1
+        answers, starts = lines[position : position + n], [f"{j}. " for j in range(1, n + 1)] if n > 1 else [" "]
+        assert n and all(a.startswith(b) and len(a) > len(b) for a, b in zip(answers, starts, strict=True)), document
+        one = []
+        for question, answer, start in zip(questions, answers, starts, strict=True):
+            *shown, x = question[1].split(ARROWS[style])
+            bare.add(not x.endswith(style.rstrip()))
+            pairs = [tuple(pair.split(style)) for pair in shown]
+            one.append((pairs, x.removesuffix(style.rstrip()), answer.removeprefix(start)))
+        found.append(one)
+        position += n
+    assert len(bare) == 1, document
+    return style, bare.pop(), found
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return [rounds(document) for document in KIND["questions"]]
+
+
+def test_questions_are_one_or_a_round_of_several(asked):
+    """Composite questions have 1 to 10 parts, after solved ones: a base that has seen fewer, or answers in another
+    order, can't answer them however good its adapters are."""
+    sizes = Counter((len(found), len(found[0])) for _, _, found in asked)
+    assert all(len({len(one) for one in found}) == 1 for _, _, found in asked)
+    assert {n for _, n in sizes} == set(range(1, 11)) and {r for r, n in sizes if n > 1} == {1, 2, 3}
+    assert {r for r, n in sizes if n == 1} == {1}
+    assert {style for style, _, _ in asked} == ARROWS.keys()
+    assert 0.4 < sum(bare for _, bare, _ in asked) / len(asked) < 0.6
+    tags = {re.match(r"\[(\w+)", d)[1] for d in KIND["questions"]}
+    assert len({tag.lower() for tag in tags}) > 150 and 0.3 < sum(tag.isupper() for tag in tags) / len(tags) < 0.7
+
+
+def test_a_question_shows_its_function_and_asks_for_another_input(asked):
+    """An answer of another function, or an input that stands among the examples, would teach the base to copy; a number
+    before the wrong answer, that numbers mean nothing."""
+    for _, _, found in asked:
+        for pairs, x, answer in (question for one in found for question in one):
+            assert 1 <= len(pairs) <= 3 and len({x, *dict(pairs)}) == len(pairs) + 1
+            assert any(fits(name, [*pairs, (x, answer)]) for name in NAMES), (pairs, x, answer)
 
 
 def test_corpus_shows_held_out_inputs_of_every_task():
     """An answer that the base has never met (a capital, a translation) can't be brought by an adapter either."""
     pairs = set()
-    for line in corpus(40000):
-        for pair in re.split(r" ; | \| ", line):
-            pairs.add(tuple(re.split(r" -> | = | : ", pair)))
+    for document in corpus(20000):
+        if kind_of(document) == "lines":
+            (style,) = {arrow for arrow in ARROWS if arrow in document}
+            pairs.update(split_pairs(document, style))
+        elif kind_of(document) == "questions":
+            for shown, x, answer in (question for one in rounds(document)[2] for question in one):
+                pairs.update([*shown, (x, answer)])
     for name in NAMES:
         rows = [(x, y) for x, y in (TASKS[name].answers or {}).items() if held_out(name, x)]
         if len(rows) < 150:  # the larger tables need the whole corpus
@@ -253,27 +374,41 @@ def fits(name, pairs):
 
 def test_a_line_of_pairs_is_one_function():
     """With functions mixed in a line nothing in it would say which is meant, and the base would learn to guess."""
-    seen, lines = set(), [line for line in LINES if re.search(" -> | = | : ", line)]
-    assert 0.6 < len(lines) / len(LINES) < 0.8
-    for line in lines:
-        pairs = [re.split(" -> | = | : ", pair) for pair in re.split(r" ; | \| ", line)]
-        assert len(dict(pairs)) == len(pairs) <= 8
+    seen = set()
+    for line in KIND["lines"]:
+        (style,) = {arrow for arrow in ARROWS if arrow in line}
+        pairs = split_pairs(line, style)
+        assert 4 <= len(dict(pairs)) == len(pairs) <= 8
         names = {name for name in NAMES if fits(name, pairs)}
         assert names, line
         seen |= names
     assert seen == set(NAMES)
 
 
+def test_sentences_state_true_pairs():
+    """A sentence with the answer in the input's place, or of another function, would be learned as a fact."""
+    forms = {name: re.escape(TASKS[name].sentence).replace(r"\{x\}", "(?P<x>.+)") for name in NAMES}
+    forms = {name: re.compile(form.replace(r"\{y\}", "(?P<y>.+)")) for name, form in forms.items()}
+    seen = set()
+    for document in KIND["sentences"]:
+        for sentence in re.split(r"(?<=\.) ", document):
+            matches = [(name, m) for name in NAMES if (m := forms[name].fullmatch(sentence))]
+            names = {name for name, m in matches if fits(name, [(m["x"], m["y"])])}
+            assert names, sentence
+            seen |= names
+    assert seen == set(NAMES)
+
+
 def test_corpus_is_a_stream_and_a_prefix():
-    """If the first lines depended on how many are asked for, a short trial would not be a part of the real run."""
-    assert list(corpus(50)) == LINES[:50] and list(corpus(50, seed=1)) != LINES[:50] and list(corpus(0)) == []
+    """If the first documents depended on how many are asked for, a short trial would not be a part of the real run."""
+    assert list(corpus(50)) == DOCUMENTS[:50] and list(corpus(50, seed=1)) != DOCUMENTS[:50] and list(corpus(0)) == []
 
 
 def test_same_files_in_every_process(tmp_path):
     """Python's hash() is salted for each process: a split made with it would leak test inputs on the next run."""
     run = [sys.executable, "tiny_tasks.py", "--out", str(tmp_path / "a"), "--train", "60", "--test", "20"]
     salt = os.environ | {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
-    subprocess.run([*run, "--corpus_lines", "300", "--seed", "3"], cwd=ROOT, env=salt, check=True)
+    subprocess.run([*run, "--documents", "300", "--seed", "3"], cwd=ROOT, env=salt, check=True)
     tiny_tasks.write(tmp_path / "b", 60, 20, 300, 3)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
     assert len(files) == 28 * 3 + 1
@@ -289,7 +424,7 @@ def test_seed_changes_the_draw_not_the_split(name):
 
 def test_write(tmp_path):
     """The folders are what training and evaluation read: a missing metric or field would stop them much later."""
-    tiny_tasks.write(tmp_path, train=12, test=5, corpus_lines=20, seed=7)
+    tiny_tasks.write(tmp_path, train=12, test=5, documents=20, seed=7)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == NAMES
     for name in NAMES:
         assert read_json(tmp_path / name / "task.json") == {
@@ -297,7 +432,8 @@ def test_write(tmp_path):
         for split, n in (("train", 12), ("test", 5)):
             rows = read_jsonl(tmp_path / name / f"{split}.jsonl", ["prompt", "response"])
             assert rows == examples(name, split, n, 7) and len(rows) == n
-    assert (tmp_path / "corpus.txt").read_text(encoding="utf-8").splitlines() == list(corpus(20, 7))
+    text = (tmp_path / "corpus.txt").read_text(encoding="utf-8")
+    assert text.endswith("\n") and text.removesuffix("\n").split("\n\n") == list(corpus(20, 7))
 
 
 def test_bad_input(tmp_path):
@@ -310,6 +446,6 @@ def test_bad_input(tmp_path):
 
 def test_command_line_refuses(tmp_path):
     """A recipe that goes on after a bad option would train on nothing."""
-    run = [sys.executable, "tiny_tasks.py", "--out", str(tmp_path), "--corpus_lines", "-4"]
+    run = [sys.executable, "tiny_tasks.py", "--out", str(tmp_path), "--documents", "-4"]
     bad = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr == "error: corpus_lines: expected 0 or more, found -4\n"
+    assert bad.returncode == 2 and bad.stderr == "error: documents: expected 0 or more, found -4\n"

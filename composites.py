@@ -1,0 +1,147 @@
+"""Composite prompts: n questions of n tasks in one prompt, one numbered list of answers (MeteoRA, section 4.3).
+
+Drawn from task folders, answered by any method, scored: how many questions were attempted, how many are right. Beside
+the methods stands a ceiling, `oracle`: every question and every answer runs through its own task's adapter.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from files import InputError
+from generate import Sampling, decode, trace_prompt
+from methods import force, set_methods
+from metrics import COUNTED, numbered, right, score, score_meteora
+from tasks import fill
+from tokenizer import check_ids
+from viz import svg_picture
+
+ANSWERS = "Answers:\n"  # says that the questions are over: the list that follows may be of any length
+
+
+@dataclass
+class Composite:
+    """n questions of n tasks in one prompt, to be answered by a numbered list (MeteoRA, section 4.3). `spans` is the
+    prompt in pieces, [(text, its task or None)]; questions [(task name, row)] are what is asked at its end."""
+
+    spans: list
+    questions: list
+
+    @property
+    def prompt(self):
+        return "".join(text for text, _ in self.spans)
+
+
+def composites(tasks, n, count, template, seed=0, split="test", shots=2):
+    """`count` Composites of `n` tasks each: first `shots` solved ones, of tasks drawn anew and with questions of the
+    train split, then `n` questions of `split`. Every question is wrapped in the template by itself. Raises InputError
+    where there are fewer than n tasks."""
+    if n > len(tasks):
+        raise InputError(f"composite-{n} needs {n} tasks, there are {len(tasks)}: {', '.join(tasks)}")
+    for task in tasks.values():
+        if shots and not task.train:
+            raise InputError(f"task {task.name}: train.jsonl holds no example for a composite's {shots} shots")
+    rng, made = random.Random(f"{seed}/composite-{n}/{split}"), []
+    for _ in range(count):
+        spans = []
+        for shot in range(shots + 1):
+            names = rng.sample(sorted(tasks), n)
+            rows = [rng.choice(tasks[name].train if shot < shots else getattr(tasks[name], split)) for name in names]
+            spans += [
+                (fill(template, row["prompt"]).rstrip("\n") + "\n", name) for name, row in zip(names, rows, strict=True)
+            ]
+            spans.append((ANSWERS, None))
+            if shot < shots:
+                answers = enumerate(zip(names, rows, strict=True), 1)
+                spans += [(f"{j}. {row['response']}\n", name) for j, (name, row) in answers]
+        made.append(Composite(spans, list(zip(names, rows, strict=True))))
+    return made
+
+
+def answer_composites(mole, asked, method, temperature, o):
+    """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
+    task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing."""
+    encoded = [encode_spans(mole, composite) for composite in asked]
+    room = mole.model.config.max_position_embeddings
+    order, texts = sorted(range(len(asked)), key=lambda j: len(encoded[j][0])), [""] * len(asked)
+    for start in range(0, len(order), o.batch_size):
+        rows = order[start : start + o.batch_size]
+        n = len(asked[rows[0]].questions)
+        ids = [encoded[j][0] for j in rows]
+        budget = min(n * o.max_new_tokens, room)
+        used = "base" if method == "oracle" else method
+        set_methods(mole, [used] * len(rows), o.top_k, temperature)
+        names = [[name for name, _ in asked[j].questions] for j in rows]
+        if method == "oracle":
+            longest = max(map(len, ids))
+            force(mole, [encoded[j][1] + [None] * (longest - len(encoded[j][1])) for j in rows])
+        begun = False
+        for token in decode(mole, ids, Sampling(budget)):
+            texts[rows[token.row]] += token.text
+            if method == "oracle" and ("\n" in token.text or not begun):
+                lines = [sum(map(bool, map(str.strip, texts[j].split("\n")[:-1]))) for j in rows]
+                force(mole, [own[min(line, n - 1)] for own, line in zip(names, lines, strict=True)])
+                begun = True
+    return texts
+
+
+def encode_spans(mole, composite):
+    """(ids, the task of each id): the prompt as one text, spans end where the text up to there ends. Raises
+    InputError where the prompt and a list of short answers don't fit into the context."""
+    ids = mole.tokenizer.encode(composite.prompt)
+    check_ids(ids, mole.model.config.vocab_size)
+    room = mole.model.config.max_position_embeddings
+    if len(ids) > room:
+        raise InputError(f"a composite prompt of {len(composite.questions)} questions has {len(ids)} tokens, "
+                         f"the context {room}: ask for fewer")  # fmt: skip
+    names, prefix = [], ""
+    for text, name in composite.spans:
+        prefix += text
+        names += [name] * (len(mole.tokenizer.encode(prefix)) - len(names))
+    return ids, names[: len(ids)]
+
+
+def draw_composite(mole, composite, method, temperature, o):
+    """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest adapter."""
+    ids, _ = encode_spans(mole, composite)
+    set_methods(mole, [method], o.top_k, temperature)
+    events = decode(mole, [ids], Sampling(len(composite.questions) * o.max_new_tokens), routing=True)
+    prompt = [(row["text"], row["adapters"]) for row in trace_prompt(mole, ids, next(events)[0])]
+    return svg_picture(prompt, [(token.text, token.adapters) for token in events])
+
+
+def score_composites(asked, texts, tasks, o):
+    """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that knows right and
+    wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks": {task: its metric's score}}."""
+    attempted, rights, by_task = [], [], {}
+    for composite, text in zip(asked, texts, strict=True):
+        answers = numbered(text, len(composite.questions))
+        attempted.append(sum(bool(answer) for answer in answers))
+        rights.append(0)
+        for (name, row), answer in zip(composite.questions, answers, strict=True):
+            metric = tasks[name].metric
+            if metric in COUNTED:
+                rights[-1] += right(metric, answer, row["response"])
+            by_task.setdefault(name, []).append((answer or "", row["response"]))
+    found = {"n": len(asked)}
+    for key, values in (("attempted", attempted), ("right", rights)):
+        values = np.array(values, dtype=float)
+        draws = np.random.default_rng(o.seed).integers(0, len(values), (1000, len(values)))
+        low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+        found |= {key: round(values.mean(), 3), f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
+    one = score_meteora if o.meteora_metrics else score
+    scores = {
+        name: one(tasks[name].metric, *zip(*pairs, strict=True), o.seed) for name, pairs in sorted(by_task.items())
+    }
+    return found | {"tasks": {name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()}}
+
+
+def choose_temperature(mole, trial, method, tasks, temperatures, o):
+    """The gate temperature that gets most right on validation composites, made of training questions; the first of
+    equals."""
+    found = {
+        t: score_composites(trial, answer_composites(mole, trial, method, t, o), tasks, o)["right"]
+        for t in temperatures
+    }
+    return max(found, key=found.get)
