@@ -498,7 +498,9 @@ def test_closed_pipe_and_interrupt_end_quietly(tmp_path):
     """`| head` and Ctrl-C are how people stop a long answer: neither is worth a traceback."""
     folder = scripted(tmp_path / "m", {}, room=99991)
     args = [sys.executable, ROOT / "generate.py", "--model", folder, "--prompt", "dog", "--max_new_tokens", "90001"]
-    piped, stopped = (subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2))
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # nohup's children would ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    piped, stopped = (subprocess.Popen(args, **pipes, **heard) for _ in range(2))
     try:
         assert piped.stdout.read(1) and stopped.stdout.read(1)  # both are answering now
         piped.stdout.close()
