@@ -12,7 +12,7 @@ import numpy as np
 from files import InputError
 from generate import Sampling, decode, trace_prompt
 from methods import force, set_methods
-from metrics import COUNTED, numbered, right, score, score_meteora
+from metrics import COUNTED, draws, numbered, right, score, score_meteora
 from tasks import fill
 from tokenizer import check_ids
 from viz import svg_picture
@@ -88,7 +88,7 @@ def answer_composites(mole, asked, method, temperature, o):
 
 def encode_spans(mole, composite):
     """(ids, the task of each id): the prompt as one text, spans end where the text up to there ends. Raises
-    InputError where the prompt and a list of short answers don't fit into the context."""
+    InputError where the prompt doesn't fit into the context."""
     ids = mole.tokenizer.encode(composite.prompt)
     check_ids(ids, mole.model.config.vocab_size)
     room = mole.model.config.max_position_embeddings
@@ -127,8 +127,7 @@ def score_composites(asked, texts, tasks, o):
     found = {"n": len(asked)}
     for key, values in (("attempted", attempted), ("right", rights)):
         values = np.array(values, dtype=float)
-        draws = np.random.default_rng(o.seed).integers(0, len(values), (1000, len(values)))
-        low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+        low, high = np.percentile(values[draws(len(values), o.seed)].mean(1), [2.5, 97.5])
         found |= {key: round(values.mean(), 3), f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
     one = score_meteora if o.meteora_metrics else score
     scores = {

@@ -48,7 +48,7 @@ class Options(Sampling):
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
-    method: list[str] = field(default_factory=list)  # base, adapter:NAME, uniform, meteora; once, or one a prompt
+    method: list[str] = field(default_factory=list)  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     raw: bool = False  # no prompt template

@@ -157,7 +157,7 @@ def check_method(mole, name, top_k=2):
     if name in ("oracle", "lorahub"):
         example = for_task(name, "NAME")
         raise InputError(f"method {name} is another one for each task: name it, {example}, or let eval.py")
-    fixed = {*METHODS, "lora_f", "lora_b"} - {"adapter:NAME", "lorahub:TASK"}
+    fixed = {*METHODS} - {"adapter:NAME", "lorahub:TASK"}
     folder = mole.folder.path if mole.folder else None
     baseline = folder / "baselines" / name if folder and re.fullmatch(r"[\w-]+", name) else None
     known = (

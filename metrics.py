@@ -85,7 +85,7 @@ def score(metric, answers, targets, seed=0, resamples=1000):
     value = bleu.corpus_score(answers, [targets]).score
     # Corpus BLEU is a function of summed n-gram counts: resampled sums, not resampled texts.
     counts = np.array([_bleu_counts(bleu, a, t) for a, t in zip(answers, targets, strict=True)])
-    resampled = [_bleu_of(bleu, counts[draw].sum(0)) for draw in _draws(len(counts), seed, resamples)]
+    resampled = [_bleu_of(bleu, counts[draw].sum(0)) for draw in draws(len(counts), seed, resamples)]
     return _score(metric, value, resampled, len(counts))
 
 
@@ -159,7 +159,7 @@ def _check(metric, answers, targets):
         raise ValueError(f"{len(answers)} answers for {len(targets)} targets")
 
 
-def _draws(n, seed, resamples):
+def draws(n, seed, resamples=1000):
     """(resamples, n): the examples of each bootstrap resample."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
@@ -167,7 +167,7 @@ def _draws(n, seed, resamples):
 def _mean(metric, values, seed, resamples):
     """Score of a mean over examples, `values` 0 to 1."""
     values = 100 * np.array(values, dtype=float)
-    return _score(metric, values.mean(), values[_draws(len(values), seed, resamples)].mean(1), len(values))
+    return _score(metric, values.mean(), values[draws(len(values), seed, resamples)].mean(1), len(values))
 
 
 def _score(metric, value, resampled, n):

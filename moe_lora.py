@@ -202,7 +202,7 @@ class GateFile:
     """
 
     def __init__(self, file, pool):
-        self.file, self.pool = file, pool
+        self.file = file
         self.tensors, metadata = read_safetensors(file)
         if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
             raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")

@@ -1,4 +1,6 @@
-"""`train.py gates`: what chooses among the adapters of a pool, token by token; base and adapters stay frozen.
+"""`train.py gates`: what chooses among the adapters of a pool, token by token.
+
+The base stays frozen, and so do the adapters but with --adapters_too.
 
 MeteoRA's gates learn from the LM loss and from the gate term, which tells each gate the task's own adapter. With `fit`
 they are fitted to features instead, without a backward pass through the network: under the gate term alone each gate is

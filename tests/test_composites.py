@@ -138,7 +138,10 @@ def owners(mole, composite):
     return [name for (_, name), count in zip(composite.spans, counts, strict=True) for _ in range(count)]
 
 
-TEXTS = st.text(st.characters(exclude_categories=("C",)) | st.sampled_from("日é🎉ß ▁�\n"), max_size=12)
+# No "<": special tokens written out are cut out before sentencepiece sees the text, which `owners` doesn't know.
+TEXTS = st.text(
+    st.characters(exclude_categories=("C",), exclude_characters="<") | st.sampled_from("日é🎉ß ▁�\n"), max_size=12
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +153,13 @@ def test_every_token_belongs_to_the_span_that_it_ends_in(mole, parts):
     ids, names = encode_spans(mole, composite)
     assert ids == mole.tokenizer.encode(composite.prompt)
     assert names == owners(mole, composite)
+
+
+def test_a_special_token_written_out_shifts_no_span(mole):
+    """Templates hold them; a token without a text must not move all that follow into an earlier span."""
+    alone = encode_spans(mole, Composite([("[a</s>\n", "ant")], []))[1]
+    ids, names = encode_spans(mole, Composite([("[a</s>\n", "ant"), ("[b\n", "bee")], []))
+    assert names == alone + ["bee"] * 3 and len(ids) == len(names) and ids.count(2) == 1
 
 
 def test_drawn_prompts_too(mole):

@@ -529,19 +529,11 @@ def test_smear_shares_the_pools_prompt(mole):
     assert all(linear.gate.prompt is mole.prompt for linear in linears.values())
 
 
-class FirstGate(torch.nn.Module):
-    """A gate of somebody's own: slot 0, weight 1, always."""
-
-    def forward(self, x, sample, ax):
-        return Mixture(torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1))
-
-
 def test_the_name_of_a_gate_of_ones_own_may_begin_like_anothers(small_model, folder):
     """meteora_mine must not be answered by meteora."""
     mole = load(small_model, folder)
-    mole.own["meteora_mine"] = FirstGate()
-    first = f"adapter:{mole.pool.names[0]}"
-    assert close(logits_of(mole, ["meteora_mine", "uniform"]), logits_of(mole, [first, "uniform"]))
+    mole.own |= {"mine": First(), "meteora_mine": First()}
+    assert close(logits_of(mole, ["meteora_mine", "uniform"]), logits_of(mole, ["mine", "uniform"]))
 
 
 @pytest.mark.parametrize("method", ["svd", "average_ab", "lora_b"])
