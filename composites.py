@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from files import InputError
-from generate import Sampling, decode, trace_prompt
+from generate import Sampling, by_length, decode, trace_prompt
 from methods import force, set_methods
 from metrics import COUNTED, draws, numbered, right, score, score_meteora
 from tasks import fill
@@ -35,8 +35,8 @@ class Composite:
 
 def composites(tasks, n, count, template, seed=0, split="test", shots=2):
     """`count` Composites of `n` tasks each: first `shots` solved ones, of tasks drawn anew and with questions of the
-    train split, then `n` questions of `split`. Every question is wrapped in the template by itself. Raises InputError
-    where there are fewer than n tasks."""
+    train split, then `n` questions of `split`. Every question has its number and is wrapped in the template by itself.
+    Raises InputError where there are fewer than n tasks."""
     if n > len(tasks):
         raise InputError(f"composite-{n} needs {n} tasks, there are {len(tasks)}: {', '.join(tasks)}")
     for task in tasks.values():
@@ -48,13 +48,11 @@ def composites(tasks, n, count, template, seed=0, split="test", shots=2):
         for shot in range(shots + 1):
             names = rng.sample(sorted(tasks), n)
             rows = [rng.choice(tasks[name].train if shot < shots else getattr(tasks[name], split)) for name in names]
-            spans += [
-                (fill(template, row["prompt"]).rstrip("\n") + "\n", name) for name, row in zip(names, rows, strict=True)
-            ]
+            asked = list(enumerate(zip(names, rows, strict=True), 1))
+            spans += [(f"{j}. " + fill(template, row["prompt"]).rstrip("\n") + "\n", name) for j, (name, row) in asked]
             spans.append((ANSWERS, None))
             if shot < shots:
-                answers = enumerate(zip(names, rows, strict=True), 1)
-                spans += [(f"{j}. {row['response']}\n", name) for j, (name, row) in answers]
+                spans += [(f"{j}. {row['response'].strip()}\n", name) for j, (name, row) in asked]
         made.append(Composite(spans, list(zip(names, rows, strict=True))))
     return made
 
@@ -63,10 +61,8 @@ def answer_composites(mole, asked, method, temperature, o):
     """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
     task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing."""
     encoded = [encode_spans(mole, composite) for composite in asked]
-    room = mole.model.config.max_position_embeddings
-    order, texts = sorted(range(len(asked)), key=lambda j: len(encoded[j][0])), [""] * len(asked)
-    for start in range(0, len(order), o.batch_size):
-        rows = order[start : start + o.batch_size]
+    room, texts = mole.model.config.max_position_embeddings, [""] * len(asked)
+    for rows in by_length([ids for ids, _ in encoded], o.batch_size):
         n = len(asked[rows[0]].questions)
         ids = [encoded[j][0] for j in rows]
         budget = min(n * o.max_new_tokens, room)

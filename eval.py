@@ -33,7 +33,7 @@ from composites import (
 )
 from config import parse_args
 from files import InputError, read_json, run_script, warn, write_json, write_jsonl, write_text
-from generate import TINY, Sampling, check_values, decode, encode_prompt
+from generate import TINY, Sampling, by_length, check_values, decode, encode_prompt
 from methods import check_method, for_task, load_mole, set_methods, setup_of
 from metrics import score, score_meteora, signature
 from moe_lora import GateLoss, attached
@@ -72,9 +72,8 @@ def tiny_test_tasks(names, n=100):
 def answer_all(mole, prompts, method, o):
     """Greedy answers to `prompts`, batched by length, in their own order."""
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
-    order, texts = sorted(range(len(ids)), key=lambda j: len(ids[j])), [""] * len(ids)
-    for start in range(0, len(order), o.batch_size):
-        rows = order[start : start + o.batch_size]
+    texts = [""] * len(ids)
+    for rows in by_length(ids, o.batch_size):
         set_methods(mole, [method] * len(rows), o.top_k, o.gate_temperature)
         for token in decode(mole, [ids[j] for j in rows], Sampling(o.max_new_tokens)):
             texts[rows[token.row]] += token.text

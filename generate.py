@@ -150,6 +150,12 @@ def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
     return ids
 
 
+def by_length(ids, size):
+    """Batches of `size` prompts, the shortest first: lists of their positions in `ids`."""
+    order = sorted(range(len(ids)), key=lambda j: len(ids[j]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 # Decoding -----------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +300,7 @@ class Printer:
     def __init__(self, prompts, traces, routing):
         self.prompts, self.routing, self.row, self.palette = prompts, routing, -1, Palette()
         self.waiting, self.done, self.traces = [[] for _ in prompts], [False] * len(prompts), traces
+        self.line_open = True  # the answer's last text doesn't end its line
         self._next()
 
     def _next(self):
@@ -304,6 +311,7 @@ class Printer:
 
     def _write(self, text, adapters, faint=False):
         print(paint(text, self.palette.colour(adapters), faint) if self.routing else text, end="", flush=True)
+        self.line_open = not text.endswith("\n") if text else self.line_open
 
     def push(self, token):
         self.waiting[token.row].append(token)
@@ -314,7 +322,9 @@ class Printer:
             self.waiting[self.row] = []
             if not self.done[self.row]:
                 break
-            print()
+            if self.line_open:
+                print()
+            self.line_open = True
             self._next()
 
     def close(self):

@@ -1,4 +1,4 @@
-"""The training loop that base, adapters and gates share: AdamW, warmup and cosine, clipping, logs, checkpoints.
+"""The training loop that base, adapters and gates share: optimizer, warmup and cosine, clipping, logs, checkpoints.
 
 Every step is a pure function of the seed, the step and the weights; a checkpoint holds weights, optimizer and RNG, so a
 resumed run goes on bit for bit as if nothing had happened, whenever it was killed.
@@ -27,7 +27,8 @@ class Run:
     micro_tokens: int = 4096  # padded tokens in one forward; a step of more accumulates gradients
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
-    weight_decay: float = 0.0  # AdamW's
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, evens out the directions of a step
+    weight_decay: float = 0.0  # the optimizer's
     clip: float = 1.0  # largest gradient norm, 0 = no clipping
     seed: int = 0  # of weights, dropout and data order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base, auto = the file's
@@ -68,7 +69,7 @@ def clip_norm(params, limit):
 
 
 class Checkpoint:
-    """RUN/checkpoint.safetensors: step, trained tensors, AdamW's moments, RNG; config.json and log.csv beside it.
+    """RUN/checkpoint.safetensors: step, trained tensors, optimizer's state, RNG; config.json and log.csv beside it.
 
     A finished run leaves config.json with "finished": true and no checkpoint.
     """
@@ -100,27 +101,27 @@ class Checkpoint:
     def write_config(self, finished):
         write_json(self.folder / "config.json", self.config | {"finished": finished})
 
-    def load(self, params, optimizer):
-        """Restores the run's state into `params` {name: tensor} and `optimizer`, where there is one to restore."""
+    def load(self, params, optimizers):
+        """Restores the run's state into `params` {name: tensor} and `optimizers`, where there is one to restore."""
         if not self.file.exists():
             return
         tensors, metadata = read_safetensors(self.file)
         self.step = int(metadata["step"])
         for name, param in params.items():
             param.data.copy_(tensors[f"param.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[param] = {"step": torch.tensor(float(self.step)), **moments}
+        for name, param, state in states(params, optimizers):
+            parts = (key.partition(".") for key in tensors)
+            kinds = [kind for kind, _, rest in parts if rest == name and kind != "param"]
+            state[param] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
         torch.set_rng_state(tensors["rng"].clone())
         if (self.folder / "log.csv").exists():
             rows = list(csv.reader(io.StringIO(read_text(self.folder / "log.csv"))))
             self.rows = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= self.step]
 
-    def save(self, step, params, optimizer):
-        tensors = {"rng": torch.get_rng_state()}
-        for name, param in params.items():
-            state = optimizer.state[param]
-            tensors |= {f"param.{name}": param.data, f"exp_avg.{name}": state["exp_avg"]}
-            tensors |= {f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+    def save(self, step, params, optimizers):
+        tensors = {"rng": torch.get_rng_state()} | {f"param.{name}": param.data for name, param in params.items()}
+        for name, param, state in states(params, optimizers):
+            tensors |= {f"{kind}.{name}": value for kind, value in state[param].items()}
         write_safetensors(self.file, tensors, {"step": str(step)})
 
     def finish(self, written):
@@ -129,8 +130,31 @@ class Checkpoint:
         print(f"wrote {written}", file=sys.stderr)
 
 
+def states(params, optimizers):
+    """(name, parameter, the state of the optimizer that it belongs to), for each parameter."""
+    names = {param: name for name, param in params.items()}
+    for optimizer in optimizers:
+        yield from ((names[p], p, optimizer.state) for group in optimizer.param_groups for p in group["params"])
+
+
+def make_optimizers(params, o, rates):
+    """AdamW for all, or Muon for the matrices and AdamW for the rest; {name: factor} `rates` of the learning rate.
+
+    Muon gives all singular vectors of a step the same length. It is scaled to the length of AdamW's steps, so that one
+    learning rate serves both.
+    """
+    muon, adamw = {}, {}  # {rate: parameters}
+    for name, param in params.items():
+        matrix = param.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        groups = muon if o.optimizer == "muon" and matrix else adamw
+        groups.setdefault(rates.get(name, 1.0), []).append(param)
+    muon, adamw = ([{"params": some, "rate": rate} for rate, some in groups.items()] for groups in (muon, adamw))
+    made = [torch.optim.Muon(muon, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else []
+    return made + ([torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=o.weight_decay)] if adamw else [])
+
+
 def fit(checkpoint, params, o, step_loss, clip=clip_norm, rates=None):
-    """AdamW over `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
+    """Trains `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
 
     Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes. `rates`
     {name: factor} gives some params another learning rate.
@@ -139,25 +163,25 @@ def fit(checkpoint, params, o, step_loss, clip=clip_norm, rates=None):
     torch.manual_seed(o.seed)
     for param in params.values():
         param.requires_grad_(True)
-    rates = [(rates or {}).get(name, 1.0) for name in params]
-    groups = [{"params": [param]} for param in params.values()] if len(set(rates)) > 1 else params.values()
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
-    checkpoint.load(params, optimizer)
+    optimizers = make_optimizers(params, o, rates or {})
+    checkpoint.load(params, optimizers)
     board = _tensorboard(checkpoint.folder) if o.tensorboard else None
     rows, header = checkpoint.rows, None
     bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
     try:
         for step in bar:
-            for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                group["lr"] = rate * learning_rate(step, o)
-            optimizer.zero_grad(set_to_none=True)
+            for param in params.values():
+                param.grad = None
             logged = step_loss(step)
             norm = clip(list(params.values()), o.clip)
             if not math.isfinite(norm):
                 raise InputError(
                     f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32"
                 )
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * learning_rate(step, o)
+                optimizer.step()
             logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
             header = list(logged)
             rows.append([f"{value:.6g}" for value in logged.values()])
@@ -168,7 +192,7 @@ def fit(checkpoint, params, o, step_loss, clip=clip_norm, rates=None):
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
                 write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
-                checkpoint.save(step + 1, params, optimizer)
+                checkpoint.save(step + 1, params, optimizers)
     except KeyboardInterrupt:
         bar.close()
         where = "the last checkpoint" if checkpoint.file.exists() else "the start: there is no checkpoint yet"

@@ -372,7 +372,7 @@ def examples(name, split, n, seed=0) -> list[dict]:
         key = x if split == "test" else prompt
         if held_out(name, x) == (split == "test") and key not in seen:
             seen.add(key)
-            rows.append({"prompt": prompt, "response": y})
+            rows.append({"prompt": prompt, "response": y + "\n"})
     return rows
 
 
@@ -380,8 +380,8 @@ def corpus(n, seed=0) -> Iterator[str]:
     """`n` documents of pretraining text, none of them an instruction.
 
     Lines of 4 to 8 pairs of one function; sentences that state pairs; the words of the instructions, shuffled, beside
-    an input, which gives them tokens and company but no meaning; and questions between tags, in each a function shown
-    by example: one question and its answer, or one to three rounds of several and a numbered list of answers.
+    an input, which gives them tokens and company but no meaning; and questions between tags, in most of them a function
+    shown by example: one question and its answer, or one to three rounds of several, numbered, and their answers.
     """
     rng, tasks = random.Random(f"{seed}/corpus"), list(TASKS.values())
     shares = [task.share for task in tasks]
@@ -398,7 +398,7 @@ def corpus(n, seed=0) -> Iterator[str]:
         else:
             tag, bare = rng.choice(WORDS), rng.random() < 0.5  # bare: no arrow after the input in question
             tag = tag.upper() if rng.random() < 0.5 else tag
-            count, rounds = (1, 1) if kind < 0.87 else (rng.randint(2, 10), rng.randint(1, 3))
+            count, rounds = (1, 1) if kind < 0.83 else (rng.randint(2, 10), rng.randint(1, 3))
             asked = [rng.choices(tasks, shares, k=count) for _ in range(rounds)]
             yield "\n".join(_round(rng, some, tag, style, bare) for some in asked)
 
@@ -416,8 +416,15 @@ def _line(pairs, style):
     return separator.join(x + arrow + y for x, y in pairs)
 
 
+def _words(task):
+    return sorted({word for phrasing in task.phrasings for word in re.findall(r"\w+", phrasing)} - {"x"})
+
+
+_INSTRUCTING = sorted({word for task in TASKS.values() for word in _words(task)})
+
+
 def _shuffled_words(rng, task):
-    words = sorted({word for phrasing in task.phrasings for word in re.findall(r"\w+", phrasing)} - {"x"})
+    words = _words(task)
     return " ".join(rng.sample([*words, task.make(rng)[0]], len(words) + 1))
 
 
@@ -425,11 +432,21 @@ def _round(rng, tasks, tag, style, bare):
     """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins with it too."""
     questions, answers = [], []
     for task in tasks:
-        *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4))
-        questions.append(f"[{tag}] {_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()} [/{tag}]")
+        *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4 if len(tasks) == 1 else 3))
+        text = f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}"
+        if rng.random() < 0.1:  # no function at all: what is said is only that an answer comes, and where
+            words = rng.sample(_INSTRUCTING, rng.randint(2, 8))
+            words.insert(rng.randint(0, len(words)), x)
+            text, y = " ".join(words), rng.choice(list(TASKS.values())).make(rng)[1]
+        questions.append(f"[{tag}] {text} [/{tag}]")
         answers.append(y)
-    listed = ["Answers:", *(f"{j}. {y}" for j, y in enumerate(answers, 1))]
-    return "\n".join([*questions, *(listed if len(tasks) > 1 else [f" {answers[0]}"])])
+    if len(tasks) == 1:
+        return f"{questions[0]}\n {answers[0]}"
+    return "\n".join([*_numbered(questions), "Answers:", *_numbered(answers)])
+
+
+def _numbered(lines):
+    return [f"{j}. {line}" for j, line in enumerate(lines, 1)]
 
 
 def write(out, train=1000, test=100, documents=150000, seed=0):

@@ -46,6 +46,7 @@ class AdaptersRun(Run):
     r: int = 8  # rank
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
+    late: float = 0.0  # share of the examples whose adapter starts at a random token of the prompt, as behind gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out
@@ -113,6 +114,10 @@ def check_adapter_options(o):
         raise InputError(f"--name is {o.name!r}, expected {o.joint} and letters, digits, - or _: it becomes a folder")
     if not 0 <= o.dropout < 0.99:
         raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
+    if o.optimizer == "muon":
+        raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
+    if not 0 <= o.late <= 1:
+        raise InputError(f"--late is {o.late}, expected 0 to 1")
     if not math.isfinite(o.alpha) or o.alpha <= 0:
         raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
     if "{prompt}" not in o.template:
@@ -139,7 +144,12 @@ def adapters_step(model, pool, gate, picked, o):
     total = 0.0
     for part in micro_batches(picked, o.micro_tokens):
         batch = collate(part)
-        gate.set(*fixed_rows(pool, [{name: 1.0} for name in batch.tasks]))
+        idx, weight = fixed_rows(pool, [{name: 1.0} for name in batch.tasks])
+        if o.late:  # gates can't know the task from a prompt's first words
+            starts = torch.tensor([x.n_prompt - 1 for x in part]) * (torch.rand(len(part)) / o.late - 1 / o.late + 1)
+            on = torch.arange(batch.ids.shape[1]) >= starts[:, None]  # (b, t)
+            idx, weight = idx.repeat_interleave(on.shape[1], 0), on.reshape(-1, 1).float()
+        gate.set(idx, weight, each_token=o.late > 0)
         share = torch.tensor([1 / tokens[name] for name in batch.tasks])[:, None].expand(batch.ids.shape)
         loss = (lm_losses(model, batch) * share[batch.predicts]).sum()
         loss.backward()

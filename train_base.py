@@ -26,19 +26,20 @@ class BaseRun(Run):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, auto = float32; saved in bfloat16
     text: str = ""  # UTF-8 text to train on, an empty line between its documents
     vocab_size: int = 2048  # sentencepiece pieces
-    hidden_size: int = 256  # width
+    hidden_size: int = 384  # width
     intermediate_size: int = 512  # width of the MLP
-    num_hidden_layers: int = 6  # blocks
-    num_attention_heads: int = 8  # query heads
-    num_key_value_heads: int = 4  # key and value heads
+    num_hidden_layers: int = 4  # blocks
+    num_attention_heads: int = 12  # query heads
+    num_key_value_heads: int = 6  # key and value heads
     max_position_embeddings: int = 1024  # context
     block_size: int = 1024  # tokens in a training window
     symbol: list[str] = field(default_factory=lambda: ["[", "[/", "]", "\n"])  # always tokens of their own; repeatable
-    steps: int = 4000  # optimizer steps
+    steps: int = 3500  # optimizer steps
     batch_size: int = 4  # windows a step
     micro_tokens: int = 4096  # tokens in one forward; a step of more accumulates gradients
-    lr: float = 2e-3  # peak learning rate
-    weight_decay: float = 0.1  # AdamW's
+    optimizer: Literal["adamw", "muon"] = "muon"  # for matrices, AdamW for the rest
+    lr: float = 5e-3  # peak learning rate
+    weight_decay: float = 0.1  # the optimizer's
     save_every: int = 200  # steps between checkpoints
     compile: bool = True  # torch.compile each block: 1.4 times the speed, 20 s of warm-up
 
@@ -66,7 +67,8 @@ def train_tokenizer(text, o, folder):
 
 
 def train_base(o):
-    """Pretrains a Llama of the given size on a text file, an empty line between documents, packed into windows."""
+    """Pretrains a Llama of the given size on a text file, an empty line between documents, packed into windows
+    that begin with one. A document ends with a line break, then EOS."""
     if not o.text:
         raise InputError("train.py base needs --text FILE")
     folder = Path(o.model)
@@ -80,8 +82,10 @@ def train_base(o):
         train_tokenizer(text, o, folder)
     tokenizer = Tokenizer(folder)
     documents = filter(None, (document.strip("\n") for document in text.split("\n\n")))
-    ids = [np.array([*tokenizer.encode(document), tokenizer.eos_id], np.int32) for document in documents]
+    ids = [np.array([*tokenizer.encode(f"{document}\n"), tokenizer.eos_id], np.int32) for document in documents]
     stream = np.concatenate(ids)
+    begins = np.cumsum([0, *map(len, ids[:-1])])
+    begins = begins[begins + o.block_size < len(stream)]  # where a window may start: no answer without its question
     if len(stream) <= o.block_size:
         raise InputError(f"{o.text}: {len(stream)} tokens, expected more than --block_size {o.block_size}")
     config, raw = base_config(o, tokenizer)
@@ -94,7 +98,7 @@ def train_base(o):
         layer.compile()
 
     def step_loss(step):
-        starts = np.random.default_rng([o.seed, step]).integers(0, len(stream) - o.block_size, o.batch_size)
+        starts = np.random.default_rng([o.seed, step]).choice(begins, o.batch_size)
         windows = np.stack([stream[s : s + o.block_size + 1] for s in starts]).astype(np.int64)
         windows, total = torch.from_numpy(windows), 0.0
         for part in windows.split(max(1, o.micro_tokens // o.block_size)):

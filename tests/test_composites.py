@@ -66,14 +66,14 @@ def test_shots_are_solved_training_examples_and_questions_are_of_the_split(n, co
             asked = [next(spans) for _ in range(n)]
             names = [name for _, name in asked]
             assert len(set(names)) == n
-            rows = [dict(zip(("name", "split", "j"), text[1:-2].split(), strict=True)) for text, _ in asked]
-            assert [text for text, _ in asked] == [f"<{r['name']} {r['split']} {r['j']}>\n" for r in rows]
+            rows = [dict(zip(("name", "split", "j"), text[4:-2].split(), strict=True)) for text, _ in asked]
+            said = list(enumerate(rows, 1))
+            assert [text for text, _ in asked] == [f"{i}. <{r['name']} {r['split']} {r['j']}>\n" for i, r in said]
             assert [r["name"] for r in rows] == names
             assert next(spans) == (ANSWERS, None)  # the list's beginning is no task's
             assert {r["split"] for r in rows} == ({"train"} if shot < shots else {split})
             if shot < shots:
                 solved = [next(spans) for _ in range(n)]
-                said = enumerate(rows, 1)
                 assert [text for text, _ in solved] == [
                     f"{i}. said {r['name']} {r['split']} {r['j']}\n" for i, r in said
                 ]
@@ -218,7 +218,7 @@ def line_breaks(mole):
 
     def choose(logits, *_):
         best = logits.argmax(-1)
-        return torch.where(best % 3 == 1, newline, best)
+        return torch.where(best % 2 == 1, newline, best)
 
     return newline, choose
 

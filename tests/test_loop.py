@@ -225,3 +225,25 @@ def test_rates_scale_each_parameters_own_step(tmp_path):
     loop.fit(loop.Checkpoint(tmp_path / "run", o), params, o, step_loss, rates={"adapter": 0.25})
     torch.testing.assert_close(params["gate"], torch.full((3,), -0.5))  # AdamW's first step is the learning rate
     torch.testing.assert_close(params["adapter"], torch.full((3,), -0.125))
+
+
+def test_muon_moves_matrices_alike_in_all_directions(tmp_path):
+    """Without it gates learn along their inputs' few loud directions alone, or an embedding, whose rows come and go,
+    and the norms' vectors, which have no directions, fall to it too."""
+    o = loop.Run(model="", steps=1, lr=0.5, warmup=0.0, clip=0.0, optimizer="muon")
+    shapes = {"gate": (5, 7), "model.embed_tokens.weight": (11, 7), "lm_head.weight": (11, 7), "norm": (7,)}
+    params = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    slope = {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in shapes.items()}
+    slope["gate"] *= torch.logspace(0, -2, 5)[:, None]  # a direction a hundred times louder than another
+
+    def step_loss(step):
+        sum((param * slope[name]).sum() for name, param in params.items()).backward()
+        return {}
+
+    loop.fit(loop.Checkpoint(tmp_path / "run", o), params, o, step_loss)
+    u, _, v = torch.linalg.svd(slope["gate"], full_matrices=False)
+    step = -(u.T @ params.pop("gate") @ v.T) / (0.5 * 0.2 * 7**0.5)  # in AdamW's units: 0.2 sqrt(longer side)
+    assert step.diagonal().min() > 0.6 and step.diagonal().max() < 1.3  # five Newton-Schulz steps get so near to 1
+    assert (step - step.diagonal().diag()).abs().max() < 0.02
+    for name, param in params.items():
+        torch.testing.assert_close(param, -0.5 * slope[name].sign())  # AdamW's first step

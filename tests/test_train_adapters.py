@@ -66,7 +66,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     for stack in (*pool.A.values(), *pool.B.values()):
         stack.requires_grad_(True)
     picked = examples(small_model, 3)
-    o = SimpleNamespace(micro_tokens=45)
+    o = SimpleNamespace(micro_tokens=45, late=0.0)
     logged = adapters_step(model, pool, gate, picked, o)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
@@ -81,6 +81,21 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
     assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
+
+
+def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypatch):
+    """Without it `late` leaves out tokens of the answer, or none, or those of every example: the base alone computes a
+    late example's first tokens and its adapter all from a random place in the prompt on."""
+    model, pool, gate = pool_in_model(small_model, tmp_path)
+    next(iter(pool.B.values())).requires_grad_(True)
+    picked, seen = sorted(examples(small_model, 4), key=lambda x: len(x.ids)), {}
+    model.model.register_forward_pre_hook(lambda module, args: seen.update(w=gate.weight, shape=args[0].shape))
+    for late, drawn, start in ((0.4, 0.9, 0.75), (0.4, 0.61, 0.025), (0.4, 0.3, 0.0), (1.0, 0.999, 0.999)):
+        monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
+        adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late=late))
+        for example, weights in zip(picked, seen["w"].view(seen["shape"]), strict=True):
+            off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
+            assert off < example.n_prompt and weights.tolist() == [0.0] * off + [1.0] * (len(weights) - off)
 
 
 def one_adapter(pool, name):

@@ -77,7 +77,7 @@ def test_documents_are_what_stands_between_empty_lines(tmp_path, monkeypatch):
     text.write_text(f"\n{documents[0]}\n\n\n\n{documents[1]}\n\n{documents[2]}\n" * 12)
     run(o, text=str(text), vocab_size=300)
     tokenizer, windows = Tokenizer(o.model), []
-    one = [i for document in documents for i in (*tokenizer.encode(document), tokenizer.eos_id)]
+    one = [i for document in documents for i in (*tokenizer.encode(document + "\n"), tokenizer.eos_id)]
     assert one.count(tokenizer.bos_id) == one.count(tokenizer.eos_id) == 3
 
     class Seen(Llama):
