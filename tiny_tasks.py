@@ -434,10 +434,11 @@ def _round(rng, tasks, tag, style, bare):
     for task in tasks:
         *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4 if len(tasks) == 1 else 3))
         text = f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}"
-        if rng.random() < 0.1:  # no function at all: what is said is only that an answer comes, and where
-            words = rng.sample(_INSTRUCTING, rng.randint(2, 8))
+        if rng.random() < 0.3:  # no function: the answer is a word of the question, any; so its words are worth reading
+            words = rng.sample(_INSTRUCTING, rng.randint(3, 8))
+            y = rng.choice(words)
             words.insert(rng.randint(0, len(words)), x)
-            text, y = " ".join(words), rng.choice(list(TASKS.values())).make(rng)[1]
+            text = " ".join(words)
         questions.append(f"[{tag}] {text} [/{tag}]")
         answers.append(y)
     if len(tasks) == 1:
