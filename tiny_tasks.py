@@ -434,9 +434,9 @@ def _round(rng, tasks, tag, style, bare):
     for task in tasks:
         *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4 if len(tasks) == 1 else 3))
         text = f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}"
-        if rng.random() < 0.3:  # no function: the answer is a word of the question, any; so its words are worth reading
+        if rng.random() < 0.3:  # no function: the answer is any of the question's words, so that it pays to read them
             words = rng.sample(_INSTRUCTING, rng.randint(3, 8))
-            y = rng.choice(words)
+            y = " ".join(rng.sample(words, rng.randint(1, 3)))
             words.insert(rng.randint(0, len(words)), x)
             text = " ".join(words)
         questions.append(f"[{tag}] {text} [/{tag}]")

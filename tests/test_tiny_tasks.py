@@ -256,7 +256,8 @@ def test_documents_hold_no_empty_line():
 def test_corpus_has_no_instruction():
     """A base that has seen the instructions would need no adapter, and the gap that adapters close would vanish. Their
     words come shuffled: in their own order only by chance, and then without marks and without an answer."""
-    spoken = [re.sub(r"\] (.*) \[", lambda m: "" if mute(m[1]) else m[0], d) for d in DOCUMENTS]
+    spoken = [d for d in DOCUMENTS if not any(map(mute, re.findall(r"\] (.*) \[", d)))]  # theirs have a test below
+    assert len(spoken) > 0.7 * len(DOCUMENTS)
     text, shown = "\n".join(spoken), "\n".join(d for d in spoken if kind_of(d) != "shuffled")
     assert not any(mark in d for d in DOCUMENTS for mark in ("INST", "?", "{"))
     shuffled, chance = " ".join(KIND["shuffled"]), 0
@@ -358,7 +359,7 @@ def test_a_question_shows_its_function_and_asks_for_another_input(asked):
             assert any(fits(name, [*pairs, (x, answer)]) for name in NAMES), (pairs, x, answer)
 
 
-def test_a_question_without_a_function_has_the_instructions_words_and_one_for_an_answer(asked):
+def test_a_question_without_a_function_has_the_instructions_words_and_some_for_an_answer(asked):
     """Lists of instructions are new to the base but for these, and without them it has no reason to tell the words of
     one question from another's; with answers that fit the input it would learn to guess what is meant."""
     words = {w for task in TASKS.values() for p in task.phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))}
@@ -368,9 +369,10 @@ def test_a_question_without_a_function_has_the_instructions_words_and_one_for_an
     places = set()
     for text, answer in silent:
         found = [w for w in text.split(" ") if w in words]
-        assert len(found) >= 3 and answer in found, (text, answer)
-        places.add((len(found), found.index(answer)))
-    assert len(places) > 40  # any of its words
+        said = answer.split(" ")
+        assert len(found) >= 3 and 1 <= len(said) <= 3 and not Counter(said) - Counter(found), (text, answer)
+        places.update((len(said), found.index(word)) for word in said)
+    assert len(places) >= 24  # any of its eight words, one, two or three
     held = [" ".join(w for w in text.split(" ") if w not in words) for text, _ in silent]
     assert sum(bool(x) for x in held) > 0.95 * len(held)  # and an input, but for one like "on", a word of theirs too
 
