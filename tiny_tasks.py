@@ -2,9 +2,9 @@
 
 28 small functions in eight families of relatives, over one small world of a few hundred common words, so that a Llama
 of a few million parameters can learn all of it on a laptop. `corpus` is what the base is pretrained on: input-output
-pairs of every function, none of them named, and plain sentences; never an instruction. So the knowledge is in the base
-and an adapter brings the task, as with a large Llama. Held-out inputs are in the corpus for the same reason: what is
-tested is whether an adapter carries its task over to inputs that it was not trained on.
+pairs of every function, none of them named, plain sentences, and lists of questions; never an instruction. So the
+knowledge is in the base and an adapter brings the task, as with a large Llama. Held-out inputs are in the corpus for
+the same reason: what is tested is whether an adapter carries its task over to inputs that it was not trained on.
 """
 
 import hashlib
@@ -428,19 +428,22 @@ def _shuffled_words(rng, task):
     return " ".join(rng.sample([*words, task.make(rng)[0]], len(words) + 1))
 
 
+def _question(rng, task, shots, style, bare):
+    """(text, answer): an input behind up to `shots` examples of its function or, three times in ten, among words of
+    instructions: then the answer is any of these words, so that it pays to read them."""
+    *shown, (x, y) = _pairs(rng, task, rng.randint(2, shots + 1))
+    if rng.random() >= 0.3:
+        return f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}", y
+    words = rng.sample(_INSTRUCTING, rng.randint(3, 8))
+    y = " ".join(rng.sample(words, rng.randint(1, 3)))
+    words.insert(rng.randint(0, len(words)), x)
+    return " ".join(words), y
+
+
 def _round(rng, tasks, tag, style, bare):
     """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins with it too."""
-    questions, answers = [], []
-    for task in tasks:
-        *shown, (x, y) = _pairs(rng, task, rng.randint(2, 4 if len(tasks) == 1 else 3))
-        text = f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}"
-        if rng.random() < 0.3:  # no function: the answer is any of the question's words, so that it pays to read them
-            words = rng.sample(_INSTRUCTING, rng.randint(3, 8))
-            y = " ".join(rng.sample(words, rng.randint(1, 3)))
-            words.insert(rng.randint(0, len(words)), x)
-            text = " ".join(words)
-        questions.append(f"[{tag}] {text} [/{tag}]")
-        answers.append(y)
+    asked = [_question(rng, task, 3 if len(tasks) == 1 else 2, style, bare) for task in tasks]
+    questions, answers = [f"[{tag}] {text} [/{tag}]" for text, _ in asked], [y for _, y in asked]
     if len(tasks) == 1:
         return f"{questions[0]}\n {answers[0]}"
     return "\n".join([*_numbered(questions), "Answers:", *_numbered(answers)])

@@ -362,6 +362,15 @@ def run(monkeypatch, capsys):
     return call
 
 
+def test_every_answer_is_a_line_of_its_own(capsys):
+    """Answers that end with a line break would stand apart by empty lines, those that don't run into one another."""
+    printer = generate.Printer(["a", "b", "c"], [[], [], []], routing=False)
+    for row, texts in enumerate((["mi", "ce\n"], ["oxen"], ["", "geese\n", ""])):
+        for j, text in enumerate(texts, 1):
+            printer.push(generate.Token(row, 5, text, [], "eos" if j == len(texts) else None))
+    assert capsys.readouterr().out == "mice\noxen\ngeese\n"
+
+
 JSON_KEYS = ["prompt", "text", "method", "finish_reason", "tokens", "prompt_tokens", "retrieved", "seconds"]
 JSON_KEYS += ["tokens_per_second"]
 
