@@ -4,6 +4,7 @@ Drawn from task folders, answered by any method, scored: how many questions were
 the methods stands a ceiling, `oracle`: every question and every answer runs through its own task's adapter.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from files import InputError
 from generate import Sampling, by_length, decode, trace_prompt
 from methods import force, set_methods
 from metrics import COUNTED, draws, numbered, right, score, score_meteora
-from tasks import fill
+from tasks import Context, Example, fill
 from tokenizer import check_ids
 from viz import svg_picture
 
@@ -48,13 +49,52 @@ def composites(tasks, n, count, template, seed=0, split="test", shots=2):
         for shot in range(shots + 1):
             names = rng.sample(sorted(tasks), n)
             rows = [rng.choice(tasks[name].train if shot < shots else getattr(tasks[name], split)) for name in names]
-            asked = list(enumerate(zip(names, rows, strict=True), 1))
-            spans += [(f"{j}. " + fill(template, row["prompt"]).rstrip("\n") + "\n", name) for j, (name, row) in asked]
-            spans.append((ANSWERS, None))
-            if shot < shots:
-                spans += [(f"{j}. {row['response'].strip()}\n", name) for j, (name, row) in asked]
-        made.append(Composite(spans, list(zip(names, rows, strict=True))))
+            asked = list(zip(names, rows, strict=True))
+            spans += questions(asked, template) + (answers(asked) if shot < shots else [])
+        made.append(Composite(spans, asked))
     return made
+
+
+def questions(asked, template):
+    """Spans of numbered questions [(task, row)] and the line that ends them."""
+    texts = [f"{j}. " + fill(template, row["prompt"]).rstrip("\n") + "\n" for j, (_, row) in enumerate(asked, 1)]
+    return [*zip(texts, (task for task, _ in asked), strict=True), (ANSWERS, None)]
+
+
+def answers(asked):
+    return [(f"{j}. {row['response'].strip()}\n", task) for j, (task, row) in enumerate(asked, 1)]
+
+
+def compose(examples, tokenizer, template, step, o):
+    """The Examples of a training step, a share `o.composite` of them put together in composites: Contexts of one to
+    three rounds of two to ten questions and their answers, of at most `o.max_length` tokens. What doesn't fit with
+    another one stays by itself."""
+    rng, count = random.Random(f"{o.seed}/composite/{step}"), round(o.composite * len(examples))
+    mixed = rng.sample(examples, len(examples)) if count else examples
+    made, rest = mixed[count:], mixed[:count]
+    while rest:
+        rounds, size = rng.randint(1, 3), rng.randint(2, 10)
+        some = rest[: rounds * size]
+        context = _context(some, rounds, tokenizer, template)
+        while len(context.ids) > o.max_length and len(some) > 1:
+            some = some[: max(1, min(len(some) - 1, len(some) * o.max_length // len(context.ids)))]
+            context = _context(some, rounds, tokenizer, template)
+        made.append(context if len(some) > 1 else some[0])
+        rest = rest[len(some) :]
+    return made
+
+
+def _context(examples, rounds, tokenizer, template):
+    pieces, rounds = [], min(rounds, (len(examples) + 1) // 2)
+    for j in range(rounds):
+        asked = [(example.task, example.row) for example in examples[j::rounds]]
+        pieces += [(*span, False) for span in questions(asked, template)] + [(*span, True) for span in answers(asked)]
+    ids, ends = cut(tokenizer, [text for text, *_ in pieces])
+    parts = []
+    for (_, task, is_answer), begin, end in zip(pieces, [0, *ends[:-1]], ends, strict=True):
+        parts.append(Example(ids[begin:end], 0 if is_answer else end - begin, task or ""))
+    parts[-1].ids.append(tokenizer.eos_id)
+    return Context(parts)
 
 
 def answer_composites(mole, asked, method, temperature, o):
@@ -85,17 +125,21 @@ def answer_composites(mole, asked, method, temperature, o):
 def encode_spans(mole, composite):
     """(ids, the task of each id): the prompt as one text, spans end where the text up to there ends. Raises
     InputError where the prompt doesn't fit into the context."""
-    ids = mole.tokenizer.encode(composite.prompt)
+    ids, ends = cut(mole.tokenizer, [text for text, _ in composite.spans])
     check_ids(ids, mole.model.config.vocab_size)
     room = mole.model.config.max_position_embeddings
     if len(ids) > room:
         raise InputError(f"a composite prompt of {len(composite.questions)} questions has {len(ids)} tokens, "
                          f"the context {room}: ask for fewer")  # fmt: skip
-    names, prefix = [], ""
-    for text, name in composite.spans:
-        prefix += text
-        names += [name] * (len(mole.tokenizer.encode(prefix)) - len(names))
-    return ids, names[: len(ids)]
+    counts = zip(composite.spans, [0, *ends[:-1]], ends, strict=True)
+    return ids, [name for (_, name), begin, end in counts for _ in range(end - begin)]
+
+
+def cut(tokenizer, texts):
+    """(ids of the texts tokenized as one, where each text ends among them): as many ids as the text up to there has."""
+    ids = tokenizer.encode("".join(texts))
+    lengths = (min(len(tokenizer.encode(prefix)), len(ids)) for prefix in itertools.accumulate(texts))
+    return ids, [*itertools.accumulate(lengths, max)]
 
 
 def draw_composite(mole, composite, method, temperature, o):

@@ -93,12 +93,10 @@ def gate_accuracy(mole, tasks, method, o):
     for part in micro_batches(examples, 4096):
         batch = collate(part)
         set_methods(mole, [method] * len(part), o.top_k, o.gate_temperature)
-        starts = torch.tensor([example.n_prompt for example in part])[:, None]
-        response = batch.real & (torch.arange(batch.ids.shape[1]) >= starts)
-        labels = torch.tensor([mole.pool.slot(name) for name in batch.tasks])[:, None].expand(batch.ids.shape)
-        loss.start(labels.masked_fill(~response, -100).flatten().to(mole.device))
+        labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)
+        loss.start(labels.flatten().to(mole.device))
         mole.model.model(batch.ids.to(mole.device))
-        right, n = right + loss.right, n + int(response.sum())
+        right, n = right + loss.right, n + int((labels >= 0).sum())
     loss.remove()
     share = {path: 100 * float(r) / n for path, r in zip(gates, right, strict=True)}
     blind = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
@@ -264,14 +262,20 @@ def table(results, tasks):
     return "\n".join(lines) + "\n"
 
 
-def composite_table(composite):
-    """A row a size and method: attempted and right of the n questions, as Markdown."""
-    lines = ["| composite | method | prompts | attempted | right |", "|---|---|---|---|---|"]
-    for n, methods in composite.items():
-        for method, r in methods.items():
-            shown = [f"{r[key]:.2f} [{r[key + '_low']:.2f}, {r[key + '_high']:.2f}]" for key in ("attempted", "right")]
-            at = f" (temperature {r['temperature']:g})" if "temperature" in r else ""
-            lines.append(f"| {n} | {method}{at} | {r['n']} | " + " | ".join(shown) + " |")
+def composite_table(results, composite):
+    """A row a method: its mean over the tasks, and for each size the attempted and right questions of a prompt, as
+    Markdown."""
+    heads = [f"{n}: {key}" for n in composite for key in ("attempted", "right")]
+    lines = ["| method | tasks | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
+    for method, result in results.items():
+        cells = []
+        for r in (composite[n].get(method) for n in composite):
+            cells += [f"{r[key]:.2f} [{r[key + '_low']:.2f}, {r[key + '_high']:.2f}]" if r else ""
+                      for key in ("attempted", "right")]  # fmt: skip
+            cells[-1] += f" at temperature {r['temperature']:g}" if r and "temperature" in r else ""
+        lines.append(f"| {method} | {result['mean']:.1f} | " + " | ".join(cells) + " |")
+    count = max((r["n"] for methods in composite.values() for r in methods.values()), default=0)
+    lines.append(f"\nquestions a prompt, {count} prompts of each size; tasks: mean in percent")
     return "\n".join(lines) + "\n"
 
 
@@ -296,7 +300,7 @@ def main():
     cells = Cells(o.out, meta)
     results, answers, timing = evaluate(mole, tasks, methods, cells, o)
     composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, o)
-    text = table(results, tasks) + ("\n" + composite_table(composite) if composite else "")
+    text = table(results, tasks) + ("\n" + composite_table(results, composite) if composite else "")
     out = Path(o.out)
     write_json(out / "results.json", {"setting": "iid", "methods": results, "composite": composite, "meta": meta})
     write_jsonl(out / "answers.jsonl", answers + more)

@@ -55,11 +55,29 @@ def _load_task(folder):
 
 @dataclass
 class Example:
-    """Token ids of prompt and response, EOS at the end; the first `n_prompt` of them are the prompt."""
+    """Token ids of prompt and response, EOS at the end; the first `n_prompt` of them are the prompt. `row` is what it
+    was made of."""
 
     ids: list
     n_prompt: int
     task: str
+    row: dict | None = None
+
+    @property
+    def parts(self):
+        return [self]
+
+
+@dataclass
+class Context:
+    """Several questions and answers one behind the other: parts are Examples, each a piece of the text; a piece without
+    a task ("") belongs to no adapter."""
+
+    parts: list
+
+    @property
+    def ids(self):
+        return [index for part in self.parts for index in part.ids]
 
 
 def fill(template, prompt):
@@ -72,7 +90,8 @@ def encode(tokenizer, template, row, task=""):
     prompt = tokenizer.encode(fill(template, row["prompt"]))
     if tokenizer.eos_id is None:
         raise InputError("this tokenizer has no EOS token: a model could not learn where answers end")
-    return Example([*prompt, *tokenizer.encode(row["response"], start=False), tokenizer.eos_id], len(prompt), task)
+    ids = [*prompt, *tokenizer.encode(row["response"], start=False), tokenizer.eos_id]
+    return Example(ids, len(prompt), task, row)
 
 
 def encode_all(tokenizer, template, rows, task, max_length):
@@ -126,21 +145,45 @@ def micro_batches(examples, max_tokens):
 
 @dataclass
 class Batch:
-    """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is of the response."""
+    """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is of a response;
+    part (b, t) int64: which of `parts` (Examples) a token belongs to, at (b, t) int64: its place in it."""
 
     ids: torch.Tensor
     real: torch.Tensor
     predicts: torch.Tensor
-    tasks: list
+    part: torch.Tensor
+    at: torch.Tensor
+    parts: list
+
+    @property
+    def tasks(self):
+        return [part.task for part in self.parts]
+
+    @property
+    def prompt(self):
+        """(b, t): a real token of a prompt."""
+        return self.real & (self.at < torch.tensor([part.n_prompt for part in self.parts])[self.part])
+
+    def slots(self, pool):
+        """(b, t) int64: the slot of each token's own adapter, -100 for padding and where there is none."""
+        slots = torch.tensor([pool.slot(task) if task else -100 for task in self.tasks])[self.part]
+        return slots.masked_fill(~self.real, -100)
 
 
 def collate(examples):
+    """Examples and Contexts -> Batch."""
     t = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), t, dtype=torch.int64)
-    real, predicts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))
+    real, predicts, parts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), []
     for row, example in enumerate(examples):
-        n = len(example.ids)
-        ids[row, :n] = torch.tensor(example.ids)
-        real[row, :n] = True
-        predicts[row, max(0, example.n_prompt - 1) : n - 1] = True
-    return Batch(ids, real, predicts, [example.task for example in examples])
+        begin = 0
+        for piece in example.parts:
+            end = begin + len(piece.ids)
+            ids[row, begin:end] = torch.tensor(piece.ids)
+            real[row, begin:end] = True
+            predicts[row, max(0, begin + piece.n_prompt - 1) : max(0, end - 1)] = True
+            part[row, begin:] = len(parts)
+            at[row, begin:] = torch.arange(t - begin)
+            parts.append(piece)
+            begin = end
+    return Batch(ids, real, predicts, part, at, parts)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,11 +27,12 @@ from adapters import (
     save_adapter,
     write_pool,
 )
+from composites import compose
 from files import InputError
 from loop import Checkpoint, Run, finished, fit, lm_losses, required
 from model import DTYPES, load_llama
-from moe_lora import SampleGate, attach, fixed_rows
-from tasks import Task, collate, draw, load_tasks, micro_batches, tokenize
+from moe_lora import SampleGate, attach
+from tasks import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
 from tokenizer import Tokenizer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,6 +48,7 @@ class AdaptersRun(Run):
     r: int = 8  # rank
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
+    composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
     late: float = 0.0  # share of the examples whose adapter starts at a random token of the prompt, as behind gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
@@ -82,7 +85,6 @@ def train_adapters(o):
     learners = list(tasks.values())
     if o.joint:
         learners = [Task(name, "", [row for task in learners for row in task.train], [])]
-        examples = {task: [replace(x, task=name) for x in some] for task, some in examples.items()}
     if o.joint == "lora_f":
         examples = {name: [x for some in examples.values() for x in some]}
     pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets)
@@ -94,6 +96,9 @@ def train_adapters(o):
 
     def step_loss(step):
         picked = [x for task, some in examples.items() for x in draw(some, task, step, count, o.seed)]
+        picked = compose(picked, tokenizer, o.template, step, o)
+        if o.joint:
+            picked = [Context([replace(part, task=name) for part in example.parts]) for example in picked]
         return adapters_step(model, pool, gate, picked, o)
 
     fit(checkpoint, params, o, step_loss, clip_each)
@@ -116,8 +121,9 @@ def check_adapter_options(o):
         raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
     if o.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
-    if not 0 <= o.late <= 1:
-        raise InputError(f"--late is {o.late}, expected 0 to 1")
+    for share in ("late", "composite"):
+        if not 0 <= getattr(o, share) <= 1:
+            raise InputError(f"--{share} is {getattr(o, share)}, expected 0 to 1")
     if not math.isfinite(o.alpha) or o.alpha <= 0:
         raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
     if "{prompt}" not in o.template:
@@ -138,23 +144,24 @@ def new_adapter(task, targets, o):
 
 def adapters_step(model, pool, gate, picked, o):
     """Forward and backward of one step; the loss is the sum over adapters of the mean over its response tokens."""
-    tokens = {}
-    for example in picked:
-        tokens[example.task] = tokens.get(example.task, 0) + len(example.ids) - example.n_prompt
+    tokens = Counter()
+    for part in (part for example in picked for part in example.parts):
+        tokens[part.task] += len(part.ids) - part.n_prompt
     total = 0.0
-    for part in micro_batches(picked, o.micro_tokens):
-        batch = collate(part)
-        idx, weight = fixed_rows(pool, [{name: 1.0} for name in batch.tasks])
+    for some in micro_batches(picked, o.micro_tokens):
+        batch = collate(some)
+        slots = batch.slots(pool)
+        on = slots >= 0  # (b, t)
         if o.late:  # gates can't know the task from a prompt's first words
-            starts = torch.tensor([x.n_prompt - 1 for x in part]) * (torch.rand(len(part)) / o.late - 1 / o.late + 1)
-            on = torch.arange(batch.ids.shape[1]) >= starts[:, None]  # (b, t)
-            idx, weight = idx.repeat_interleave(on.shape[1], 0), on.reshape(-1, 1).float()
-        gate.set(idx, weight, each_token=o.late > 0)
-        share = torch.tensor([1 / tokens[name] for name in batch.tasks])[:, None].expand(batch.ids.shape)
-        loss = (lm_losses(model, batch) * share[batch.predicts]).sum()
+            last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts])
+            starts = last * (torch.rand(len(last)) / o.late - 1 / o.late + 1)
+            on = on & (batch.at >= starts[batch.part])
+        gate.set(slots.clamp(min=0).reshape(-1, 1), on.reshape(-1, 1).float(), each_token=True)
+        share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks])[batch.part]
+        loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()
         total += loss.item()
-    return {"loss": total / len(tokens)}
+    return {"loss": total / sum(map(bool, tokens.values()))}
 
 
 def clip_each(stacks, limit):

@@ -19,6 +19,7 @@ from torch import nn
 
 from adapters import Pool, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
 from baselines import Prompt, SmearLinear, smear_routers
+from composites import compose
 from files import InputError
 from loop import Checkpoint, Run, finished, fit, lm_losses, required
 from methods import new_gates
@@ -26,7 +27,7 @@ from model import DTYPES, load_llama
 from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach, parameters_of, save_gates
 from tasks import collate, draw, load_tasks, micro_batches, tokenize
 from tokenizer import Tokenizer
-from train_adapters import check_pool
+from train_adapters import check_pool, trained
 
 
 @dataclass
@@ -42,11 +43,12 @@ class GatesRun(Run):
     l2: float = 1e-4  # weight penalty of the fit
     adapters_too: str = ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
     adapter_lr: float = 1e-4  # their peak learning rate
+    composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
     max_length: int = 512  # longer examples are left out
     batch_size: int = 16  # examples a step, of all tasks in turn
     lr: float = 7e-3  # peak learning rate
     clip: float = 0.3  # largest gradient norm, 0 = no clipping
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates and adapters
 
 
 def train_gates(o):
@@ -64,6 +66,10 @@ def train_gates(o):
         raise InputError(f"--kind {o.kind}: --fit and --adapters_too are for meteora")
     if o.kind == "soft" and len(known.adapters) < 2:
         raise InputError(f"--kind soft needs two adapters or more, {known.path} has {len(known.adapters)}")
+    if o.composite and (o.fit or o.kind == "smear"):
+        raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
+    if not 0 <= o.composite <= 1:
+        raise InputError(f"--composite is {o.composite}, expected 0 to 1")
     if o.adapters_too and o.fit:
         raise InputError("--fit trains no adapters: leave out --adapters_too")
     if o.adapters_too and Path(o.adapters_too).resolve() == known.path.resolve():
@@ -81,9 +87,12 @@ def train_gates(o):
         return finished(checkpoint)
     pool = Pool.of(adapters, shapes, torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
-    gates = fit_gates(model, pool, examples, o) if o.fit else fit_by_steps(model, pool, examples, checkpoint, o)
+    if o.fit:
+        gates = fit_gates(model, pool, examples, o)
+    else:
+        gates = fit_by_steps(model, pool, tokenizer, examples, known.template, checkpoint, o)
     if o.adapters_too:
-        pool = save_pool(known, pool, shapes, o.adapters_too)
+        pool = save_pool(known, pool, shapes, o)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[o.save_dtype])
     save_gates(file, gates, pool, o.top_k if o.kind == "meteora" else len(adapters), pool.names)
@@ -97,7 +106,7 @@ def pick(examples, step, o):
     return [draw(examples[names[j]], names[j], turn, 1, o.seed)[0] for turn, j in turns]
 
 
-def fit_by_steps(model, pool, examples, checkpoint, o):
+def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
     """Trains gates by gradient steps; returns {module path: gate}."""
     prompt, gate_loss = Prompt(), None
     if o.kind == "smear":
@@ -111,8 +120,12 @@ def fit_by_steps(model, pool, examples, checkpoint, o):
     if o.adapters_too:
         stacks = {f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
         params, rates = params | stacks, dict.fromkeys(stacks, o.adapter_lr / o.lr if o.lr else 0.0)
-    fit(checkpoint, params, o, lambda step: gates_step(model, pool, gate_loss, prompt, pick(examples, step, o), o),
-        rates=rates)  # fmt: skip
+
+    def step_loss(step):
+        picked = compose(pick(examples, step, o), tokenizer, template, step, o)
+        return gates_step(model, pool, gate_loss, prompt, picked, o)
+
+    fit(checkpoint, params, o, step_loss, rates=rates)
     if gate_loss:
         gate_loss.remove()
     return gates
@@ -121,19 +134,19 @@ def fit_by_steps(model, pool, examples, checkpoint, o):
 def gates_step(model, pool, gate_loss, prompt, picked, o):
     """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy over all tokens."""
     use_lm = gate_loss is None or (o.lm_weight > 0 and (o.top_k > 1 or o.adapters_too != ""))
-    n = sum(len(example.ids) for example in picked)
-    n_response = n - sum(example.n_prompt for example in picked)
+    parts = [part for example in picked for part in example.parts]
+    n = sum(len(part.ids) for part in parts if part.task)
+    n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     seen = {"lm_loss": 0.0, "gate_loss": 0.0, "right": 0.0}
-    for part in micro_batches(picked, o.micro_tokens):
-        batch = collate(part)
-        prompt.mask = torch.arange(batch.ids.shape[1]) < torch.tensor([example.n_prompt for example in part])[:, None]
+    for some in micro_batches(picked, o.micro_tokens):
+        batch = collate(some)
+        labels, prompt.mask = batch.slots(pool).flatten(), batch.prompt
         if gate_loss:
-            labels = torch.tensor([pool.slot(name) for name in batch.tasks])[:, None].expand(batch.ids.shape)
-            gate_loss.start(labels.masked_fill(~batch.real, -100).flatten())
+            gate_loss.start(labels)
         lm_loss = lm_losses(model, batch).sum() / n_response if use_lm else model.model(batch.ids).new_zeros(())
         loss = o.lm_weight * lm_loss.float()
         if gate_loss:
-            gate_term = gate_loss.total * batch.real.sum() / n
+            gate_term = gate_loss.total * (labels >= 0).sum() / n
             loss = loss + o.beta * gate_term
             seen["gate_loss"] += gate_term.item()
             seen["right"] += float(gate_loss.right.mean()) / n
@@ -143,12 +156,12 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
     return {key: seen[key] for key in kept}
 
 
-def save_pool(known, pool, shapes, folder):
+def save_pool(known, pool, shapes, o):
     """Writes the trained adapters as a pool of their own; returns it as loaded, for the gates to be bound to."""
-    folder = Path(folder)
-    for name in pool.names:
-        save_adapter(pool.adapter(name), folder / "adapters" / name)
+    folder = Path(o.adapters_too)
     paths = {name: folder / "adapters" / name for name in pool.names}
+    for name, path in paths.items():
+        save_adapter(trained(pool, name, o), path)
     write_pool(PoolFolder(folder, paths, known.fingerprint, known.template))
     return Pool.of([load_adapter(path, name, shapes) for name, path in paths.items()], shapes)
 
@@ -190,9 +203,9 @@ def fit_gates(model, pool, examples, o):
     that no gate depends on another. routed: the gates choose, each from when the pass has fitted it."""
     begin, gates = time.perf_counter(), new_gates("meteora", pool, o.top_k, o.gate_temperature)
     batch = collate([example for step in range(o.steps) for example in pick(examples, step, o)])
-    slots = torch.tensor([pool.slot(name) for name in batch.tasks])[:, None].expand(batch.ids.shape)
+    labels = batch.slots(pool).clamp(min=0).flatten()
     half = torch.arange(len(batch.tasks)) // len(examples) % 2  # every second round of the tasks
-    shared = {"keep": batch.real.flatten(), "labels": slots.flatten(), "half": half, "l2": o.l2, "count": 0}
+    shared = {"keep": batch.real.flatten(), "labels": labels, "half": half, "l2": o.l2, "count": 0}
     attach(model, pool, {path: FittingGate(gate, shared, o.fit == "own") for path, gate in gates.items()})
     with torch.no_grad():
         model.model(batch.ids)

@@ -8,13 +8,15 @@ tasks=out/tiny_tasks
 
 python tiny_tasks.py --out $tasks
 python train.py base --text $tasks/corpus.txt --model "$out" --dtype bfloat16 --resume
-pool=(--model "$out" --pool "$out" --tasks $tasks --save_dtype bfloat16 --resume)
-adapters=(--steps 200 --lr 2e-3)
-python train.py adapters "${pool[@]}" "${adapters[@]}" --late 0.7
-# What MeteoRA is compared with: one adapter of the same rank that learns all tasks, from as many examples.
-python train.py adapters "${pool[@]}" "${adapters[@]}" --joint lora_f
-python train.py adapters "${pool[@]}" "${adapters[@]}" --joint lora_b
-gates=(--batch_size 28 --optimizer muon --lr 0.3 --clip 0)
-python train.py gates "${pool[@]}" "${gates[@]}" --top_k 1 --steps 1500
-python train.py gates "${pool[@]}" "${gates[@]}" --top_k 2 --steps 1000 --beta 2
-python eval.py --model "$out" --out "$out-eval" --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b
+run=(--model "$out" --tasks $tasks --save_dtype bfloat16 --max_length 1024 --resume)
+# Adapters as they come, each trained on its task alone; then gates, and the adapters with them, on composites too.
+python train.py adapters "${run[@]}" --pool "$out-alone" --steps 200 --lr 2e-3 --late 0.7
+gates=(--batch_size 84 --composite 0.67 --optimizer muon --lr 0.1 --clip 0)
+python train.py gates "${run[@]}" "${gates[@]}" --pool "$out-alone" --adapters_too "$out" --adapter_lr 1e-3 \
+    --top_k 1 --steps 500 --beta 1
+python train.py gates "${run[@]}" "${gates[@]}" --pool "$out" --top_k 2 --steps 300 --beta 2
+# What they are compared with: one adapter of the same rank, from as many examples, as many of them in composites.
+for joint in lora_f lora_b; do
+    python train.py adapters "${run[@]}" --pool "$out" --joint $joint --steps 388 --lr 2e-3 --composite 0.32
+done
+python eval.py --model "$out" --out "$out-eval" --composite 3 --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b

@@ -794,6 +794,7 @@ TRAINING = {
     "rank": training("--r", "0", words=["--r", "0"]),
     "alpha": training("--alpha", "nan", words=["--alpha", "nan"]),
     "late": training("--late", 1.5, words=["--late", "1.5", "0 to 1"]),
+    "composite": training("--composite", -0.5, words=["--composite", "-0.5", "0 to 1"]),
     "muon for adapters": training("--optimizer", "muon", words=["--optimizer muon", "adamw"]),
     "samples": training("--samples", "-1", words=["--samples", "-1"]),
     "steps": training("--steps", "0", words=["--steps", "0"]),

@@ -1,5 +1,6 @@
 """Composite prompts: what they are drawn from, whose each token is, what counts as right, and the oracle's ceiling."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from composites import (
     Composite,
     answer_composites,
     choose_temperature,
+    compose,
     composites,
     encode_spans,
     score_composites,
@@ -26,7 +28,7 @@ from files import InputError
 from generate import answer, load
 from model import load_llama
 from moe_lora import MeteoraGate, save_gates
-from tasks import Task
+from tasks import Context, Example, Task, encode
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 ROOM = 409  # tokens of context: the small tokenizer spells brackets and digits in bytes
@@ -170,6 +172,41 @@ def test_drawn_prompts_too(mole):
     for composite in composites(tasks, 2, 11, TEMPLATE):
         ids, names = encode_spans(mole, composite)
         assert len(ids) == len(names) > 100 and names == owners(mole, composite)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 23), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([60, 300, 2000]), st.integers(0, 9))
+def test_a_step_in_composites_has_the_same_questions_and_answers(mole, count, share, room, step):
+    """Without it composites in training lose, repeat or mix up examples, have another form than those of the test, or
+    don't fit."""
+    tasks = make_tasks()
+    rows = [(name, tasks[name].train[j % 7]) for j, name in zip(range(count), NAMES * 5, strict=False)]
+    examples = [encode(mole.tokenizer, TEMPLATE, row, name) for name, row in rows]
+    o = SimpleNamespace(composite=share, max_length=room, seed=3)
+    composed = compose(examples, mole.tokenizer, TEMPLATE, step, o)
+    assert composed == compose(examples, mole.tokenizer, TEMPLATE, step, o)
+    alone = [example for example in composed if isinstance(example, Example)]
+    contexts = [example for example in composed if isinstance(example, Context)]
+    assert all(example in examples for example in alone) and len(alone) >= count - round(share * count)
+    assert share > 0 or composed == examples
+    found = [(example.task, example.row) for example in alone]
+    for context in contexts:
+        assert len(context.ids) <= room and context.ids[-1] == mole.tokenizer.eos_id
+        text = "".join(mole.tokenizer.decode(context.ids[:-1]))
+        *rounds, rest = re.split(r"(?<=\n)(?=1\. \[INST\])", text)
+        asked = []
+        for one in [*rounds, rest]:
+            asks, _, replies = one.partition(ANSWERS)
+            numbers = [re.findall(r"^(\d+)\. ", part, re.MULTILINE) for part in (asks, replies)]
+            assert numbers[0] == numbers[1] == [str(j + 1) for j in range(len(numbers[0]))]
+            asked += re.findall(r"^\d+\. said (\w+) train (\d)$", replies, re.MULTILINE)
+            assert re.findall(r"(\w+) train (\d) \[/INST\]$", asks, re.MULTILINE) == asked[-len(numbers[0]) :]
+        found += [(name, tasks[name].train[int(j)]) for name, j in asked]
+        answers = [part for part in context.parts if part.n_prompt == 0]
+        assert [part.task for part in answers] == [name for name, _ in asked]
+        assert all(part.n_prompt in (0, len(part.ids)) for part in context.parts)
+    key = lambda pair: (pair[0], pair[1]["prompt"])  # noqa: E731
+    assert sorted(found, key=key) == sorted(rows, key=key)
 
 
 def test_a_prompt_over_the_context_is_refused_with_both_numbers(mole):

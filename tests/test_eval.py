@@ -289,7 +289,11 @@ def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whol
         for row in own if method != "oracle" else []:
             said = answer(mole, row["prompt"], raw=True, method=method, max_new_tokens=6)
             assert row["answer"] == said[0]
-    assert (whole / "results.md").read_text().endswith(f"\n\n{evaluation.composite_table(results['composite'])}")
+    assert (
+        (whole / "results.md")
+        .read_text()
+        .endswith(f"\n\n{evaluation.composite_table(results['methods'], results['composite'])}")
+    )
 
 
 def test_the_composite_table_shows_what_the_results_hold():
@@ -297,12 +301,16 @@ def test_the_composite_table_shows_what_the_results_hold():
     cell = {"attempted": 2.5, "attempted_low": 2.0, "attempted_high": 3.0, "n": 7}
     cell |= {"right": 1.25, "right_low": 0.5, "right_high": 1.875}
     other = cell | {"right": 0.0, "right_low": 0.0, "right_high": 0.0, "temperature": 15.0}
-    assert evaluation.composite_table({"3": {"oracle": cell, "meteora": other}, "10": {"base": cell}}).splitlines() == [
-        "| composite | method | prompts | attempted | right |",
-        "|---|---|---|---|---|",
-        "| 3 | oracle | 7 | 2.50 [2.00, 3.00] | 1.25 [0.50, 1.88] |",
-        "| 3 | meteora (temperature 15) | 7 | 2.50 [2.00, 3.00] | 0.00 [0.00, 0.00] |",
-        "| 10 | base | 7 | 2.50 [2.00, 3.00] | 1.25 [0.50, 1.88] |",
+    results = {name: {"mean": mean} for name, mean in (("oracle", 97.25), ("meteora", 0.0), ("lorahub", 31.0))}
+    composite = {"3": {"oracle": cell, "meteora": other}, "10": {"oracle": cell | {"right": 7.0}}}
+    assert evaluation.composite_table(results, composite).splitlines() == [
+        "| method | tasks | 3: attempted | 3: right | 10: attempted | 10: right |",
+        "|---|---|---|---|---|---|",
+        "| oracle | 97.2 | 2.50 [2.00, 3.00] | 1.25 [0.50, 1.88] | 2.50 [2.00, 3.00] | 7.00 [0.50, 1.88] |",
+        "| meteora | 0.0 | 2.50 [2.00, 3.00] | 0.00 [0.00, 0.00] at temperature 15 |  |  |",
+        "| lorahub | 31.0 |  |  |  |  |",
+        "",
+        "questions a prompt, 7 prompts of each size; tasks: mean in percent",
     ]
 
 
@@ -340,7 +348,8 @@ def test_the_temperature_is_chosen_on_training_questions(wide, tmp_path):
         "meteora": 5.0,
     }
     assert found["meteora"]["attempted"] == 2.0 and found["base"]["attempted"] == 0.0
-    assert "| 2 | meteora (temperature 5) | 9 | 2.00" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("at temperature 5 |") == 1 and "\nquestions a prompt, 9 prompts" in text
     assert (tmp_path / "composite-2-meteora.svg").read_text() == "meteora at 5.0"
 
 

@@ -1,5 +1,8 @@
 """Tasks: what a step sees is a function of its number alone, whole epochs, masks that end where answers end."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tokenizer_bytes
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from adapters import TEMPLATE
 from files import InputError, write_json, write_jsonl
 from metrics import METRICS
-from tasks import Example, collate, draw, encode, encode_all, fill, load_tasks, micro_batches
+from tasks import Context, Example, collate, draw, encode, encode_all, fill, load_tasks, micro_batches
 from tokenizer import Tokenizer
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=25)
@@ -112,6 +115,34 @@ def test_an_empty_prompt_predicts_from_the_second_token_on():
     nothing comes before its first token, but every later one can be predicted."""
     batch = collate([Example([7, 8, 2], 0, "a"), Example([5, 6, 7, 8, 2], 2, "a")])
     assert batch.predicts.tolist() == [[True, True, False, False, False], [False, True, True, True, False]]
+
+
+PARTS = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from(["a", "b", ""])), min_size=1, max_size=5
+)
+
+
+@given(st.lists(PARTS.filter(lambda parts: sum(p + r for p, r, _ in parts) > 0), min_size=1, max_size=4))
+def test_in_a_context_every_token_knows_its_part(rows):
+    """Without it an answer that follows another task's text is predicted by nothing, or labelled with its neighbour."""
+    counter = itertools.count(3)
+    contexts = [
+        Context([Example([next(counter) for _ in range(p + r)], p, task) for p, r, task in parts]) for parts in rows
+    ]
+    batch = collate(contexts)
+    pool = SimpleNamespace(slot={"a": 5, "b": 7}.__getitem__)
+    slots = batch.slots(pool)
+    parts = iter(batch.parts)
+    for row, context in enumerate(contexts):
+        want = [(j < part.n_prompt, part.task) for part in context.parts for j in range(len(part.ids))]
+        n = len(want)
+        assert [next(parts) for _ in context.parts] == context.parts and context.ids == batch.ids[row, :n].tolist()
+        assert batch.real[row].tolist() == [t < n for t in range(batch.ids.shape[1])]
+        assert batch.prompt[row, :n].tolist() == [is_prompt for is_prompt, _ in want]
+        assert batch.predicts[row, :n].tolist() == [not is_prompt for is_prompt, _ in want[1:]] + [False]
+        assert slots[row, :n].tolist() == [{"a": 5, "b": 7, "": -100}[task] for _, task in want]
+        rest = (~batch.real[row], batch.prompt[row], batch.predicts[row], slots[row] >= 0)
+        assert [bool(mark[n:].any()) for mark in rest] == [n < batch.ids.shape[1], False, False, False]
 
 
 # Tokens -------------------------------------------------------------------------------------------------------------

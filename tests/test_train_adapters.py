@@ -23,10 +23,11 @@ from training import (
 
 import train_adapters
 from adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
+from composites import compose
 from files import InputError
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
-from tasks import collate, encode, load_tasks
+from tasks import Context, Example, collate, encode, load_tasks
 from tokenizer import Tokenizer
 from train_adapters import AdaptersRun, adapters_step, clip_each, new_adapter
 
@@ -95,7 +96,53 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
         adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late=late))
         for example, weights in zip(picked, seen["w"].view(seen["shape"]), strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
-            assert off < example.n_prompt and weights.tolist() == [0.0] * off + [1.0] * (len(weights) - off)
+            weights = weights[: len(example.ids)].tolist()
+            assert off < example.n_prompt and weights == [0.0] * off + [1.0] * (len(weights) - off)
+
+
+def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
+    """Without it an answer's first token, predicted behind another task's text, teaches or weighs as that one's; or the
+    line that belongs to no task runs through the adapter in slot 0."""
+    model, pool, gate = pool_in_model(small_model, tmp_path)
+    for stack in pool.B.values():
+        stack.requires_grad_(True)
+    o = SimpleNamespace(micro_tokens=10_000, late=0.0, composite=0.7, max_length=300, seed=0)
+    picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
+    assert {type(x) for x in picked} == {Context, Example}
+    logged = adapters_step(model, pool, gate, picked, o)
+    grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
+    for stack in pool.B.values():
+        stack.grad = None
+    losses = {name: [] for name in ANSWERS}
+    for example in picked:  # one at a time, token by token
+        own = [(part.task, j >= part.n_prompt) for part in example.parts for j in range(len(part.ids))]
+        idx = torch.tensor([[pool.slot(task) if task else 0] for task, _ in own])
+        gate.set(idx, torch.tensor([[float(task != "")] for task, _ in own]), each_token=True)
+        logits = model(torch.tensor([example.ids]))[0]
+        for t, (task, is_answer) in enumerate(own):
+            if is_answer:
+                losses[task].append(F.cross_entropy(logits[t - 1], torch.tensor(example.ids[t])))
+    means = [torch.stack(values).mean() for values in losses.values()]
+    sum(means).backward()
+    assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
+    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
+
+
+def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkeypatch):
+    """One adapter on everything has no other that a token could belong to; and it must see as many examples."""
+    seen = []
+
+    def step(model, pool, gate, picked, o):
+        seen.append(picked)
+        return adapters_step(model, pool, gate, picked, o)
+
+    monkeypatch.setattr(train_adapters, "adapters_step", step)
+    run(options("adapters", small_model, tmp_path / "out", joint="lora_b", composite=0.8, steps=2, batch_size=4))
+    for picked in seen:
+        assert {part.task for example in picked for part in example.parts} == {"lora_b"}
+        assert any(len(example.parts) > 1 for example in picked)
+        answered = [part for example in picked for part in example.parts if part.n_prompt < len(part.ids)]
+        assert len(answered) == 4 * len(ANSWERS)
 
 
 def one_adapter(pool, name):

@@ -132,8 +132,8 @@ def test_a_kind_starts_as_the_mean(kind, trained, tmp_path):
 
 RESUMED = {
     **{kind: {"kind": kind} for kind in KINDS},
-    "adapters_too": {"top_k": 1, "lr": 1e-2, "adapter_lr": 1e-3},
-    "lora_b": {"joint": "lora_b"},
+    "adapters_too": {"top_k": 1, "lr": 1e-2, "adapter_lr": 1e-3, "composite": 0.6},
+    "lora_b": {"joint": "lora_b", "composite": 0.6},
 }
 
 
@@ -392,6 +392,8 @@ def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path)
     ("args", "words"),
     [
         (["--kind=mixtral"], "kind"), (["--fit=all"], "fit"), (["--l2=-1"], "--l2 is -1"),
+        (["--composite=2"], "--composite is 2"), (["--composite=0.5", "--fit=own"], "--composite goes with"),
+        (["--composite=0.5", "--kind=smear"], "--composite goes with"),
         (["--adapter_lr=nan"], "--adapter_lr is nan"), (["--top_k=0"], "--top_k is 0, expected 1 to 2"),
     ],
 )  # fmt: skip

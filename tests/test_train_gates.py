@@ -13,8 +13,9 @@ from conftest import write_adapters
 from training import ANSWERS, assert_close, examples, options, pool_in_model, run, run_folder, write_tasks
 
 import train_gates
-from adapters import Pool, linear_shapes, load_adapter, read_pool
+from adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
 from baselines import Prompt
+from composites import compose
 from files import InputError
 from model import load_llama
 from moe_lora import GateLoss, MeteoraGate, Recorder, attach, load_gates
@@ -31,11 +32,13 @@ def random_gates(k):
     return make
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_the_gate_term_is_beta_times_the_cross_entropy(k, small_model, tmp_path):
-    """Without it padding, micro-batches or the number of gates weigh in the loss that trains the gates."""
+@pytest.mark.parametrize("k, composite", [(1, 0.0), (2, 0.0), (1, 0.7)])
+def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model, tmp_path):
+    """Without it padding, micro-batches, the number of gates or what belongs to no task weigh in the loss that trains
+    the gates."""
     model, pool, gates = pool_in_model(small_model, tmp_path, random_gates(k))
-    picked = examples(small_model, 3)
+    how = SimpleNamespace(composite=composite, max_length=300, seed=0)
+    picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
     o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="")
     loss = GateLoss(gates)
     logged = gates_step(model, pool, loss, Prompt(), picked, o)
@@ -43,7 +46,9 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, small_model, tmp_path)
     assert logged.keys() == {"gate_loss", "right"}
     grads = {path: gate.weight.grad.clone() for path, gate in gates.items()}
     model.zero_grad()
-    labels = torch.cat([torch.full((len(x.ids),), pool.slot(x.task)) for x in picked])
+    parts = [part for example in picked for part in example.parts]
+    assert any(part.task == "" for part in parts) == (composite > 0)
+    labels = torch.cat([torch.full((len(x.ids),), pool.slot(x.task) if x.task else -100) for x in parts])
     logits = {path: [] for path in gates}
     for path, gate in gates.items():
         gate.register_forward_pre_hook(lambda g, args, path=path: logits[path].append(F.linear(args[0], g.weight)))
@@ -53,7 +58,7 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, small_model, tmp_path)
     entropy = torch.stack([F.cross_entropy(y, labels) for y in logits.values()]).mean()
     (o.beta * entropy).backward()
     assert logged["gate_loss"] == pytest.approx(entropy.item(), rel=1e-5)
-    right = torch.stack([(y.argmax(-1) == labels).float().mean() for y in logits.values()]).mean()
+    right = torch.stack([(y.argmax(-1) == labels)[labels >= 0].float().mean() for y in logits.values()]).mean()
     assert logged["right"] == pytest.approx(float(right), abs=1e-6)
     assert_close(grads, {path: gate.weight.grad for path, gate in gates.items()}, 1e-4)  # beta 7 times float32
 
