@@ -18,8 +18,16 @@ COLOURS = (
 class Palette:
     """Adapter name -> colour, in order of appearance, and each one's share of the tokens coloured so far."""
 
-    def __init__(self):
-        self.weight = {}
+    def __init__(self, names=()):
+        self.weight = dict.fromkeys(names, 0.0)  # `names` get their colours first
+
+    @classmethod
+    def of(cls, traces):
+        """Colours for text that is known whole: the adapters that carry most of it are told apart best."""
+        seen = cls()
+        for _, adapters in (token for trace in traces for token in trace):
+            seen.colour(adapters)
+        return cls(name for name, _, _ in seen.shares())
 
     def colour(self, adapters):
         """The colour of a token's heaviest adapter, None where none is active."""
@@ -54,7 +62,7 @@ def legend(palette, most=8):
 
 def html_page(traces, title):
     """A page that needs nothing else: traces is a list of (prompt trace, answer trace)."""
-    palette, body = Palette(), []
+    palette, body = Palette.of(trace for pair in traces for trace in pair), []
     for prompt, answer in traces:
         spans = []
         for role, trace in (("prompt", prompt), ("answer", answer)):
@@ -79,7 +87,7 @@ def html_page(traces, title):
 def svg_picture(prompt, answer, width=96):
     """The two traces of one request as an SVG image: coloured text on white, lines broken at `width` characters, the
     prompt paler than the answer, the legend below."""
-    palette, lines = Palette(), [[]]
+    palette, lines = Palette.of((prompt, answer)), [[]]
     for opacity, trace in ((0.6, prompt), (1, answer)):
         for text, adapters in trace:
             red, green, blue = palette.colour(adapters) or (128, 128, 128)

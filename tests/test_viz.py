@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from viz import COLOURS, Palette, html_page, legend, paint
+from viz import COLOURS, Palette, html_page, legend, paint, svg_picture
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 colours = st.sampled_from([None, *COLOURS])
@@ -55,6 +55,19 @@ def test_no_adapter_no_colour():
     assert palette.colour([]) is None
     assert palette.colour([["plural", 0.0], ["roman", 0.0]]) is None
     assert paint("text", None) == "text"
+
+
+def test_what_carries_most_of_a_known_text_has_colours_of_its_own():
+    """With more adapters than colours those that answer would look alike, for a trace's first tokens name them all."""
+    names = [f"a{j}" for j in range(2 * len(COLOURS))]
+    begin = ("1", [[name, 1 / len(names)] for name in names])
+    heavy = [names[j] for j in (0, len(COLOURS), 1, len(COLOURS) + 1)]
+    palette = Palette.of([[begin, *((name, [[name, 1.0]]) for name in heavy)]])
+    assert palette.shares()[0][2] == 0.0 and len({palette.colour([[name, 1.0]]) for name in heavy}) == 4
+    for draw in (svg_picture([begin], [(n, [[n, 1.0]]) for n in heavy]),
+                 html_page([([begin], [(n, [[n, 1.0]]) for n in heavy])], "")):  # fmt: skip
+        found = [re.search(rf'(?:fill="|--c:rgb)([^"]+)"[^>]*>{name}<', draw).group(1) for name in heavy]
+        assert len(set(found)) == 4
 
 
 def test_more_adapters_than_colours():
