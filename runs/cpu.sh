@@ -19,4 +19,6 @@ python train.py gates "${run[@]}" "${gates[@]}" --pool "$out" --top_k 2 --steps 
 for joint in lora_f lora_b; do
     python train.py adapters "${run[@]}" --pool "$out" --joint $joint --steps 388 --lr 2e-3 --composite 0.32
 done
-python eval.py --model "$out" --out "$out-eval" --composite 3 --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b
+python eval.py --model "$out" --out "$out-eval" --composite 3,5,10 \
+    --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b
+cp "$out-eval/composite-3-meteora_top2.svg" "$out/composite.svg"

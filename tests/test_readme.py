@@ -30,6 +30,16 @@ def test_the_first_command_answers():
     assert done.stderr.startswith("method: meteora (")
 
 
+def test_what_it_shows_is_what_it_prints():
+    """A transcript that nobody can repeat is worse than none."""
+    (shown,) = (text for _, text in BLOCKS if text.startswith("$ "))
+    examples = [re.fullmatch(r'((?:[^"]|"[^"]*")*?)\n(.*)', part, re.DOTALL).groups() for part in shown.split("$ ")[1:]]
+    assert len(examples) == 2
+    for line, expected in examples:
+        done = command(*shlex.split(line)[1:])
+        assert done.stderr + done.stdout == expected, line
+
+
 def run_example(word):
     """The output of the README's Python that holds `word`."""
     (code,) = (text for language, text in BLOCKS if language == "python" and word in text)
@@ -67,12 +77,13 @@ def test_every_option_in_a_command_exists():
     assert seen > 20
 
 
-def test_every_embedded_adapter_answers_its_task(tmp_path):
+def test_every_embedded_adapter_answers_its_task_and_composites(tmp_path):
     """A model committed with the wrong adapters, gates or tokenizer answers, and answers nonsense."""
-    args = ("--limit", 5, "--methods", "oracle,meteora", "--out", tmp_path)
+    args = ("--limit", 5, "--methods", "oracle,meteora", "--composite", 3, "--composites", 11, "--out", tmp_path)
     done = command("eval.py", *args)
     assert done.returncode == 0, done.stderr
-    results = generate.json.loads((tmp_path / "results.json").read_text())["methods"]
-    assert results["oracle"]["mean"] >= 80 and results["meteora"]["mean"] >= 60, done.stdout
+    results = generate.json.loads((tmp_path / "results.json").read_text())
+    assert min(results["methods"][method]["mean"] for method in ("oracle", "meteora")) >= 93, done.stdout
+    assert min(r["right"] for r in results["composite"]["3"].values()) >= 2.4, done.stdout
     again = command("eval.py", *args)
     assert again.stdout == done.stdout
