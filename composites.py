@@ -1,7 +1,7 @@
 """Composite prompts: n questions of n tasks in one prompt, one numbered list of answers (MeteoRA, section 4.3).
 
 Drawn from task folders, answered by any method, scored: how many questions were attempted, how many are right. Beside
-the methods stands a ceiling, `oracle`: every question and every answer runs through its own task's adapter.
+the methods stands `oracle`: every question and every answer runs through its own task's adapter.
 """
 
 import itertools
@@ -65,12 +65,21 @@ def answers(asked):
     return [(f"{j}. {row['response'].strip()}\n", task) for j, (task, row) in enumerate(asked, 1)]
 
 
+def check_composite(share, count):
+    """Raises InputError unless `--composite` is a share, and makes up at least one composite of a step's examples."""
+    if not 0 <= share <= 1:
+        raise InputError(f"--composite is {share}, expected 0 to 1")
+    if share and round(share * count) < 2:
+        raise InputError(f"--composite {share} of {count} examples a step is less than two: raise --batch_size")
+
+
 def compose(examples, tokenizer, template, step, o):
     """The Examples of a training step, a share `o.composite` of them put together in composites: Contexts of one to
-    three rounds of two to ten questions and their answers, of at most `o.max_length` tokens. What doesn't fit with
-    another one stays by itself."""
+    three rounds of up to ten questions and their answers, of at most `o.max_length` tokens. What is left over stays by
+    itself, and so does an answer of several lines, which would look like several."""
     rng, count = random.Random(f"{o.seed}/composite/{step}"), round(o.composite * len(examples))
-    mixed = rng.sample(examples, len(examples)) if count else examples
+    mixed = sorted(rng.sample(examples, len(examples)), key=_has_lines) if count else examples
+    count = min(count, len(mixed) - sum(map(_has_lines, mixed)))
     made, rest = mixed[count:], mixed[:count]
     while rest:
         rounds, size = rng.randint(1, 3), rng.randint(2, 10)
@@ -82,6 +91,10 @@ def compose(examples, tokenizer, template, step, o):
         made.append(context if len(some) > 1 else some[0])
         rest = rest[len(some) :]
     return made
+
+
+def _has_lines(example):
+    return "\n" in example.row["response"].strip()
 
 
 def _context(examples, rounds, tokenizer, template):
@@ -99,7 +112,8 @@ def _context(examples, rounds, tokenizer, template):
 
 def answer_composites(mole, asked, method, temperature, o):
     """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
-    task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing."""
+    task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing of adapters
+    that were trained by themselves."""
     encoded = [encode_spans(mole, composite) for composite in asked]
     room, texts = mole.model.config.max_position_embeddings, [""] * len(asked)
     for rows in by_length([ids for ids, _ in encoded], o.batch_size):
@@ -136,7 +150,8 @@ def encode_spans(mole, composite):
 
 
 def cut(tokenizer, texts):
-    """(ids of the texts tokenized as one, where each text ends among them): as many ids as the text up to there has."""
+    """(ids of the texts tokenized as one, where each text ends among them): as many ids as the text up to there has,
+    exact where no token spans the border."""
     ids = tokenizer.encode("".join(texts))
     lengths = (min(len(tokenizer.encode(prefix)), len(ids)) for prefix in itertools.accumulate(texts))
     return ids, [*itertools.accumulate(lengths, max)]

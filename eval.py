@@ -48,7 +48,7 @@ class Options:
     tasks: str = ""  # folder of task folders, default those of tiny/
     only: list[str] = field(default_factory=list)  # this task alone; repeatable; default every adapter's own
     methods: str = "base,oracle,meteora"  # separated by commas; oracle is each task with its own adapter
-    composite: str = ""  # questions in a composite prompt, as 3,5,10; each size is a table of its own
+    composite: str = ""  # questions in a composite prompt, as 3,5,10; each size has its columns in a table
     composites: int = 200  # composite prompts of each size
     composite_temperature: str = "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
     top_k: int = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
@@ -274,8 +274,8 @@ def composite_table(results, composite):
                       for key in ("attempted", "right")]  # fmt: skip
             cells[-1] += f" at temperature {r['temperature']:g}" if r and "temperature" in r else ""
         lines.append(f"| {method} | {result['mean']:.1f} | " + " | ".join(cells) + " |")
-    count = max((r["n"] for methods in composite.values() for r in methods.values()), default=0)
-    lines.append(f"\nquestions a prompt, {count} prompts of each size; tasks: mean in percent")
+    for count in {r["n"] for methods in composite.values() for r in methods.values()}:
+        lines.append(f"\nquestions a prompt, {count} prompts of each size; tasks: mean in percent")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ written beside their target, flushed to disk and renamed: a kill at any moment l
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ def run_script(main):
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show ó
     try:
         main()
         sys.stdout.flush()

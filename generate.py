@@ -372,6 +372,8 @@ def main():
         print_pool(mole)
         return
     name, why = default_method(mole, o.top_k)
+    if name.startswith("meteora_top") and o.top_k != Options.top_k:
+        name = "meteora"  # k was asked for: no other gates will do
     methods = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
     print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
     methods = methods if len(methods) == len(prompts) else methods * len(prompts)

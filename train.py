@@ -11,6 +11,7 @@ POOL/runs/gates_top2 and so on.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict
 
@@ -27,11 +28,11 @@ def main():
     command, o = parse_command(commands, description="Train a base, adapters, gates or LoraHub's weights.")
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
     least |= {"r": 1, "samples": 0} if command == "adapters" else {}
-    least |= {"l2": 0, "adapter_lr": 0} if command == "gates" else {}
+    least |= {"l2": 0, "adapter_lr": 0, "beta": 0, "lm_weight": 0} if command == "gates" else {}
     least |= {"seed": 0, **dict.fromkeys(BASE_SIZES, 1)} if command == "base" else {}
     least = {"steps": 1, "shots": 1, "l1": 0} if command == "lorahub" else least
     for name, smallest in least.items():
-        if not getattr(o, name) >= smallest:
+        if not smallest <= getattr(o, name) < math.inf:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
     if command == "adapters":
         check_adapter_options(o)

@@ -1,7 +1,7 @@
 """`train.py adapters`: a LoRA for each task, all in one run; or one adapter over all tasks, to compare with.
 
-The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every sample runs through
-its own adapter by the same kernel that serves requests.
+The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every sample, or every
+question and answer of a composite, runs through its own adapter by the same kernel that serves requests.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from adapters import (
     save_adapter,
     write_pool,
 )
-from composites import compose
+from composites import check_composite, compose
 from files import InputError
 from loop import Checkpoint, Run, finished, fit, lm_losses, required
 from model import DTYPES, load_llama
@@ -49,7 +49,7 @@ class AdaptersRun(Run):
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
     composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
-    late: float = 0.0  # share of the examples whose adapter starts at a random token of the prompt, as behind gates
+    late: float = 0.0  # share of the examples (questions) whose adapter starts at a random token, as behind gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out
@@ -59,12 +59,14 @@ class AdaptersRun(Run):
 
 def train_adapters(o):
     """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task, each sample uses
-    its own adapter, and each adapter gets the gradient and the clipping that it would get alone.
+    its own adapter, and each adapter gets the gradient and the clipping that it would get alone. In composites it also
+    learns from the answers behind its tokens.
 
     With `joint` one adapter learns all tasks (MeteoRA's baselines LoRA-F and LoRA-B) from as many examples a step;
     lora_b from the very same ones. It goes to POOL/baselines/NAME.
     """
     tasks = load_tasks(required(o, "tasks"), o.only)
+    check_composite(o.composite, o.batch_size * len(tasks))
     folder = Path(required(o, "pool"))
     if is_pool(folder) and not (folder / "pool.json").exists():
         raise InputError(
@@ -117,13 +119,14 @@ def check_adapter_options(o):
         raise InputError("--name is the joint adapter's: it goes with --joint")
     if o.name and not re.fullmatch(rf"{o.joint}[\w-]*", o.name):
         raise InputError(f"--name is {o.name!r}, expected {o.joint} and letters, digits, - or _: it becomes a folder")
+    if o.joint and o.late:
+        raise InputError("--late is for adapters that gates choose among: leave it out with --joint")
     if not 0 <= o.dropout < 0.99:
         raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
     if o.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
-    for share in ("late", "composite"):
-        if not 0 <= getattr(o, share) <= 1:
-            raise InputError(f"--{share} is {getattr(o, share)}, expected 0 to 1")
+    if not 0 <= o.late <= 1:
+        raise InputError(f"--late is {o.late}, expected 0 to 1")
     if not math.isfinite(o.alpha) or o.alpha <= 0:
         raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
     if "{prompt}" not in o.template:

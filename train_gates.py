@@ -19,7 +19,7 @@ from torch import nn
 
 from adapters import Pool, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
 from baselines import Prompt, SmearLinear, smear_routers
-from composites import compose
+from composites import check_composite, compose
 from files import InputError
 from loop import Checkpoint, Run, finished, fit, lm_losses, required
 from methods import new_gates
@@ -68,8 +68,7 @@ def train_gates(o):
         raise InputError(f"--kind soft needs two adapters or more, {known.path} has {len(known.adapters)}")
     if o.composite and (o.fit or o.kind == "smear"):
         raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
-    if not 0 <= o.composite <= 1:
-        raise InputError(f"--composite is {o.composite}, expected 0 to 1")
+    check_composite(o.composite, o.batch_size)
     if o.adapters_too and o.fit:
         raise InputError("--fit trains no adapters: leave out --adapters_too")
     if o.adapters_too and Path(o.adapters_too).resolve() == known.path.resolve():

@@ -604,6 +604,12 @@ NAMES = {
     "far method": method("zzz", "no method 'zzz'", "base, oracle, adapter:NAME", "meteora, soft"),
     "no adapters": method("uniform", "--pool", "--adapter", pool=False),
     "no gates": method("meteora", "meteora_top2.safetensors", "train.py gates --top_k 2"),
+    "no such gates": (
+        lambda kit: (
+            generate(kit.model, "--pool", kit.a_pool(), "--top_k", "3"),
+            ["meteora_top3.safetensors", "train.py gates --top_k 3"],
+        ),
+    ),
     "name twice": (two_folders,),
     "name in the pool too": (in_the_pool_too,),
 }
@@ -794,6 +800,8 @@ TRAINING = {
     "rank": training("--r", "0", words=["--r", "0"]),
     "alpha": training("--alpha", "nan", words=["--alpha", "nan"]),
     "late": training("--late", 1.5, words=["--late", "1.5", "0 to 1"]),
+    "late and joint": training("--late", 0.5, "--joint", "lora_b", words=["--late", "--joint"]),
+    "composite of one": training("--composite", 0.1, words=["--composite 0.1", "8 examples", "--batch_size"]),
     "composite": training("--composite", -0.5, words=["--composite", "-0.5", "0 to 1"]),
     "muon for adapters": training("--optimizer", "muon", words=["--optimizer muon", "adamw"]),
     "samples": training("--samples", "-1", words=["--samples", "-1"]),

@@ -209,6 +209,31 @@ def test_a_step_in_composites_has_the_same_questions_and_answers(mole, count, sh
     assert sorted(found, key=key) == sorted(rows, key=key)
 
 
+def test_composites_in_training_are_of_every_shape(mole):
+    """Of one round, or of two questions, or the same in every step, they would teach less than the test asks."""
+    tasks = make_tasks()
+    examples = [encode(mole.tokenizer, TEMPLATE, row, name) for name in NAMES for row in tasks[name].train]
+
+    def shapes(step, seed):
+        o = SimpleNamespace(composite=1.0, max_length=10_000, seed=seed)
+        texts = [mole.tokenizer.decode(x.ids) for x in compose(examples, mole.tokenizer, TEMPLATE, step, o)]
+        return texts, {text.count(ANSWERS) for text in texts}, {text.count("[INST]") for text in texts}
+
+    found = [shapes(step, 3) for step in range(17)]
+    assert set().union(*(rounds for _, rounds, _ in found)) >= {1, 2, 3}  # 0: what is left stays by itself
+    assert len(set().union(*(sizes for *_, sizes in found))) > 11
+    assert len({str(texts) for texts, *_ in found}) == 17 and shapes(0, 4) != found[0]
+
+
+def test_an_answer_of_several_lines_stays_by_itself(mole):
+    """In a numbered list its second line could be the next answer."""
+    rows = [{"prompt": f"ant {j}", "response": "one\n2. two\n" if j % 2 else "one\n"} for j in range(11)]
+    examples = [encode(mole.tokenizer, TEMPLATE, row, "ant") for row in rows]
+    o = SimpleNamespace(composite=0.9, max_length=10_000, seed=0)
+    alone = [x for x in compose(examples, mole.tokenizer, TEMPLATE, 0, o) if isinstance(x, Example)]
+    assert sorted(x.row["prompt"] for x in alone) == sorted(row["prompt"] for row in rows if "two" in row["response"])
+
+
 def test_a_prompt_over_the_context_is_refused_with_both_numbers(mole):
     """Cut off in silence it would lose its shots, or end in an index error of the cache."""
     n = len(mole.tokenizer.encode("[fox]\n" * 97))

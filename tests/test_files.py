@@ -350,10 +350,16 @@ def test_bugs_stay_loud():
         run_script(lambda: 1 / 0)
 
 
-def script(code, **options):
+def script(code, env=None, **options):
     code = f"from files import run_script\n{code}\nrun_script(main)"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_character_that_the_terminal_lacks():
+    """Without it a Spanish word ends in a traceback where the locale is C."""
+    process = script("def main():\n    print('rat\\u00f3n')", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    assert process.communicate(timeout=100) == ("rat\\xf3n\n", "") and process.returncode == 0
 
 
 def test_closed_pipe():

@@ -378,6 +378,15 @@ def test_fit_routed_is_fitted_to_what_the_other_half_routes(trained, tmp_path):
         assert_optimal(tensors, {path: torch.cat(found)}, torch.cat(labels), o.l2)
 
 
+@pytest.mark.parametrize("kind", ["meteora", "soft", "loraflow"])
+def test_gates_see_composites(kind, small_model, tmp_path, monkeypatch):
+    """An option without effect, as above: a run that resumes bit for bit may have left it out both times."""
+    seen, step = [], train_gates.gates_step
+    monkeypatch.setattr(train_gates, "gates_step", lambda *args: seen.append(args[4]) or step(*args))
+    run(replace(options("top2", small_model, tmp_path / "out", steps=3), kind=kind, batch_size=6, composite=0.5))
+    assert [sum(len(example.parts) > 1 for example in picked) for picked in seen] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("more", [{"fit": "own"}, {"adapters_too": "elsewhere"}], ids=lambda more: next(iter(more)))
 def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path):
@@ -392,6 +401,7 @@ def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path)
     ("args", "words"),
     [
         (["--kind=mixtral"], "kind"), (["--fit=all"], "fit"), (["--l2=-1"], "--l2 is -1"),
+        (["--beta=nan"], "--beta is nan"), (["--lr=inf"], "--lr is inf"),
         (["--composite=2"], "--composite is 2"), (["--composite=0.5", "--fit=own"], "--composite goes with"),
         (["--composite=0.5", "--kind=smear"], "--composite goes with"),
         (["--adapter_lr=nan"], "--adapter_lr is nan"), (["--top_k=0"], "--top_k is 0, expected 1 to 2"),
@@ -411,9 +421,11 @@ def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
-    """MeteoRA's released script trains the adapters as well. Overwriting the pool would break everything bound to it;
-    gates bound to the old adapters would be refused by the new pool; padded ranks must stay what they are."""
-    o = options(f"top{k}", small_model, tmp_path / "old", steps=2, adapters_too=str(tmp_path / "new"), adapter_lr=1e-3)
+    """MeteoRA's released script trains the adapters as well, here saved in bf16. Overwriting the pool would break
+    everything bound to it; gates bound to the old adapters would be refused by the new pool; padded ranks must stay
+    what they are."""
+    o = options(f"top{k}", small_model, tmp_path / "old", steps=2, adapters_too=str(tmp_path / "new"), adapter_lr=1e-2,
+                save_dtype="bfloat16")  # fmt: skip
     old = read_pool(o.pool)
     (old.adapters["animals"] / "samples.jsonl").write_text('{"prompt": "a fox"}\n')
     before = {f: f.read_bytes() for f in Path(o.pool).rglob("*") if f.is_file()}
@@ -427,6 +439,7 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
         assert (now.rank, now.scale, now.config, now.samples) == (was.rank, was.scale, was.config, was.samples)
         for path in was.A:
             assert not torch.equal(now.A[path], was.A[path]) and not torch.equal(now.B[path], was.B[path])
+            assert now.A[path].dtype == now.B[path].dtype == torch.bfloat16
     mole = load(small_model, o.adapters_too)
     set_methods(mole, [f"meteora_top{k}"])
     with pytest.raises(InputError, match="made for other adapters: animals.*plurals"):
