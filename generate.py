@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from adapters import linear_shapes
 from config import parse_args
 from files import InputError, run_script, write_text
 from methods import Mole, check_method, default_method, load_mole, set_methods
@@ -289,9 +290,11 @@ def print_pool(mole):
     width = max(map(len, mole.pool.names))
     for name in mole.pool.names:
         member = mole.pool.members[name]
-        modules = sorted({path.rpartition(".")[2] for path in member.adapter.scale})
+        modules = " ".join(sorted({path.rpartition(".")[2] for path in member.adapter.scale}))
         r, alpha = member.adapter.config["r"], member.adapter.config["lora_alpha"]
-        print(f"{name:<{width}}  r {r}  alpha {alpha}  {member.hash[:12]}  {' '.join(modules)}")
+        modules = "all Linears" if len(member.adapter.scale) == len(linear_shapes(mole.model)) else modules
+        sample = "  ".join(member.adapter.samples[:1]).partition("\n")[0]  # a prompt that it was trained on
+        print(f"{name:<{width}}  r {r}  alpha {alpha}  {member.hash[:12]}  {modules}  {sample}".rstrip())
 
 
 class Printer:
@@ -365,6 +368,8 @@ def main():
         return
     check_options(o)
     check_values(o, o.top_k, o.gate_temperature)
+    if o.html and Path(o.html).is_dir():
+        raise InputError(f"--html {o.html}: is a directory, expected a file to write")
     adapters = read_adapters(o.adapter)
     prompts = [read_prompt(prompt) for prompt in o.prompt]
     mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device)

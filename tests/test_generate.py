@@ -442,6 +442,11 @@ def test_list_prints_the_pool(small_model, pool, run):
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows] == sorted(NAMES)
     assert [row[1:3] for row in rows] == [["r", str(r)] for r in (2, 3, 5, 7, 11)]
+    (read_pool(pool).adapters["elm"] / "samples.jsonl").write_text(
+        '{"prompt": "Is it a tree?\\nSay."}\n{"prompt": "b"}\n'
+    )
+    assert rows == [line.removesuffix("  Is it a tree?").split() for line in
+                    run("--model", small_model, "--pool", pool, "--list")[1].splitlines()]  # fmt: skip
     assert run("--model", small_model, "--list")[1] == "no adapters\n"
     one = read_pool(pool).adapters["elm"]
     status, out, _ = run("--model", small_model, "--pool", pool, "--adapter", f"oak={one}", "--list")

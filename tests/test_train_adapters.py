@@ -100,6 +100,26 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
             assert off < example.n_prompt and weights == [0.0] * off + [1.0] * (len(weights) - off)
 
 
+def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_model, tmp_path, monkeypatch):
+    """Counted from the composite's first token, the later questions would never be late."""
+    model, pool, gate = pool_in_model(small_model, tmp_path)
+    next(iter(pool.B.values())).requires_grad_(True)
+    o, seen = SimpleNamespace(micro_tokens=10_000, late=0.4, composite=1.0, max_length=300, seed=0), {}
+    contexts = [
+        x for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o) if len(x.parts) > 1
+    ]
+    model.model.register_forward_pre_hook(lambda module, args: seen.update(w=gate.weight, shape=args[0].shape))
+    monkeypatch.setattr(torch, "rand", lambda n: torch.full((n,), 0.9))  # late by 3/4 of the question
+    for context in contexts:
+        adapters_step(model, pool, gate, [context], o)
+        expected = []
+        for part in context.parts:
+            off = math.ceil(0.75 * (part.n_prompt - 1) - 1e-4) if part.n_prompt else 0
+            off = len(part.ids) if not part.task else off
+            expected += [0.0] * off + [1.0] * (len(part.ids) - off)
+        assert seen["w"].flatten().tolist() == expected
+
+
 def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
     """Without it an answer's first token, predicted behind another task's text, teaches or weighs as that one's; or the
     line that belongs to no task runs through the adapter in slot 0."""
