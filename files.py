@@ -182,17 +182,18 @@ def check_finite(path, name, tensor):
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def write_bytes(path, data):
-    """Writes beside `path`, flushes to disk, renames: readers see the old file or the new one, never a part."""
+def write_bytes(path, *parts):
+    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new one."""
     path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device, a pipe: nothing to keep whole; a folder: an OSError
         with open(path, "wb") as file:
-            file.write(data)
+            file.write(b"".join(parts))
         return
     partial = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves behind, the next save overwrites
     with open(partial, "wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -211,9 +212,16 @@ def write_jsonl(path, rows):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and transformers read."""
+    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and transformers read; the
+    same bytes each time."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(path, save(tensors, {"format": "pt"} | (metadata or {})))
+    data = memoryview(save(tensors, {"format": "pt"} | (metadata or {})))
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:begin]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # save() has another order in each process
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    write_bytes(path, len(text).to_bytes(8, "little"), text, data[begin:])
 
 
 # Hashes -------------------------------------------------------------------------------------------------------------
