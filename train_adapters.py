@@ -52,7 +52,7 @@ class AdaptersRun(Run):
     late: float = 0.0  # share of the examples (questions) whose adapter starts at a random token, as behind gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
-    max_length: int = 512  # longer examples are left out
+    max_length: int = 512  # longer examples are left out; at most the model's context
     samples: int = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved adapters
 
@@ -73,6 +73,7 @@ def train_adapters(o):
             f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
         )
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    o.max_length = min(o.max_length, model.config.max_position_embeddings)
     name = o.name or o.joint
     checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), o, [*tasks, f"base {model.fingerprint}"])
     if checkpoint.finished:

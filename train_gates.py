@@ -44,7 +44,7 @@ class GatesRun(Run):
     adapters_too: str = ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
     adapter_lr: float = 1e-4  # their peak learning rate
     composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
-    max_length: int = 512  # longer examples are left out
+    max_length: int = 512  # longer examples are left out; at most the model's context
     batch_size: int = 16  # examples a step, of all tasks in turn
     lr: float = 7e-3  # peak learning rate
     clip: float = 0.3  # largest gradient norm, 0 = no clipping
@@ -74,6 +74,7 @@ def train_gates(o):
     if o.adapters_too and Path(o.adapters_too).resolve() == known.path.resolve():
         raise InputError(f"--adapters_too is {o.adapters_too}, the pool itself: name another folder")
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     adapters = [load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())]

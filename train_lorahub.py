@@ -39,6 +39,7 @@ def train_lorahub(o):
     known = read_pool(required(o, "pool"))
     tasks = load_tasks(required(o, "tasks"), o.only or None)
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     pool = Pool.of([load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())], shapes)

@@ -157,12 +157,13 @@ def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkey
         return adapters_step(model, pool, gate, picked, o)
 
     monkeypatch.setattr(train_adapters, "adapters_step", step)
-    run(options("adapters", small_model, tmp_path / "out", joint="lora_b", composite=0.8, steps=2, batch_size=4))
+    run(options("adapters", small_model, tmp_path / "out", joint="lora_b", composite=0.9, steps=2, batch_size=9))
     for picked in seen:
         assert {part.task for example in picked for part in example.parts} == {"lora_b"}
         assert any(len(example.parts) > 1 for example in picked)
         answered = [part for example in picked for part in example.parts if part.n_prompt < len(part.ids)]
-        assert len(answered) == 4 * len(ANSWERS)
+        assert len(answered) == 9 * len(ANSWERS)
+        assert all(len(example.ids) <= 97 for example in picked)  # the context; --max_length is 512
 
 
 def one_adapter(pool, name):
