@@ -19,8 +19,8 @@ done
 python train.py gates "${run[@]}" --pool "$out" --kind smear --batch_size 84 --steps 300 --clip 1
 python train.py lorahub --model "$out" --pool "$out" --tasks $tasks --max_length 1024
 python eval.py --model "$out" --out "$out-compare" --composite 3,5,10 --methods \
-base,oracle,lora_f,lora_b,lora_f_224,lora_b_224,uniform,average_ab,ties_ab,ties_ba,dare_ab,dare_ba,svd,lorahub,arrow,\
-smear,loraflow,soft,meteora_top1,meteora_top2
+base,oracle,meteora_top1,meteora_top2,lora_f,lora_b,lora_f_224,lora_b_224,soft,loraflow,smear,arrow,lorahub,uniform,\
+average_ab,svd,ties_ab,ties_ba,dare_ab,dare_ba
 
 # The same without composites: adapters that each saw their task alone, gates alone, LoRA-B from the same examples.
 alone="$out-alone"

@@ -17,7 +17,7 @@ python train.py gates "${run[@]}" "${gates[@]}" --pool "$out-alone" --adapters_t
 python train.py gates "${run[@]}" "${gates[@]}" --pool "$out" --top_k 2 --steps 300 --beta 2
 # What they are compared with: one adapter of the same rank, from as many examples, as many of them in composites.
 for joint in lora_f lora_b; do
-    python train.py adapters "${run[@]}" --pool "$out" --joint $joint --steps 388 --lr 2e-3 --composite 0.32
+    python train.py adapters "${run[@]}" --pool "$out" --joint $joint --steps 388 --lr 5e-3 --composite 0.32
 done
 python eval.py --model "$out" --out "$out-eval" --composite 3,5,10 \
     --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b
