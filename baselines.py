@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import Adapter, peft_config
+from model import linear
 from moe_lora import Mixture, MultiLoRALinear
 
 # Merges -------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class MergedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.base.bias)
+        return linear(x, self.weight, self.base.bias)
 
 
 # Arrow --------------------------------------------------------------------------------------------------------------
@@ -247,6 +248,7 @@ class SmearRouter(nn.Module):
     def forward(self, x):
         if self.prompt.mask is not None:
             mask = self.prompt.mask[..., None]  # (b, t, 1)
+            x = x.view(*mask.shape[:2], -1)
             mean = x.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)  # (b, i)
             logits = F.linear(mean, self.weight.float()).masked_fill(~self.known, float("-inf"))
             self.p = F.softmax(logits, dim=-1)
@@ -258,13 +260,13 @@ class SmearLinear(MultiLoRALinear):
     token of a sample uses it, those after the prompt too."""
 
     def forward(self, x):
-        b, t, _ = x.shape
-        p = self.gate(x)
+        y, p = self.base(x), self.gate(x)
+        x = x.reshape(len(p), -1, x.shape[-1])  # (b, t, i)
         if self.trace is not None:
-            self.trace[: b * t] = p.detach().repeat_interleave(t, 0)
+            self.trace[: x[..., 0].numel()] = p.detach().repeat_interleave(x.shape[1], 0)
         A = torch.tensordot(p.to(x.dtype), self.A.to(x.dtype), 1)  # (b, r, i)
         B = torch.tensordot((p * self.scale).to(x.dtype), self.B.to(x.dtype), 1)  # (b, o, r)
-        return self.base(x) + (x @ A.mT) @ B.mT
+        return y + (x @ A.mT @ B.mT).view(y.shape)
 
 
 def smear_routers(pool, prompt, known=None):

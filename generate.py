@@ -7,6 +7,7 @@ For people who import it: load() gives a model with its adapters, stream() yield
 for whole answers.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -57,6 +58,7 @@ class Options(Sampling):
     truncate: Literal["no", "left", "right"] = "no"  # which end of a prompt longer than the context is cut off
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
+    compile: bool | None = None  # the blocks, by torch.compile; default where many tokens of a large model pay for it
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write the routing as a web page to this file
     json: bool = False  # one JSON object a prompt on standard output
@@ -85,7 +87,7 @@ def load(model=None, pool=None, adapters=None, dtype="auto", device="auto") -> M
 
 
 def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, truncate="no", top_k=2,
-           gate_temperature=1.0, **sampling) -> Iterator[Token]:  # fmt: skip
+           gate_temperature=1.0, compile=None, **sampling) -> Iterator[Token]:  # fmt: skip
     """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
 
     method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
@@ -101,8 +103,16 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     methods = [method] * len(ids) if isinstance(method, str) else list(method)
     if len(methods) != len(ids):
         raise InputError(f"{len(methods)} methods for {len(ids)} prompts: give one, or one a prompt")
+    if compiling_pays(mole.model, options.max_new_tokens) if compile is None else compile:
+        mole.model.model.compile()
     set_methods(mole, methods, top_k, gate_temperature)
     yield from (token for token in decode(mole, ids, options, routing) if isinstance(token, Token))
+
+
+def compiling_pays(model, tokens):
+    """Whether `tokens` decoded faster outweigh the wait for a compiler: measured on SmolLM2-135M (LOG.md), 0.2 ns a
+    parameter and token against about ten seconds the first time."""
+    return tokens * sum(p.numel() for p in model.parameters()) * 2e-10 > 10
 
 
 def check_values(sampling, top_k, gate_temperature):
@@ -170,48 +180,61 @@ def decode(mole, ids, sampling, routing=False):
     room = config.max_position_embeddings
     capacity = max(lengths) + min(sampling.max_new_tokens, max(room - min(lengths), 0) + 1)  # the shortest fills it
     cache = KVCache(config, b, capacity, model.model.embed_tokens.weight.dtype, device)
+    cache.steady = not mole.own  # a gate of yours may change as it likes
     padded = torch.zeros(b, max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(ids):
         padded[row, : len(prompt)] = torch.tensor(prompt)
     counts = torch.tensor(lengths, device=device)
     mole.prompt.mask = torch.arange(padded.shape[1], device=device) < counts[:, None]
-    hidden, seen = _forward(mole, padded.to(device), cache, counts, routing)
-    mole.prompt.mask = None
+    with _recorder(mole, padded.numel(), routing) as recorder:
+        hidden = model.model(padded.to(device), cache, counts)
+    mole.prompt.mask, seen = None, None
     if routing:
-        seen = [seen[row * padded.shape[1] :][:n] for row, n in enumerate(lengths)]
+        seen = [row[:n] for row, n in zip(_seen(mole, recorder, *padded.shape), lengths, strict=True)]
         yield seen
-        seen = [row[-1] for row in seen]
     logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
-    turn = mole.turn
+    turn, setting = mole.turn, _setting(mole)
     texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
-    for step in range(1, sampling.max_new_tokens + 1):
-        chosen = choose(logits.float(), sampling, generators)
-        for row, index in enumerate(chosen.tolist()):
-            if active[row]:
-                full = lengths[row] + step > room
-                eos = index in mole.eos_ids
-                finish = "eos" if eos else "length" if step == sampling.max_new_tokens else "context" if full else None
-                text = "" if eos else texts[row].push(index)
-                text += texts[row].flush() if finish else ""
-                active[row] = finish is None
-                yield Token(row, index, text, seen[row] if routing else [], finish)
-        if not any(active):
-            return
-        if mole.turn != turn:
-            raise RuntimeError("another batch began on this model: finish one stream before starting the next")
-        counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
-        hidden, seen = _forward(mole, chosen[:, None], cache, counts, routing)
-        logits = model.head(hidden[:, 0])
+    with _recorder(mole, b, routing) as recorder:
+        for step in range(1, sampling.max_new_tokens + 1):
+            chosen = choose(logits.float(), sampling, generators)
+            for row, index in enumerate(chosen.tolist()):
+                if active[row]:
+                    full, eos = lengths[row] + step > room, index in mole.eos_ids
+                    end = "length" if step == sampling.max_new_tokens else "context" if full else None
+                    finish = "eos" if eos else end
+                    text = "" if eos else texts[row].push(index)
+                    text += texts[row].flush() if finish else ""
+                    active[row] = finish is None
+                    yield Token(row, index, text, seen[row][-1] if routing else [], finish)
+            if not any(active):
+                return
+            if mole.turn != turn:
+                raise RuntimeError("another batch began on this model: finish one stream before starting the next")
+            if _setting(mole) != setting:  # a compiled step has to look again
+                cache.noted, setting = None, _setting(mole)
+            counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
+            logits = model.head(model.model(chosen[:, None], cache, counts)[:, 0])
+            seen = _seen(mole, recorder, b, 1) if routing else None
 
 
-def _forward(mole, ids, cache, counts, routing):
-    """(hidden (b, t, h), adapters of each of the b*t tokens or None)."""
-    if not routing or mole.pool is None:
-        return mole.model.model(ids, cache, counts), [[] for _ in range(ids.numel())] if routing else None
-    with Recorder(mole.model, ids.numel()) as recorder:
-        hidden = mole.model.model(ids, cache, counts)
-    return hidden, name_adapters(mole.attached[1], recorder.read(ids.numel()).mean(0))
+def _setting(mole):
+    """What may change between the steps of a batch: force() and a pool that grows."""
+    return mole.setting, mole.pool and (mole.pool.capacity, mole.pool.rank)
+
+
+def _recorder(mole, n, routing):
+    """Records the routing of n tokens where that is asked for."""
+    return Recorder(mole.model, n) if routing and mole.pool is not None else contextlib.nullcontext()
+
+
+def _seen(mole, recorder, b, t):
+    """The adapters of the last forward's tokens: a list, one a row, of a list a token."""
+    if recorder is None:
+        return [[[]] * t] * b
+    flat = name_adapters(mole.attached[1], recorder.read(b * t).mean(0))
+    return [flat[row * t :][:t] for row in range(b)]
 
 
 def name_adapters(pool, weights):
@@ -383,6 +406,8 @@ def main():
     print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
     methods = methods if len(methods) == len(prompts) else methods * len(prompts)
     ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
+    if compiling_pays(mole.model, o.max_new_tokens) if o.compile is None else o.compile:
+        mole.model.model.compile()
     set_methods(mole, methods, o.top_k, o.gate_temperature)
     routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.routing is None else o.routing
     recording = bool((routing and not o.json) or o.json or o.html)

@@ -7,7 +7,8 @@ dtype. Every spelling is differentiable in x, A, B and weight by autograd. Adapt
 r, adapters that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two products, scatter-add
-    bmm     gather each token's k adapters, two batched products; memory n*k*r*(i+o)
+    bmm     gather each token's k adapters, two batched products as sums: nothing else is read; memory n*k*r*(i+o), but
+            in a compiled block none, where the gathering is joined with the sums
     dense   all adapters for all tokens, two large products with a mask between them; arithmetic n*e*r*(i+o)
 """
 
@@ -16,31 +17,37 @@ import torch
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 
 
-def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
-    """The operation; `ax` may bring A x for all adapters, (n, e, r), where a gate has computed it already.
-
-    auto: bmm where the n*k adapters it reads are fewer than dense's e, else dense.
-    """
+def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None, about=None):
+    """The operation; `ax` may bring A x for all adapters, (n, e, r), where a gate has computed it already. `about` is
+    the number of tokens that `auto` goes by in a compiled block, where n is a symbol unless it is 1."""
     weight = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if spelling == "auto":
-        spelling = "bmm" if idx.numel() < A.shape[0] and ax is None else "dense"
-    if spelling == "loop":
-        return _loop(x, A, B, idx, weight)
-    if spelling == "bmm":
-        return _bmm(x, A, B, idx, weight)
-    if spelling == "dense":
-        return _dense(x, A, B, idx, weight, ax)
-    raise ValueError(f"spelling {spelling!r}, expected one of {SPELLINGS}")
+        n = x.shape[0] if about is None or x.shape[0] == 1 else about
+        spelling = choose(n, A.shape[0], idx.shape[1]) if ax is None else "dense"
+    if spelling not in MIXES:
+        raise ValueError(f"spelling {spelling!r}, expected one of {SPELLINGS}")
+    return MIXES[spelling](x, A, B, idx, weight, ax)
+
+
+def choose(n, e, k):
+    """The cost model: bmm reads n*k adapters and dense e of them; but the library's products are faster than sums, and
+    where these are not compiled they cost less to start."""
+    return "bmm" if n * k <= (16 if torch.compiler.is_compiling() else min(16, e / 4)) else "dense"
 
 
 def compute_ax(x, A):
     """A x for all adapters, in one product: (n, e, r)."""
     e, r, i = A.shape
-    return (x @ A.reshape(e * r, i).T.to(x.dtype)).view(-1, e, r)
+    return (x @ A.transpose(0, 1).reshape(r * e, i).T.to(x.dtype)).view(-1, r, e).transpose(1, 2)
 
 
-def _loop(x, A, B, idx, weight):
-    y = torch.zeros(x.shape[0], B.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+def accumulate(x):
+    """The dtype of sums: float32, or float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _loop(x, A, B, idx, weight, ax):
+    y = torch.zeros(x.shape[0], B.shape[1], dtype=accumulate(x), device=x.device)
     for j in idx.unique().tolist():
         rows, slots = (idx == j).nonzero(as_tuple=True)
         ax = x[rows] @ A[j].T.to(x.dtype)  # (tokens of j, r)
@@ -49,17 +56,35 @@ def _loop(x, A, B, idx, weight):
     return y.to(x.dtype)
 
 
-def _bmm(x, A, B, idx, weight):
-    n, k = idx.shape
-    ax = A[idx].to(x.dtype).flatten(1, 2) @ x[:, :, None]  # (n, k*r, 1)
-    ax = ax.view(n, k, -1) * weight[..., None].to(x.dtype)
-    b = B[idx].to(x.dtype).transpose(1, 2).flatten(2, 3)  # (n, o, k*r)
-    return (b @ ax.view(n, -1, 1)).squeeze(-1)
+def _bmm(x, A, B, idx, weight, ax):
+    """As sums: a compiler joins them with the gathering, and no copy of an adapter is made."""
+    ax = (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x)) * weight[..., None]  # (n, k, r)
+    b = B[idx].to(x.dtype).transpose(2, 3)  # (n, k, r, o)
+    return (b * ax[..., None]).sum((1, 2)).to(x.dtype)
 
 
 def _dense(x, A, B, idx, weight, ax):
     e, o, r = B.shape
     ax = compute_ax(x, A) if ax is None else ax
-    mask = torch.zeros(x.shape[0], e, dtype=weight.dtype, device=x.device).scatter_add(1, idx, weight)  # (n, e)
-    ax = (ax * mask[..., None].to(x.dtype)).flatten(1)  # (n, e*r)
-    return ax @ B.transpose(1, 2).reshape(e * r, o).to(x.dtype)
+    slots = torch.arange(e, device=x.device)
+    mask = ((idx[..., None] == slots) * weight[..., None]).sum(1)  # (n, e)
+    ax = (ax.transpose(1, 2) * mask[:, None].to(x.dtype)).flatten(1)  # (n, r*e)
+    return ax @ B.permute(2, 0, 1).reshape(r * e, o).to(x.dtype)
+
+
+def top_k_mixture(logits, k, temperature):
+    """logits (n, e) -> idx (n, k), their softmax at `temperature` (n, k), the largest first. In a compiled block as k
+    maxima, which the compiler joins with what is around them: torch.topk stays a call of its own, and a slow one."""
+    if k > 8 or not torch.compiler.is_compiling():
+        top, idx = logits.topk(k, dim=-1)
+        return idx, torch.softmax((top - top[:, :1]) / temperature, -1)
+    slots, rest, chosen = torch.arange(logits.shape[1], device=logits.device), logits, []
+    for _ in range(k):
+        chosen.append(rest.argmax(-1, keepdim=True))  # (n, 1)
+        rest = rest.masked_fill(slots == chosen[-1], float("-inf"))
+    odds = [((logits.gather(1, j) - logits.gather(1, chosen[0])) / temperature).exp() for j in chosen]
+    total = sum(odds)
+    return torch.cat(chosen, -1), torch.cat([p / total for p in odds], -1)
+
+
+MIXES = {"loop": _loop, "bmm": _bmm, "dense": _dense}

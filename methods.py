@@ -30,7 +30,7 @@ from baselines import (
 from config import nearest
 from files import InputError, read_json, warn
 from model import DTYPES, load_llama
-from moe_lora import GateFile, SampleGate, attach, detach, fixed_rows, meteora_gates, swap
+from moe_lora import GateFile, SampleGate, attach, detach, fixed_rows, meteora_gates, set_gates, swap
 from tokenizer import Tokenizer
 
 GATED = ("meteora", "soft", "loraflow", "smear")  # what train.py gates --kind trains
@@ -52,6 +52,7 @@ class Mole:
     prompt: Prompt = field(default_factory=Prompt)  # which tokens are the prompt's, for methods that decide from it
     own: dict = field(default_factory=dict)  # {method name: a gate of yours, or {module path: gate}}
     turn: int = 0  # how often set_methods was called: one batch at a time
+    setting: int = 0  # how often force() was
 
     @property
     def eos_ids(self):
@@ -225,8 +226,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
     choices = [_choice(name, pool, setup) for name in names]
     idx, weight = fixed_rows(pool, choices, mole.device)
     routed = torch.tensor([setup_of(mole, name, top_k) == (setup, part) and part is not None for name in names])
-    for gate in mole.gates:
-        gate.set(idx, weight, routed.to(mole.device))
+    set_gates(mole.gates, idx, weight, routed.to(mole.device), compiled=mole.model.model.steps)
 
 
 def _choice(name, pool, setup):
@@ -241,10 +241,10 @@ def _choice(name, pool, setup):
 def force(mole, names):
     """Another adapter for each row from the next token on (None: the base), or a list of them for each token of the
     next forward; for a batch of methods adapter:NAME or base."""
+    mole.setting += 1
     flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
     idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)
-    for gate in mole.gates:
-        gate.set(idx, weight, each_token=flat is not names)
+    set_gates(mole.gates, idx, weight, each_token=flat is not names, compiled=mole.model.model.steps)
 
 
 def _attach(mole, setup, part, names, k, temperature, spelling):

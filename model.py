@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import compiled
 from files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -157,8 +158,7 @@ def rope_frequencies(config, length, device=None):
 
 def rotate(x, cos, sin):
     """Rotates pairs (x_j, x_{j + d/2}), Hugging Face's split into halves. x (b, heads, t, d); cos, sin (b, 1, t, d)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * cos + x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin
 
 
 class KVCache:
@@ -170,11 +170,24 @@ class KVCache:
     """
 
     def __init__(self, config, b, capacity, dtype=torch.float32, device=None):
-        shape = (config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_hidden_layers, b, config.num_key_value_heads, capacity + 1, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(b, dtype=torch.int64, device=device)
         self.capacity, self.end = capacity, 0
+        self.steady = False  # a promise: from step to step nothing changes but the tokens (compiled.py)
+        self.noted, self._views = None, (None, [])
+
+    def views(self, end):
+        """[(k, v) of each layer] up to the position `end` and a bit, of a length that seldom changes."""
+        end = min(self.capacity, -(-end // 64) * 64)
+        if self._views[0] != end:
+            self._views = end, [(k[:, :, :end], v[:, :, :end]) for k, v in zip(self.k, self.v, strict=True)]
+            for view in (view for pair in self._views[1] for view in pair):
+                torch._dynamo.mark_dynamic(view, 2)
+                if view.shape[0] > 1:
+                    torch._dynamo.mark_dynamic(view, 0)
+        return self._views[1]
 
 
 # The network --------------------------------------------------------------------------------------------------------
@@ -191,62 +204,109 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+def linear(x, weight, bias=None, dtype=None):
+    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. One token in a compiled block is a reduction
+    of four rows at a time, which reads the weights faster than the library's product does (LOG.md)."""
+    if torch.compiler.is_compiling() and x.shape[0] == 1 and not torch.is_grad_enabled():
+        rows = weight.chunk(4 if len(weight) >= 512 else 1)
+        y = torch.cat([(w * x).sum(-1, dtype=torch.float32) for w in rows])[None]
+        return (y if bias is None else y + bias).to(dtype or x.dtype)
+    return F.linear(x.to(dtype or x.dtype), weight.to(dtype or x.dtype), bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim
-        self.groups = c.num_attention_heads != c.num_key_value_heads
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.groups = c.num_attention_heads // c.num_key_value_heads
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def qkv(self, x):
-        """The seam for whoever wants to compute the three products of one input together."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def qkv(self, x, cos, sin):
+        """x (n, h), cos, sin (n, d) -> q (n, heads, d), k, v (n, kv heads, d), turned to their positions."""
+        q, k, v = (y.view(len(x), -1, self.d) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin, mask, positions, cache):
-        b, t, _ = x.shape
-        q, k, v = (y.view(b, t, -1, self.d).transpose(1, 2) for y in self.qkv(x))  # (b, heads, t, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            rows = torch.arange(b, device=x.device)[:, None]
-            for past, new in zip(cache, (k, v), strict=True):
-                past[rows, :, positions] = new.transpose(1, 2)  # (b, t, kv heads, d)
-            if mask is not None:
-                k, v = (past[:, :, : mask.shape[-1]] for past in cache)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=self.groups
-        )
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+def attend(q, k, v, b, cache=None, positions=None, mask=None):
+    """b sequences of t tokens each: q (b*t, heads, d), k, v (b*t, kv heads, d) -> (b*t, heads*d). With a cache (k, v)
+    the new keys and values go to `positions` (b, t); a mask (b, 1, t, end) says what of it each token sees, without one
+    a token sees the new ones up to itself."""
+    n, heads, d = q.shape
+    q, k, v = (y.view(b, n // b, -1, d) for y in (q, k, v))
+    if cache is not None:
+        rows = torch.arange(b, device=q.device)[:, None]
+        for past, new in zip(cache, (k, v), strict=True):
+            past[rows, :, positions] = new
+    k, v = (y.transpose(1, 2) for y in (k, v)) if mask is None else (past[:, :, : mask.shape[-1]] for past in cache)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
+    )
+    return y.transpose(1, 2).reshape(n, heads * d)
+
+
+def attend_one(q, k, v, cache, positions):
+    """attend() for one token a row, t = 1, written as sums, which a compiler joins with what is around them."""
+    b, heads, d = q.shape
+    rows = torch.arange(b, device=q.device)
+    for past, new in zip(cache, (k, v), strict=True):
+        past[rows, :, positions[:, 0]] = new
+    k, v = (past[:, :, None].float() for past in cache)  # (b, kv heads, 1, capacity, d)
+    q = q.view(b, k.shape[1], -1, 1, d).float()  # (b, kv heads, group, 1, d)
+    score = (q * k).sum(-1) * d**-0.5  # (b, kv heads, group, capacity)
+    seen = torch.arange(k.shape[3], device=q.device) <= positions  # (b, capacity)
+    p = score.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+    return (p[..., None] * v).sum(-2).reshape(b, heads * d).to(cache[0].dtype)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-
-    def gate_up(self, x):
-        """The seam for whoever wants to compute the two products of one input together."""
-        return self.gate_proj(x), self.up_proj(x)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.gate_up(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """Two halves with attention between them: what comes before and after it knows tokens alone, not sequences, so
+    that compiled it is one graph for all lengths and batches."""
+
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, positions, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, cache)
+    def before(self, x, cos, sin):
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, y):
+        x = x + self.self_attn.o_proj(y)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def step(self, x, cos, sin, positions, cache):
+        """Both and the attention, for one new token in each row of the cache."""
+        return self.after(x, attend_one(*self.before(x, cos, sin), cache, positions))
+
+
+FEW = 8  # rows of one new token each that a compiled block takes whole, attention included
+
+
+class Rows:
+    """Which row of the batch each of the tokens belongs to that run through the blocks: sample (n,) int64. Compiled
+    blocks don't know n: `about` tells those for few tokens from those for many."""
+
+    sample = about = None
 
 
 class Trunk(nn.Module):
@@ -254,10 +314,21 @@ class Trunk(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.rows = c, Rows()
+        self.before, self.after, self.steps = Block.before, Block.after, None
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def compile(self):
+        """From now on blocks run compiled (compiled.py); results differ by rounding."""
+        if self.steps:
+            return
+        if not compiled.possible(self.embed_tokens.weight.device):
+            warn("no C++ compiler here, which torch.compile needs: going on without")
+            return
+        self.before, self.after = map(compiled.compiled_for_any_length, (Block.before, Block.after))
+        self.steps = compiled.compiled(compiled.steps)
 
     def forward(self, ids, cache=None, counts=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
@@ -271,19 +342,30 @@ class Trunk(nn.Module):
                 raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
             counts = torch.full_like(cache.lengths, t) if counts is None else counts
             positions = cache.lengths[:, None] + step  # (b, t)
-            if cache.end:  # an empty cache needs no mask: causal attention among the new tokens
-                mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids.flatten())  # (n, h)
         dynamic = cache is not None and self.config.rope["rope_type"] == "dynamic"
         length = int((cache.lengths + counts).max()) if dynamic else end  # no other type asks the device
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, length, ids.device)  # (b, 1, t, d/2)
-        cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype) for y in (angle.cos(), angle.sin()))
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, positions, None if cache is None else (cache.k[index], cache.v[index]))
+        angle = positions.reshape(-1, 1, 1) * rope_frequencies(self.config, length, ids.device)  # (n, 1, d/2)
+        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
+        self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
+        few = self.steps and cache is not None and t == 1 and b <= FEW
+        if self.steps:
+            compiled.of_any_length(self.rows.sample)
+            self.rows.about = FEW if few else 64 * FEW
+        if few:
+            x = compiled.step(self.steps, self.layers, x, cos, sin, positions, cache, end)
+        else:
+            if cache is not None and cache.end:  # an empty cache needs no mask: causal among the new tokens
+                mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
+            for index, layer in enumerate(self.layers):
+                past = None if cache is None else (cache.k[index], cache.v[index])
+                y = attend(*self.before(layer, x, cos, sin), b, past, positions, mask)
+                x = self.after(layer, x, y)
         if cache is not None:
             cache.lengths += counts
             cache.end += int(counts.max()) if t > 1 else 1
-        return self.norm(x)
+        return self.norm(x).view(b, t, -1)
 
 
 class Llama(nn.Module):

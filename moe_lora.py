@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compiled import of_any_length
 from files import InputError, read_safetensors, warn, write_safetensors
-from kernels import compute_ax, lora_mix
+from kernels import compute_ax, lora_mix, top_k_mixture
+from model import linear
 
 
 class Mixture(NamedTuple):
@@ -33,18 +35,17 @@ class Mixture(NamedTuple):
 class MultiLoRALinear(nn.Module):
     """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says."""
 
-    def __init__(self, base, A, B, scale, gate, spelling="auto", dropout=0.0):
+    def __init__(self, base, A, B, scale, gate, spelling="auto", dropout=0.0, rows=None):
         super().__init__()
-        self.base, self.A, self.B, self.scale = base, A, B, scale  # A, B, scale belong to the pool
+        self.base, self.A, self.B, self.scale, self.rows = base, A, B, scale, rows  # A, B, scale belong to the pool
         self.gate, self.spelling, self.dropout = gate, spelling, dropout
         self.trace = None  # (n max, e), a view into a Recorder, while someone is looking
 
     def forward(self, x):
-        y = self.base(x)
-        b, t, i = x.shape
-        x = x.reshape(b * t, i)
-        sample = torch.arange(b, device=x.device).repeat_interleave(t)  # (n,)
-        ax = None
+        y, ax = self.base(x), None  # (n, o); a Linear by itself takes (b, t, i) as well
+        x = x.reshape(-1, x.shape[-1])
+        inside = self.rows and y.dim() == 2
+        sample, about = (self.rows.sample, self.rows.about) if inside else (rows_of(y), None)
 
         def all_ax():
             nonlocal ax
@@ -53,11 +54,15 @@ class MultiLoRALinear(nn.Module):
 
         idx, weight = self.gate(x, sample, all_ax)
         if self.trace is not None:
-            self.trace[: b * t].zero_().scatter_add_(1, idx, weight.detach())
+            self.trace[: len(x)].zero_().scatter_add_(1, idx, weight.detach())
         if self.dropout and self.training:  # LoRA dropout sees only what the adapters see
             x, ax = dropout(x, self.dropout), None
-        mixed = lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax)
-        return y + mixed.view(b, t, -1)
+        return y + lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax, about).view(y.shape)
+
+
+def rows_of(y):
+    """Which row of y (b, ..., o) each of its tokens belongs to: (n,) int64."""
+    return torch.arange(y.shape[0], device=y.device).repeat_interleave(y[0].numel() // y.shape[-1])
 
 
 def dropout(x, p):
@@ -75,26 +80,25 @@ def dropout(x, p):
 class MeteoraGate(nn.Module):
     """MeteoRA's gate: the top-k logits of G x, softmax over those k at a temperature. k = 1 has weight 1.
 
-    `known` (e,) bool marks the slots that G was trained for; the others are never chosen. Where fewer than k are
-    known, the rest of a token's slots weigh 0. `loss` is a GateLoss while training, else None.
+    `known` (e,) bool marks the slots that G was trained for, None is all; the others are never chosen. Where fewer than
+    k are known, the rest of a token's slots weigh 0. `loss` is a GateLoss while training, else None.
     """
 
     def __init__(self, G, k, temperature=1.0, known=None):
         super().__init__()
         self.weight, self.k, self.temperature = nn.Parameter(G), k, temperature  # G (e, i)
-        known = torch.ones(G.shape[0], dtype=torch.bool, device=G.device) if known is None else known
-        self.register_buffer("known", known, persistent=False)
+        self.register_buffer("known", None if known is None or known.all() else known, persistent=False)
         self.loss = None
 
     def forward(self, x, sample, ax):
-        logits = F.linear(x.float(), self.weight.float())  # (n, e), float32 whatever the model's dtype
-        logits = logits.masked_fill(~self.known, float("-inf"))
+        logits = linear(x, self.weight, dtype=torch.float32)  # (n, e)
+        if self.known is not None:
+            logits = logits.masked_fill(~self.known, float("-inf"))
         if self.loss is not None:
             self.loss.add(logits)
-        top, idx = logits.topk(min(self.k, logits.shape[1]), dim=-1)  # (n, k)
-        if self.k == 1:  # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
-            return Mixture(idx, torch.ones_like(top))
-        return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
+        idx, weight = top_k_mixture(logits, min(self.k, logits.shape[1]), self.temperature)
+        # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
+        return Mixture(idx, weight if self.k > 1 else torch.ones_like(weight))
 
 
 class SampleGate(nn.Module):
@@ -121,13 +125,24 @@ class SampleGate(nn.Module):
         fixed = Mixture(self.idx, self.weight)
         if not self.each_token:
             fixed = Mixture(self.idx[sample], self.weight[sample])
-        if not self.some:
+        if self.inner is None or not (torch.compiler.is_compiling() or self.some):  # compiled: one graph for both
             return fixed
         chosen = self.inner(x, sample, ax)
         k = max(fixed.idx.shape[1], chosen.idx.shape[1])
         fixed, chosen = (Mixture(*(F.pad(y, (0, k - y.shape[1])) for y in m)) for m in (fixed, chosen))
         routed = self.routed[sample, None]  # (n, 1)
         return Mixture(*(torch.where(routed, c, f) for c, f in zip(chosen, fixed, strict=True)))
+
+
+def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
+    """SampleGate.set for all gates of a batch. For compiled blocks, which have graphs of their own for a size of 1, one
+    row is given as two."""
+    if compiled:
+        rows = [y if y is None or len(y) > 1 else y.repeat(2, *[1] * (y.dim() - 1)) for y in (idx, weight, routed)]
+        of_any_length(*(y for y in rows if y is not None))
+        idx, weight, routed = rows
+    for gate in gates:
+        gate.set(idx, weight, routed, each_token)
 
 
 def fixed_rows(pool, choices, device=None):
@@ -155,7 +170,7 @@ def attach(model, pool, gates, spelling="auto", dropout=0.0, make=MultiLoRALinea
     for path in pool.A:
         gate = gates[path] if isinstance(gates, (dict, nn.ModuleDict)) else gates
         base, stacks = model.get_submodule(path), (pool.A[path], pool.B[path], pool.scale[path])
-        linears[path] = make(base, *stacks, gate, spelling, dropout)
+        linears[path] = make(base, *stacks, gate, spelling, dropout, model.model.rows)
         swap(model, path, linears[path])
     return linears
 
@@ -255,28 +270,30 @@ def meteora_gates(pool, k, temperature=1.0, known=None):
 class Recorder:
     """Routing of the last forward, for whoever looks: with Recorder(model, n) as seen: ...; seen.read(n) -> (m, n, e).
 
-    One tensor (m, n max, e) for all Linears, each holding its view, so that a compiled block needs no index and no
-    list; detached from the Linears on leaving.
+    A tensor (n max, e) for each Linear, which the Linear holds, so that a compiled block needs no index and no list;
+    taken from the Linears on leaving.
     """
 
     def __init__(self, model, n):
         self.linears = attached(model)
         first = next(iter(self.linears.values()), None)
         e, device = (first.A.shape[0], first.A.device) if first is not None else (0, None)
-        self.trace = torch.zeros(len(self.linears), n, e, device=device)
+        self.trace = [torch.zeros(n, e, device=device) for _ in self.linears]
+        if model.model.steps:  # compiled
+            of_any_length(*self.trace)
 
     def __enter__(self):
-        for linear, view in zip(self.linears.values(), self.trace, strict=True):
-            linear.trace = view
+        for module, view in zip(self.linears.values(), self.trace, strict=True):
+            module.trace = view
         return self
 
     def __exit__(self, *_):
-        for linear in self.linears.values():
-            linear.trace = None
+        for module in self.linears.values():
+            module.trace = None
 
     def read(self, n):
         """Weights (m, n, e) of the last forward's n tokens."""
-        return self.trace[:, :n]
+        return torch.stack(self.trace)[:, :n] if self.trace else torch.zeros(0, n, 0)
 
 
 class GateLoss:

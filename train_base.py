@@ -94,8 +94,8 @@ def train_base(o):
     params = dict(model.named_parameters())
     print(f"base: {sum(p.numel() for p in params.values()):,} parameters, {len(stream):,} tokens", file=sys.stderr)
     half = o.dtype == "bfloat16"
-    for layer in model.model.layers if o.compile else ():
-        layer.compile()
+    if o.compile:
+        model.model.compile()
 
     def step_loss(step):
         starts = np.random.default_rng([o.seed, step]).choice(begins, o.batch_size)

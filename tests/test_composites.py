@@ -270,7 +270,7 @@ class EachToken(nn.Module):
         for name in {*self.names} - {None}:
             A, B, scale = self.parts[name]
             at = [t for t, owner in enumerate(self.names) if owner == name]
-            y[0, at] += scale * (x[0, at] @ A.T @ B.T)
+            y[at] += scale * (x[at] @ A.T @ B.T)
         return y
 
 

@@ -138,7 +138,7 @@ class ByHand(nn.Module):
 
     def forward(self, x):
         y = []
-        for sample in x.double():
+        for sample in x.double().unflatten(0, (-1, IDS.shape[1])):
             weight = self.weights(sample)  # (t, e), or (e,) of the whole sample
             if self.smear:
                 A, B = (sum(w * m for w, m in zip(weight, ms, strict=True)) for ms in (self.A, self.B))
@@ -146,7 +146,7 @@ class ByHand(nn.Module):
             else:
                 each = [sample @ a.T @ b.T for a, b in zip(self.A, self.B, strict=True)]
                 y.append(sum(weight[:, j, None] * out for j, out in enumerate(each)))
-        return self.base(x) + torch.stack(y).float()
+        return self.base(x) + torch.cat(y).float()
 
 
 def top(logits, k):

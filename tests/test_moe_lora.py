@@ -440,9 +440,9 @@ def test_a_gate_of_ones_own(model, pool, spelling, monkeypatch):
 
     def by_hand(path, linear):
         def forward(x):
-            ax = torch.einsum("eri,bti->bter", pool.A[path], x)
-            chosen = torch.zeros(ax.shape[:3]).scatter(-1, ax.norm(dim=-1).topk(2, -1).indices, 0.5) * pool.scale[path]
-            return F.linear(x, linear.weight) + torch.einsum("bte,eor,bter->bto", chosen, pool.B[path], ax)
+            ax = torch.einsum("eri,ni->ner", pool.A[path], x)
+            chosen = torch.zeros(ax.shape[:2]).scatter(-1, ax.norm(dim=-1).topk(2, -1).indices, 0.5) * pool.scale[path]
+            return F.linear(x, linear.weight) + torch.einsum("ne,eor,ner->no", chosen, pool.B[path], ax)
 
         return forward
 
@@ -481,7 +481,7 @@ def test_recorded_weights_are_the_gates_own(model, pool):
     linears = attach(model, pool, gates)
     inputs = {}
     for path, linear in linears.items():
-        linear.register_forward_pre_hook(lambda module, args, path=path: inputs.update({path: args[0].flatten(0, 1)}))
+        linear.register_forward_pre_hook(lambda module, args, path=path: inputs.update({path: args[0]}))
     with torch.no_grad(), Recorder(model, 33) as seen:
         model(IDS)
     trace = seen.read(33)
@@ -525,7 +525,9 @@ def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
     linears = attach(model, pool, gates)
     inputs = {}
     for path, linear in linears.items():
-        linear.register_forward_pre_hook(lambda module, args, path=path: inputs.update({path: args[0].detach()}))
+        linear.register_forward_pre_hook(
+            lambda module, args, path=path: inputs.update({path: args[0].detach().view(3, 11, -1)})
+        )
     labels = torch.tensor([3, 0, 4])[:, None].repeat(1, 11)
     labels[1, 5:] = -100
     labels[2, 9:] = -100

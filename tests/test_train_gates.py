@@ -75,7 +75,7 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     (parts, part_grads), (whole, whole_grads) = found
     assert parts.keys() == {"lm_loss", "gate_loss", "right"}
     assert parts == pytest.approx(whole, rel=1e-5)
-    assert_close(part_grads, whole_grads)
+    assert_close(part_grads, whole_grads, 1e-4)  # of gradients around 1
 
 
 def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):

@@ -1,0 +1,67 @@
+"""The bench runs, on small sizes: its tables have the rows and the figures that people quote from them."""
+
+import json
+
+import pytest
+from conftest import command
+
+from bench import in_turn, spread
+
+SMALL = ["--repeats", "2", "--threads", "1", "--r", "3", "--dtype", "float32"]
+
+
+def run(*args):
+    """The JSON object that `bench.py` prints last, its Markdown rows checked against it."""
+    done = command("bench.py", *map(str, args), *SMALL)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(found["table"])  # and the heading
+    assert {"processor", "threads", "dtype", "versions", "GB/s", "GFLOP/s", "load"} <= found.keys()
+    return found["table"]
+
+
+def test_layer():
+    """auto's distance from the best spelling is what the cost model is judged by."""
+    table = run("layer", "--n", "1,5", "--width", "13x17", "--e", "3,7", "--k", "2,5")
+    assert [(row["e"], row["n"], row["k"]) for row in table] == [
+        (3, 1, 2),
+        (3, 5, 2),
+        (7, 1, 2),
+        (7, 1, 5),
+        (7, 5, 2),
+        (7, 5, 5),
+    ]
+    for row in table:
+        best = min(row[spelling] for spelling in ("loop", "bmm", "dense"))
+        assert row["auto / best"] == pytest.approx(row[row["auto"]] / best) and row["auto / best"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "rows"), [
+    ("decode", ["base", "base, batch", "3 adapters", "3 adapters, batch", "3 adapters, loop"]),
+    ("prefill", ["base", "3 adapters", "3 adapters, loop"]),
+])  # fmt: skip
+def test_a_model(small_model, what, rows):
+    """Rows of other work than their names say would make any ratio."""
+    more = ["--context", "5", "--batch_size", "3"] if what == "decode" else []
+    table = run(what, "--model", small_model, "--e", "3", "--no-peers", "--tokens", "7", *more)
+    assert [row["row"] for row in table] == rows
+    for row in table:
+        tokens = row["batch"] if what == "decode" else 7
+        assert row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"]) and row["low"] <= row["ms"] <= row["high"]
+
+
+def test_train(small_model):
+    """Training throughput counts all adapters' tokens of a step, once."""
+    table = run("train", "--model", small_model, "--e", "3", "--gated", "5", "--tokens", "7", "--no-peers")
+    assert [row["row"] for row in table] == ["3 adapters", "gates of 5, auto", "gates of 5, loop"]
+    assert all(row["tokens/s"] == pytest.approx(3 * 7 / row["ms"] * 1e3) for row in table)
+
+
+def test_rows_are_timed_in_turn():
+    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others."""
+    calls = []
+    found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert "".join(calls[-6:]) == "ababab" and {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
+    assert spread([3e-3, 1e-3, 2e-3, 5e-3, 4e-3]) == pytest.approx({"ms": 3, "low": 2, "high": 4})

@@ -1,0 +1,150 @@
+"""Compiled blocks: the same results as without, one graph for everything, no recompiling, no stale step."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_adapter
+from test_moe_lora import make_pool, random_gates
+from torch._dynamo.utils import counters
+
+import tiny_tasks
+from adapters import linear_shapes
+from generate import load, stream
+from model import KVCache, load_llama
+from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
+
+
+@pytest.fixture
+def model(small_model):
+    torch._dynamo.reset()
+    counters.clear()
+    return load_llama(small_model)
+
+
+def with_gates(model, capacity=None, k=2):
+    """Attaches the five adapters with gates as methods.py does. Returns (pool, SampleGates)."""
+    pool = make_pool(linear_shapes(model), capacity=capacity)
+    gates = {path: SampleGate(gate) for path, gate in random_gates(pool, k).items()}
+    attach(model, pool, gates)
+    return pool, list(gates.values())
+
+
+def set_rows(pool, gates, routed):
+    """Rows that their gates route, and rows with the adapter ant or the base alone."""
+    idx, weight = fixed_rows(pool, [{"ant": 1.0} if j % 2 else {} for j in range(len(routed))])
+    set_gates(gates, idx, weight, torch.tensor(routed), compiled=True)
+
+
+@torch.inference_mode()
+def logits(model, b, t, steps, recorded=False, steady=True):
+    """Logits (b, t + steps, v) of a prompt and so many single tokens, and the routing of the last step, if any."""
+    ids = torch.randint(331, (b, t + steps), generator=torch.Generator().manual_seed(31 * b + t))
+    cache = KVCache(model.config, b, t + steps)
+    cache.steady = steady
+    out, recorder = [model(ids[:, :t], cache)], Recorder(model, b)
+    if recorded:
+        recorder.__enter__()
+    out += [model(ids[:, [j]], cache) for j in range(t, t + steps)]
+    recorder.__exit__()
+    return torch.cat(out, 1), recorder.read(b).clone()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+# (rows, prompt tokens, tokens after it): one row and several, a prompt of one token, more rows than a whole block takes
+# (attention not compiled), and enough tokens for the cache to be read in longer pieces.
+SHAPES = [(1, 5, 3), (3, 7, 2), (1, 1, 2), (2, 13, 70), (11, 3, 2), (1, 67, 3), (5, 1, 2)]
+
+
+def test_compiled_is_the_same_in_few_graphs(model):
+    """A compiled block that loses a mask, a position or an adapter answers wrongly only where it is fast; one that
+    compiles again for a new length or batch is slower than none."""
+    pool, gates = with_gates(model)
+    cases = list(itertools.product(SHAPES, (False, True)))
+
+    def run(shape, recorded):
+        set_rows(pool, gates, [True] * shape[0])
+        return logits(model, *shape, recorded)
+
+    want = [run(*case) for case in cases]
+    assert graphs() == 0
+    model.model.compile()
+    for case, (text, routing) in zip(cases, want, strict=True):
+        got_text, got_routing = run(*case)
+        torch.testing.assert_close(got_text, text, rtol=0, atol=1e-4, msg=str(case))
+        torch.testing.assert_close(got_routing, routing, rtol=0, atol=1e-4, msg=str(case))
+    # before, after and the step for n > 1, the step for n = 1: once, and the steps again while routing is recorded
+    # (with more rows than FEW before and after are recorded too)
+    assert graphs() == 8, graphs()
+
+
+@pytest.mark.slow
+def test_rows_with_fixed_adapters(model):
+    """Requests with a fixed adapter run beside routed ones: every mixture of them has to share a graph."""
+    pool, gates = with_gates(model)
+    cases = [([False], 3), ([False, False], 5), ([True, False, True], 4), ([False, True], 1)]
+
+    def run(routed, t):
+        set_rows(pool, gates, routed)
+        return logits(model, len(routed), t, 3)[0]
+
+    want = [run(*case) for case in cases]
+    model.model.compile()
+    for case, text in zip(cases, want, strict=True):
+        torch.testing.assert_close(run(*case), text, rtol=0, atol=1e-4, msg=str(case))
+    assert graphs() == 4, graphs()
+
+
+def test_pool_changes_in_place(model):
+    """Adapters come and go while compiled blocks run: neither a new graph, nor the old adapter's answers."""
+    pool, gates = with_gates(model, capacity=7)
+    shapes = pool.shapes
+    model.model.compile()
+    set_rows(pool, gates, [False])
+
+    def run():
+        return logits(model, 1, 1, 2)[0]
+
+    without = run()
+    made = graphs()
+    pool.add(random_adapter("fly", shapes, 3, seed=3, size=0.1))
+    set_gates(gates, *fixed_rows(pool, [{"fly": 1.0}]), torch.tensor([False]), compiled=True)
+    with_fly = run()
+    assert (with_fly - without).abs().max() > 1e-3
+    pool.remove("fly")
+    torch.testing.assert_close(run(), without, rtol=0, atol=1e-5)
+    assert graphs() == made
+
+
+@pytest.mark.slow
+def test_texts_of_tiny(capsys):
+    """What users see: twenty answers of the embedded default in float32, token for token and adapter for adapter."""
+    torch._dynamo.reset()
+    prompts = [tiny_tasks.examples(name, "test", 1)[0]["prompt"] for name in sorted(tiny_tasks.TASKS)[:20]]
+
+    def answers(compile):
+        mole = load(dtype="float32")
+        return [list(stream(mole, prompts[j : j + 5], routing=True, compile=compile)) for j in range(0, 20, 5)] + [
+            list(stream(mole, prompts[:1], compile=compile))
+        ]
+
+    for got, want in zip(answers(True), answers(False), strict=True):
+        assert [(t.row, t.id, t.text, t.finish) for t in got] == [(t.row, t.id, t.text, t.finish) for t in want]
+        assert all(
+            dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3) for a, b in zip(got, want, strict=True)
+        )
+
+
+def test_without_a_compiler():
+    """Without it a laptop without g++ would show a traceback of the compiler's, not an answer."""
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    line = [sys.executable, ROOT / "generate.py", "--compile", "--prompt", "What is the plural of mouse?"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0 and done.stdout.strip() == "mice", done.stderr
+    assert done.stderr.count("warning") == 1 and "no C++ compiler" in done.stderr
