@@ -7,6 +7,7 @@ import sys
 
 from conftest import ROOT, command
 
+import bench
 import eval as evaluation
 import generate
 import train
@@ -65,7 +66,7 @@ def test_every_option_in_a_command_exists():
     """A README that names an option which is gone sends its readers into an error."""
     scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tiny_tasks.py": TinyTasksConfig}
     classes = {"base": train.BaseRun, "adapters": train.AdaptersRun, "gates": train.GatesRun}
-    classes |= {"lorahub": train.LorahubRun}
+    classes |= {"lorahub": train.LorahubRun, "decode": bench.DecodeBench}
     seen = 0
     for script, rest in COMMANDS:
         first = rest.split()[0] if rest else ""
