@@ -66,7 +66,7 @@ class ModelBench(Bench):
     pool: str = ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
     e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
-    peers: bool = True  # transformers and peft too, where they are installed
+    peers: bool = True  # transformers, and peft with random adapters, where they are installed
 
 
 @dataclass
@@ -115,8 +115,8 @@ def spread(seconds):
 
 
 def bandwidth(dtype):
-    """Bytes a second that the best of several kernels reads from a buffer of 256 MiB, too large for a cache."""
-    W = torch.ones(2**28 // 8192 // dtype.itemsize, 8192, dtype=dtype)
+    """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for most caches."""
+    W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype)
     x, y = torch.ones(8192, dtype=dtype), torch.empty(len(W), dtype=dtype)
     rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "product": lambda: torch.mv(W, x, out=y)}
     if possible(torch.device("cpu")):
@@ -188,7 +188,7 @@ def random_pool(shapes, e, o):
     return adapters, {p: MeteoraGate(G, int(o.k)).requires_grad_(False) for p, G in gates.items()}
 
 
-def with_adapters(o, e, spelling="auto", k=None):
+def with_adapters(o, e, spelling="auto"):
     """A Llama like load()'s with adapters in it: those of --pool with their gates, or e random ones."""
     model = load(o)
     shapes = linear_shapes(model)
@@ -302,8 +302,8 @@ def bytes_read(model):
 
 def bench_decode(o):
     """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step reads."""
-    base, v = load(o), 0
-    v, rows, facts = base.config.vocab_size, {}, {}
+    base, rows, facts = load(o), {}, {}
+    v = base.config.vocab_size
 
     def row(name, run, b, model=None):
         rows[name], facts[name] = run, {"batch": b, "bytes": bytes_read(model) if model else None}

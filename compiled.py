@@ -2,8 +2,9 @@
 
 What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
 (model.Block.before, after). For a new token in each of a few rows, two blocks are compiled whole, attention included
-(model.Block.step). Each of these has a graph for n = 1, one for n > 1, and both again while routing is recorded; torch
-keeps them on disk between runs. More than torch's limit of recompiles is an error, for fullgraph is set.
+(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1, and these again while routing is
+recorded, and where rows of a batch have a fixed adapter; torch keeps them on disk between runs. More than torch's limit
+of recompiles is an error, for fullgraph is set.
 
 From one step of a decoding loop to the next nothing changes but four tensors, yet torch.compile checks every tensor
 and module that a graph reads, and as the weights have just swept the processor's caches clean these checks take as long
@@ -47,7 +48,7 @@ def possible(device):
         return False
 
 
-def compiled(function):
+def compile_function(function):
     """`function` through torch.compile, traced and compiled where it is first called. Raises InputError where the
     compiler fails."""
     torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree once are not the same size
@@ -62,9 +63,9 @@ def compiled(function):
     return call
 
 
-def compiled_for_any_length(function):
+def compile_for_any_length(function):
     """The same for a function of a module and tensors whose first axis is the tokens'."""
-    run = compiled(function)
+    run = compile_function(function)
     return lambda module, *tensors: run(module, *of_any_length(*tensors))
 
 
@@ -76,8 +77,8 @@ def of_any_length(*tensors):
     return tensors
 
 
-def step(run, layers, x, cos, sin, positions, cache, end):
-    """A new token in each row of the cache through all blocks, two at a time by `run`, the compiled steps():
+def step_through(run, layers, x, cos, sin, positions, cache, end):
+    """A new token in each row of the cache through all blocks, two at a time by `run`, the compiled step_blocks():
     x (b, h) -> (b, h)."""
     views = cache.views(end)
     if cache.steady and cache.noted and cache.noted[0] is views:
@@ -97,7 +98,7 @@ def step(run, layers, x, cos, sin, positions, cache, end):
     return x
 
 
-def steps(layers, x, cos, sin, positions, views):
+def step_blocks(layers, x, cos, sin, positions, views):
     for layer, view in zip(layers, views, strict=True):
         x = layer.step(x, cos, sin, positions, view)
     return x

@@ -91,8 +91,8 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
 
     method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
-    which adapters computed each token. `sampling`: the fields of Sampling. Raises InputError for bad input,
-    RuntimeError where another batch began on the same model before this one ended.
+    which adapters computed each token, `compile` is for compile_blocks(). `sampling`: the fields of Sampling. Raises
+    InputError for bad input, RuntimeError where another batch began on the same model before this one ended.
     """
     prompts, options = [prompts] if isinstance(prompts, str) else list(prompts), Sampling(**sampling)
     check_values(options, top_k, gate_temperature)
@@ -103,16 +103,16 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     methods = [method] * len(ids) if isinstance(method, str) else list(method)
     if len(methods) != len(ids):
         raise InputError(f"{len(methods)} methods for {len(ids)} prompts: give one, or one a prompt")
-    if compiling_pays(mole.model, options.max_new_tokens) if compile is None else compile:
-        mole.model.model.compile()
+    compile_blocks(mole.model, compile, options.max_new_tokens)
     set_methods(mole, methods, top_k, gate_temperature)
     yield from (token for token in decode(mole, ids, options, routing) if isinstance(token, Token))
 
 
-def compiling_pays(model, tokens):
-    """Whether `tokens` decoded faster outweigh the wait for a compiler: measured on SmolLM2-135M (LOG.md), 0.2 ns a
-    parameter and token against about ten seconds the first time."""
-    return tokens * sum(p.numel() for p in model.parameters()) * 2e-10 > 10
+def compile_blocks(model, asked, tokens):
+    """Compiles the model's blocks where that is asked for or, `asked` None, where `tokens` decoded faster outweigh the
+    wait for a compiler: about 0.2 ns a parameter and token (SmolLM2-135M, LOG.md) against ten seconds."""
+    if tokens * sum(p.numel() for p in model.parameters()) * 2e-10 > 10 if asked is None else asked:
+        model.model.compile()
 
 
 def check_values(sampling, top_k, gate_temperature):
@@ -406,8 +406,7 @@ def main():
     print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
     methods = methods if len(methods) == len(prompts) else methods * len(prompts)
     ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
-    if compiling_pays(mole.model, o.max_new_tokens) if o.compile is None else o.compile:
-        mole.model.model.compile()
+    compile_blocks(mole.model, o.compile, o.max_new_tokens)
     set_methods(mole, methods, o.top_k, o.gate_temperature)
     routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.routing is None else o.routing
     recording = bool((routing and not o.json) or o.json or o.html)

@@ -226,7 +226,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
     choices = [_choice(name, pool, setup) for name in names]
     idx, weight = fixed_rows(pool, choices, mole.device)
     routed = torch.tensor([setup_of(mole, name, top_k) == (setup, part) and part is not None for name in names])
-    set_gates(mole.gates, idx, weight, routed.to(mole.device), compiled=mole.model.model.steps)
+    set_gates(mole.gates, idx, weight, routed.to(mole.device), compiled=mole.model.model.compiled_step)
 
 
 def _choice(name, pool, setup):
@@ -244,7 +244,7 @@ def force(mole, names):
     mole.setting += 1
     flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
     idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)
-    set_gates(mole.gates, idx, weight, each_token=flat is not names, compiled=mole.model.model.steps)
+    set_gates(mole.gates, idx, weight, each_token=flat is not names, compiled=mole.model.model.compiled_step)
 
 
 def _attach(mole, setup, part, names, k, temperature, spelling):

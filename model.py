@@ -164,7 +164,8 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of past tokens, and how many each row holds. The model advances it, no layer does.
 
-    k, v: (layers, b, kv heads, capacity, d); lengths: (b,) int64. No row is longer than `end`, a number kept beside the
+    k, v: (layers, b, kv heads, capacity + 1, d), so that no view of them happens to be contiguous, which to a compiler
+    would be a graph of its own; lengths: (b,) int64. No row is longer than `end`, a number kept beside the
     tensor so that nobody waits for a device to read it. What is cached stays as the adapters active at that token
     computed it: switching adapters between tokens changes what follows, never the past.
     """
@@ -223,7 +224,6 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim
-        self.groups = c.num_attention_heads // c.num_key_value_heads
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
@@ -315,20 +315,21 @@ class Trunk(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.rows = c, Rows()
-        self.before, self.after, self.steps = Block.before, Block.after, None
+        self.before, self.after = Block.before, Block.after
+        self.compiled_step = None  # set by compile()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def compile(self):
         """From now on blocks run compiled (compiled.py); results differ by rounding."""
-        if self.steps:
+        if self.compiled_step:
             return
         if not compiled.possible(self.embed_tokens.weight.device):
             warn("no C++ compiler here, which torch.compile needs: going on without")
             return
-        self.before, self.after = map(compiled.compiled_for_any_length, (Block.before, Block.after))
-        self.steps = compiled.compiled(compiled.steps)
+        self.before, self.after = map(compiled.compile_for_any_length, (Block.before, Block.after))
+        self.compiled_step = compiled.compile_function(compiled.step_blocks)
 
     def forward(self, ids, cache=None, counts=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
@@ -349,12 +350,12 @@ class Trunk(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
-        few = self.steps and cache is not None and t == 1 and b <= FEW
-        if self.steps:
+        few = self.compiled_step and cache is not None and t == 1 and b <= FEW
+        if self.compiled_step:
             compiled.of_any_length(self.rows.sample)
             self.rows.about = FEW if few else 64 * FEW
         if few:
-            x = compiled.step(self.steps, self.layers, x, cos, sin, positions, cache, end)
+            x = compiled.step_through(self.compiled_step, self.layers, x, cos, sin, positions, cache, end)
         else:
             if cache is not None and cache.end:  # an empty cache needs no mask: causal among the new tokens
                 mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)

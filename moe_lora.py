@@ -39,7 +39,7 @@ class MultiLoRALinear(nn.Module):
         super().__init__()
         self.base, self.A, self.B, self.scale, self.rows = base, A, B, scale, rows  # A, B, scale belong to the pool
         self.gate, self.spelling, self.dropout = gate, spelling, dropout
-        self.trace = None  # (n max, e), a view into a Recorder, while someone is looking
+        self.trace = None  # (n max, e), a Recorder's, while someone is looking
 
     def forward(self, x):
         y, ax = self.base(x), None  # (n, o); a Linear by itself takes (b, t, i) as well
@@ -279,7 +279,7 @@ class Recorder:
         first = next(iter(self.linears.values()), None)
         e, device = (first.A.shape[0], first.A.device) if first is not None else (0, None)
         self.trace = [torch.zeros(n, e, device=device) for _ in self.linears]
-        if model.model.steps:  # compiled
+        if model.model.compiled_step:  # compiled
             of_any_length(*self.trace)
 
     def __enter__(self):

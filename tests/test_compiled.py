@@ -40,11 +40,11 @@ def set_rows(pool, gates, routed):
 
 
 @torch.inference_mode()
-def logits(model, b, t, steps, recorded=False, steady=True):
+def logits(model, b, t, steps, recorded=False):
     """Logits (b, t + steps, v) of a prompt and so many single tokens, and the routing of the last step, if any."""
     ids = torch.randint(331, (b, t + steps), generator=torch.Generator().manual_seed(31 * b + t))
     cache = KVCache(model.config, b, t + steps)
-    cache.steady = steady
+    cache.steady = True
     out, recorder = [model(ids[:, :t], cache)], Recorder(model, b)
     if recorded:
         recorder.__enter__()
@@ -123,7 +123,7 @@ def test_pool_changes_in_place(model):
 
 
 @pytest.mark.slow
-def test_texts_of_tiny(capsys):
+def test_texts_of_tiny():
     """What users see: twenty answers of the embedded default in float32, token for token and adapter for adapter."""
     torch._dynamo.reset()
     prompts = [tiny_tasks.examples(name, "test", 1)[0]["prompt"] for name in sorted(tiny_tasks.TASKS)[:20]]
