@@ -219,7 +219,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto"):
         setups.pop(("pool", None), None)
     (setup, part), first = next(iter(setups.items()))
     if mole.model.model.compiled_step and (setup == "smear" or part == "loraflow"):
-        raise InputError(f"method {first}: its Linears hand each other weights, which compiled blocks don't: --no-compile")
+        raise InputError(f"method {first}: its Linears share weights, compiled blocks can't: --no-compile")
     clash = [name for key, name in setups.items() if key != (setup, part)]
     clash += ["base"] if "base" in names and setup not in ("pool", "derived") else []
     if clash:
