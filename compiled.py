@@ -1,16 +1,21 @@
-"""torch.compile for a Llama's blocks: one graph for all layers, lengths and batches, and a way past its guards.
+"""torch.compile for a Llama's blocks: one graph for all layers, lengths and batches, and a way past Python.
 
 What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
-(model.Block.before, after). For a new token in each of a few rows, two blocks are compiled whole, attention included
+(model.Block.before, after). For a new token in each of a few rows, a block is compiled whole, attention included
 (model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1, and these again while routing is
 recorded, and where rows of a batch have a fixed adapter; torch keeps them on disk between runs. More than torch's limit
 of recompiles is an error, for fullgraph is set.
 
-From one step of a decoding loop to the next nothing changes but four tensors, yet torch.compile checks every tensor
-and module that a graph reads, and as the weights have just swept the processor's caches clean these checks take as long
-as half of the block itself (LOG.md). So a steady cache (KVCache.steady) lets one step through the checks, notes
-graphs and inputs, and calls the graphs by themselves in the steps that follow.
+From one step of a decoding loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
+module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
+processor's caches clean, that takes a third of the step (LOG.md). So for a steady cache (KVCache.steady) one step is
+captured, every kernel with its buffers, and the steps that follow call the kernels alone, as CUDA graphs do.
 """
+
+import re
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -19,20 +24,52 @@ from files import InputError
 OPTIONS = {
     "realize_reads_threshold": 2,  # a norm is computed once, not once for each row of the product that reads it
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
-    "size_asserts": False,  # of every input at every call: the checks above have seen them
+    "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
-_noted = []  # (graph, its inputs) of the last call
+LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
+# All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
+CAPTURED = re.compile(
+    "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|empty_strided_cpu|reinterpret_tensor|clear|"
+    + "|".join(LIBRARY)
+)
+_capture = None  # while a step is captured a list of (kernel, arguments, options), None for what can't be
 
 
 def _inductor(graph, inputs):
-    """torch's own compiler; what it makes notes how it is called."""
-    from torch._inductor.compile_fx import compile_fx
+    """torch's own compiler; what it makes can be captured."""
+    from torch._functorch.config import patch
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    compiled = compile_fx(graph, inputs, config_patches=OPTIONS)
+    def inner(graph, inputs, **options):
+        made = compile_fx_inner(graph, inputs, **options)
+        made.current_callable = _capturable(made.current_callable)
+        return made
 
-    def run(*inputs):
-        _noted[:] = [(compiled, list(inputs))]
-        return compiled(*inputs)
+    with patch(enable_autograd_cache=False):  # a hit there would not come by `inner`; the cache of kernels stays
+        return compile_fx(graph, inputs, inner, OPTIONS)
+
+
+def _capturable(graph):
+    """A graph's generated function; while a step is captured, with kernels that note how they are called."""
+    scope, names = getattr(graph, "__globals__", {}), getattr(graph, "__code__", _capturable.__code__).co_names
+
+    def noting(kernel):
+        def note(*args, **options):
+            _capture.append((kernel, args, options))
+            return kernel(*args, **options)
+
+        return note
+
+    def run(args):
+        if _capture is None:
+            return graph(args)
+        if not all(map(CAPTURED.fullmatch, names)):
+            _capture.append(None)
+            return graph(args)
+        kernels = {name: noting(scope[name]) for name in names if name.startswith("cpp_fused")}
+        library = SimpleNamespace(**{name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY})
+        with mock.patch.dict(scope, kernels, extern_kernels=library):
+            return graph(args)
 
     return run
 
@@ -77,28 +114,34 @@ def of_any_length(*tensors):
     return tensors
 
 
+class Step(NamedTuple):
+    """A captured step: it holds for `views` of a cache; `inputs` are overwritten before, `out` by each."""
+
+    views: list
+    inputs: tuple
+    calls: list
+    out: torch.Tensor
+
+    def __call__(self, *inputs):
+        for place, new in zip(self.inputs, inputs, strict=True):
+            place.copy_(new)
+        for kernel, args, options in self.calls:
+            kernel(*args, **options)
+        return self.out
+
+
 def step_through(run, layers, x, cos, sin, positions, cache, end):
-    """A new token in each row of the cache through all blocks, two at a time by `run`, the compiled step_blocks():
-    x (b, h) -> (b, h)."""
-    views = cache.views(end)
-    if cache.steady and cache.noted and cache.noted[0] is views:
-        for graph, inputs, places in cache.noted[1]:
-            for place, which in places:
-                inputs[place] = (x, cos, sin, positions)[which]
-            (x,) = graph(*inputs)
-        return x
-    calls, together = [], 2 - len(layers) % 2
-    for start in range(0, len(layers), together):
-        some, moving = slice(start, start + together), of_any_length(x, cos, sin, positions)
-        x = run(list(layers[some]), *moving, views[some])
-        graph, inputs = _noted.pop()
-        places = [(j, which) for j, y in enumerate(inputs) for which, z in enumerate(moving) if y is z]
-        calls.append((graph, inputs, places))
-    cache.noted = (views, calls) if cache.end else None  # a prompt of one token is no step
-    return x
-
-
-def step_blocks(layers, x, cos, sin, positions, views):
-    for layer, view in zip(layers, views, strict=True):
-        x = layer.step(x, cos, sin, positions, view)
+    """A new token in each row of the cache through all blocks by `run`, the compiled Block.step: x (b, h) -> (b, h)."""
+    global _capture
+    views, inputs = cache.views(end), (x, cos, sin, positions)
+    if cache.captured and cache.captured.views is views:
+        return cache.captured(*inputs)
+    _capture = calls = []
+    try:
+        for layer, view in zip(layers, views, strict=True):
+            x = run(layer, *of_any_length(x, cos, sin, positions), view)
+    finally:
+        _capture = None
+    steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step
+    cache.captured = Step(views, inputs, calls, x) if steady else None
     return x

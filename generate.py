@@ -213,7 +213,7 @@ def decode(mole, ids, sampling, routing=False):
             if mole.turn != turn:
                 raise RuntimeError("another batch began on this model: finish one stream before starting the next")
             if _setting(mole) != setting:  # a compiled step has to look again
-                cache.noted, setting = None, _setting(mole)
+                cache.captured, setting = None, _setting(mole)
             counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
             logits = model.head(model.model(chosen[:, None], cache, counts)[:, 0])
             seen = _seen(mole, recorder, b, 1) if routing else None

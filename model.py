@@ -177,7 +177,7 @@ class KVCache:
         self.lengths = torch.zeros(b, dtype=torch.int64, device=device)
         self.capacity, self.end = capacity, 0
         self.steady = False  # a promise: from step to step nothing changes but the tokens (compiled.py)
-        self.noted, self._views = None, (None, [])
+        self.captured, self._views = None, (None, [])
 
     def views(self, end):
         """[(k, v) of each layer] up to the position `end` and a bit, of a length that seldom changes."""
@@ -329,7 +329,7 @@ class Trunk(nn.Module):
             warn("no C++ compiler here, which torch.compile needs: going on without")
             return
         self.before, self.after = map(compiled.compile_for_any_length, (Block.before, Block.after))
-        self.compiled_step = compiled.compile_function(compiled.step_blocks)
+        self.compiled_step = compiled.compile_function(Block.step)
 
     def forward(self, ids, cache=None, counts=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
