@@ -311,8 +311,8 @@ class Pool:
     def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None):
         self.shapes, self.capacity, self.rank, self.members = shapes, capacity, rank, {}
         make = {"dtype": dtype, "device": device}
-        self.A = {path: torch.zeros(rank, capacity, i, **make).transpose(0, 1) for path, (_, i) in shapes.items()}
-        self.B = {path: torch.zeros(rank, capacity, o, **make).permute(1, 2, 0) for path, (o, _) in shapes.items()}
+        self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
+        self.B = {path: torch.zeros(capacity, rank, o, **make).transpose(1, 2) for path, (o, _) in shapes.items()}
         self.scale = {path: torch.zeros(capacity, device=device) for path in shapes}
 
     @classmethod

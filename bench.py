@@ -231,8 +231,8 @@ def bench_layer(o):
         g = torch.Generator().manual_seed(o.seed)
         W = torch.randn(out, i, generator=g).to(dtype)
         for e in numbers(o.e):
-            A = torch.randn(o.r, e, i, generator=g).to(dtype).transpose(0, 1)  # laid out as a pool's
-            B = torch.randn(o.r, e, out, generator=g).to(dtype).permute(1, 2, 0)
+            A = torch.randn(e, o.r, i, generator=g).to(dtype)
+            B = torch.randn(e, o.r, out, generator=g).to(dtype).transpose(1, 2)  # laid out as a pool's
             scale = torch.ones(e)
             for n in numbers(o.n):
                 x = torch.randn(n, i, generator=g).to(dtype)
@@ -419,6 +419,7 @@ def trainer(params, step):
 
 def adapters_trainer(o, e):
     model = load(o)
+    model.model.compile()
     adapters, _ = random_pool(linear_shapes(model), e, o)
     pool, gate = Pool.of(adapters, linear_shapes(model)), SampleGate()
     attach(model, pool, gate)
@@ -430,6 +431,8 @@ def adapters_trainer(o, e):
 
 def gates_trainer(o, spelling):
     model = with_adapters(replace(o, pool=""), o.gated, spelling)
+    if spelling == "auto":
+        model.model.compile()
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
     picked = examples(o, [f"random{j}" for j in range(o.gated)], int(o.e) * o.each, model.config.vocab_size)

@@ -22,10 +22,12 @@ import torch
 from files import InputError
 
 OPTIONS = {
+    "pattern_matcher": False,
     "realize_reads_threshold": 2,  # a norm is computed once, not once for each row of the product that reads it
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
     "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
+FEW = 8  # rows of one new token each that a compiled block takes whole, attention included
 LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
 # All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
 CAPTURED = re.compile(
@@ -100,17 +102,24 @@ def compile_function(function):
     return call
 
 
+def at_most(n, most):
+    """n <= most; in a compiled block, where a number of tokens is a symbol, whether that is known of it."""
+    if not torch.compiler.is_compiling():
+        return n <= most
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(n <= most)
+
+
 def compile_for_any_length(function):
     """The same for a function of a module and tensors whose first axis is the tokens'."""
     run = compile_function(function)
     return lambda module, *tensors: run(module, *of_any_length(*tensors))
 
 
-def of_any_length(*tensors):
-    """Says to the compiler that the first axis, where it isn't 1, will have other lengths."""
+def of_any_length(*tensors, most=None):
+    """Says to the compiler that the first axis, where it isn't 1, will have other lengths, up to `most`."""
     for x in tensors:
         if len(x) > 1 and not hasattr(x, "_dynamo_dynamic_indices"):
-            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 0, min=2 if most else None, max=most)
     return tensors
 
 
@@ -139,7 +148,7 @@ def step_through(run, layers, x, cos, sin, positions, cache, end):
     _capture = calls = []
     try:
         for layer, view in zip(layers, views, strict=True):
-            x = run(layer, *of_any_length(x, cos, sin, positions), view)
+            x = run(layer, *of_any_length(x, cos, sin, positions, most=FEW), view)
     finally:
         _capture = None
     steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step

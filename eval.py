@@ -94,9 +94,8 @@ def gate_accuracy(mole, tasks, method, o):
         batch = collate(part)
         set_methods(mole, [method] * len(part), o.top_k, o.gate_temperature)
         labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)
-        loss.start(labels.flatten().to(mole.device))
         mole.model.model(batch.ids.to(mole.device))
-        right, n = right + loss.right, n + int((labels >= 0).sum())
+        right, n = right + loss(labels.flatten().to(mole.device))[1], n + int((labels >= 0).sum())
     loss.remove()
     share = {path: 100 * float(r) / n for path, r in zip(gates, right, strict=True)}
     blind = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}

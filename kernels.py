@@ -14,16 +14,16 @@ r, adapters that a module lacks are zero: both exact. A and B are cast to x's dt
 
 import torch
 
+from compiled import at_most
+
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 
 
-def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None, about=None):
-    """The operation; `ax` may bring A x for all adapters, (n, e, r), where a gate has computed it already. `about` is
-    the number of tokens that `auto` goes by in a compiled block, where n is a symbol unless it is 1."""
+def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
+    """The operation; `ax` may be a callable -> (n, e, r), A x for all adapters, where others need that too."""
     weight = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if spelling == "auto":
-        n = x.shape[0] if about is None or x.shape[0] == 1 else about
-        spelling = choose(n, A.shape[0], idx.shape[1]) if ax is None else "dense"
+        spelling = choose(x.shape[0], A.shape[0], idx.shape[1])
     if spelling not in MIXES:
         raise ValueError(f"spelling {spelling!r}, expected one of {SPELLINGS}")
     return MIXES[spelling](x, A, B, idx, weight, ax)
@@ -32,13 +32,15 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None, about=None):
 def choose(n, e, k):
     """The cost model: bmm reads n*k adapters and dense e of them; but the library's products are faster than sums, and
     where these are not compiled they cost less to start."""
-    return "bmm" if n * k <= (16 if torch.compiler.is_compiling() else min(16, e / 4)) else "dense"
+    return "bmm" if at_most(n * k, 16 if torch.compiler.is_compiling() else min(16, e / 4)) else "dense"
 
 
-def compute_ax(x, A):
-    """A x for all adapters, in one product: (n, e, r)."""
-    e, r, i = A.shape
-    return (x @ A.transpose(0, 1).reshape(r * e, i).T.to(x.dtype)).view(-1, r, e).transpose(1, 2)
+def compute_ax(x, *stacks):
+    """A x for all adapters of one stack A or several, in one product: [(n, e, r), ...]."""
+    e, r, i = stacks[0].shape
+    rows = [A.reshape(e * r, i) for A in stacks]
+    rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return list((x @ rows.T.to(x.dtype)).view(-1, len(stacks), e, r).unbind(1))
 
 
 def accumulate(x):
@@ -65,24 +67,24 @@ def _bmm(x, A, B, idx, weight, ax):
 
 def _dense(x, A, B, idx, weight, ax):
     e, o, r = B.shape
-    ax = compute_ax(x, A) if ax is None else ax
+    ax = ax() if ax else compute_ax(x, A)[0]
     slots = torch.arange(e, device=x.device)
     mask = ((idx[..., None] == slots) * weight[..., None]).sum(1)  # (n, e)
-    ax = (ax.transpose(1, 2) * mask[:, None].to(x.dtype)).flatten(1)  # (n, r*e)
-    return ax @ B.permute(2, 0, 1).reshape(r * e, o).to(x.dtype)
+    ax = (ax * mask[..., None].to(x.dtype)).flatten(1)  # (n, e*r)
+    return ax @ B.transpose(1, 2).reshape(e * r, o).to(x.dtype)
 
 
 def top_k_mixture(logits, k, temperature):
-    """logits (n, e) -> idx (n, k), their softmax at `temperature` (n, k), the largest first. In a compiled block as k
-    maxima, which the compiler joins with what is around them: torch.topk stays a call of its own, and a slow one."""
+    """logits (..., e) -> idx (..., k), their softmax at `temperature` (..., k), the largest first. In a compiled block
+    as k maxima, which the compiler joins with what is around them: torch.topk stays a call of its own, a slow one."""
     if k > 8 or not torch.compiler.is_compiling():
         top, idx = logits.topk(k, dim=-1)
-        return idx, torch.softmax((top - top[:, :1]) / temperature, -1)
-    slots, rest, chosen = torch.arange(logits.shape[1], device=logits.device), logits, []
+        return idx, torch.softmax((top - top[..., :1]) / temperature, -1)
+    slots, rest, chosen = torch.arange(logits.shape[-1], device=logits.device), logits, []
     for _ in range(k):
-        chosen.append(rest.argmax(-1, keepdim=True))  # (n, 1)
+        chosen.append(rest.argmax(-1, keepdim=True))  # (..., 1)
         rest = rest.masked_fill(slots == chosen[-1], float("-inf"))
-    odds = [((logits.gather(1, j) - logits.gather(1, chosen[0])) / temperature).exp() for j in chosen]
+    odds = [((logits.gather(-1, j) - logits.gather(-1, chosen[0])) / temperature).exp() for j in chosen]
     total = sum(odds)
     return torch.cat(chosen, -1), torch.cat([p / total for p in odds], -1)
 

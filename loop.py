@@ -56,11 +56,31 @@ def learning_rate(step, o):
     return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
+class _Losses(torch.autograd.Function):
+    """Cross-entropy of hidden states (n, h) under a frozen head, some tokens at a time, each with its gradient at once:
+    the (n, v) logits, which would be written and read seven times, stay in the processor's caches."""
+
+    @staticmethod
+    def forward(ctx, hidden, W, targets):
+        losses, slopes = [], []
+        for h, target in zip(hidden.split(64), targets[:, None].split(64), strict=True):
+            p = F.linear(h, W).float().log_softmax(-1)  # (64, v)
+            losses.append(-p.gather(1, target)[:, 0])
+            p = p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+            slopes.append(p.to(W.dtype) @ W)
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None
+
+
 def lm_losses(model, batch):
     """Cross-entropy of each response token (in the order of batch.predicts): the head sees only those positions."""
     hidden = model.model(batch.ids)[batch.predicts]
-    targets = batch.ids.roll(-1, 1)[batch.predicts]
-    return F.cross_entropy(model.head(hidden).float(), targets, reduction="none")
+    return _Losses.apply(hidden, model.head_weight, batch.ids.roll(-1, 1)[batch.predicts])
 
 
 def clip_norm(params, limit):

@@ -220,6 +220,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def outputs(linears, x):
+    """[(n, o), ...] of Linears of one input x (n, i). What stands in for a Linear may share work with its neighbours in
+    a compiled block, by together(linears, x)."""
+    if torch.compiler.is_compiling() and hasattr(linears[0], "together"):
+        return linears[0].together(linears, x)
+    return [linear(x) for linear in linears]
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -231,7 +239,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x (n, h), cos, sin (n, d) -> q (n, heads, d), k, v (n, kv heads, d), turned to their positions."""
-        q, k, v = (y.view(len(x), -1, self.d) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (y.view(len(x), -1, self.d) for y in outputs((self.q_proj, self.k_proj, self.v_proj), x))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -246,10 +254,13 @@ def attend(q, k, v, b, cache=None, positions=None, mask=None):
         for past, new in zip(cache, (k, v), strict=True):
             past[rows, :, positions] = new
     k, v = (y.transpose(1, 2) for y in (k, v)) if mask is None else (past[:, :, : mask.shape[-1]] for past in cache)
+    dtype = q.dtype
+    if q.requires_grad and q.element_size() == 2 and k.shape[2] <= 256:  # then half as long a backward pass (LOG.md)
+        q, k, v = q.float(), k.float(), v.float()
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
     )
-    return y.transpose(1, 2).reshape(n, heads * d)
+    return y.transpose(1, 2).reshape(n, heads * d).to(dtype)
 
 
 def attend_one(q, k, v, cache, positions):
@@ -274,7 +285,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = outputs((self.gate_proj, self.up_proj), x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -299,14 +311,10 @@ class Block(nn.Module):
         return self.after(x, attend_one(*self.before(x, cos, sin), cache, positions))
 
 
-FEW = 8  # rows of one new token each that a compiled block takes whole, attention included
-
-
 class Rows:
-    """Which row of the batch each of the tokens belongs to that run through the blocks: sample (n,) int64. Compiled
-    blocks don't know n: `about` tells those for few tokens from those for many."""
+    """Which row of the batch each of the tokens belongs to that run through the blocks: sample (n,) int64."""
 
-    sample = about = None
+    sample = None
 
 
 class Trunk(nn.Module):
@@ -350,10 +358,9 @@ class Trunk(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
-        few = self.compiled_step and cache is not None and t == 1 and b <= FEW
+        few = self.compiled_step and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
-            compiled.of_any_length(self.rows.sample)
-            self.rows.about = FEW if few else 64 * FEW
+            compiled.of_any_length(self.rows.sample, most=compiled.FEW if few else None)
         if few:
             x = compiled.step_through(self.compiled_step, self.layers, x, cos, sin, positions, cache, end)
         else:
@@ -379,9 +386,12 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def head_weight(self):
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
     def head(self, hidden):
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(self, ids, cache=None, counts=None):
         return self.head(self.model(ids, cache, counts))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compiled import of_any_length
+from compiled import at_most, of_any_length
 from files import InputError, read_safetensors, warn, write_safetensors
 from kernels import compute_ax, lora_mix, top_k_mixture
 from model import linear
@@ -42,22 +42,50 @@ class MultiLoRALinear(nn.Module):
         self.trace = None  # (n max, e), a Recorder's, while someone is looking
 
     def forward(self, x):
-        y, ax = self.base(x), None  # (n, o); a Linear by itself takes (b, t, i) as well
-        x = x.reshape(-1, x.shape[-1])
+        y = self.base(x)  # (n, o); a Linear by itself takes (b, t, i) as well
         inside = self.rows and y.dim() == 2
-        sample, about = (self.rows.sample, self.rows.about) if inside else (rows_of(y), None)
+        x, sample = x.reshape(-1, x.shape[-1]), self.rows.sample if inside else rows_of(y)
+        ax = once(lambda: compute_ax(x, self.A)[0])
+        return self.add(y, x, ax, self.gate(x, sample, ax))
 
-        def all_ax():
-            nonlocal ax
-            ax = compute_ax(x, self.A) if ax is None else ax
-            return ax
-
-        idx, weight = self.gate(x, sample, all_ax)
+    def add(self, y, x, ax, mixture):
+        """y and what the chosen adapters make of x."""
+        idx, weight = mixture
         if self.trace is not None:
             self.trace[: len(x)].zero_().scatter_add_(1, idx, weight.detach())
         if self.dropout and self.training:  # LoRA dropout sees only what the adapters see
             x, ax = dropout(x, self.dropout), None
-        return y + lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax, about).view(y.shape)
+        return y + lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax).view(y.shape)
+
+    @staticmethod
+    def together(linears, x):
+        """Linears of one input x (n, i) in a compiled block -> [(n, o), ...]: their A x is one product, and so are
+        their gates' logits where these are MeteoRA's."""
+        if any(type(module) is not MultiLoRALinear for module in linears):
+            return [module(x) for module in linears]
+        sample, inner = linears[0].rows.sample, [getattr(module.gate, "inner", module.gate) for module in linears]
+        every_ax = once(lambda: compute_ax(x, *(module.A for module in linears)))
+        shared = all(type(gate) is MeteoraGate for gate in inner)
+        mixtures, ys = MeteoraGate.together(inner, x) if shared else [], []
+        for j, module in enumerate(linears):
+            ax = once(lambda j=j: every_ax()[j])
+            chosen = mixtures[j : j + 1]
+            if not chosen or module.gate is not inner[j]:
+                chosen = [module.gate(x, sample, ax, *chosen)]
+            ys.append(module.add(module.base(x), x, ax, *chosen))
+        return ys
+
+
+def once(function):
+    """`function`, computed at its first call."""
+    kept = []
+
+    def call():
+        if not kept:
+            kept.append(function())
+        return kept[0]
+
+    return call
 
 
 def rows_of(y):
@@ -81,24 +109,36 @@ class MeteoraGate(nn.Module):
     """MeteoRA's gate: the top-k logits of G x, softmax over those k at a temperature. k = 1 has weight 1.
 
     `known` (e,) bool marks the slots that G was trained for, None is all; the others are never chosen. Where fewer than
-    k are known, the rest of a token's slots weigh 0. `loss` is a GateLoss while training, else None.
+    k are known, the rest of a token's slots weigh 0. With `keep_logits` `logits` (n, e) are the last forward's.
     """
 
     def __init__(self, G, k, temperature=1.0, known=None):
         super().__init__()
         self.weight, self.k, self.temperature = nn.Parameter(G), k, temperature  # G (e, i)
         self.register_buffer("known", None if known is None or known.all() else known, persistent=False)
-        self.loss = None
+        self.keep_logits, self.logits = False, None
 
     def forward(self, x, sample, ax):
-        logits = linear(x, self.weight, dtype=torch.float32)  # (n, e)
-        if self.known is not None:
-            logits = logits.masked_fill(~self.known, float("-inf"))
-        if self.loss is not None:
-            self.loss.add(logits)
-        idx, weight = top_k_mixture(logits, min(self.k, logits.shape[1]), self.temperature)
+        return self.together([self], x)[0]
+
+    @staticmethod
+    def together(gates, x):
+        """[Mixture] of gates of one input: one product, one choice."""
+        first = gates[0]
+        if at_most(x.shape[0], 1):  # joined by the compiler, without a copy of the weights
+            logits = torch.stack([linear(x, gate.weight, dtype=torch.float32) for gate in gates], 1)
+        else:
+            logits = linear(x, torch.cat([gate.weight for gate in gates]), dtype=torch.float32)
+            logits = logits.unflatten(-1, (len(gates), -1))  # (n, gates, e)
+        if first.known is not None:
+            logits = logits.masked_fill(~first.known, float("-inf"))
+        for gate, some in zip(gates, logits.unbind(1), strict=True):
+            if gate.keep_logits:
+                gate.logits = some
+        idx, weight = top_k_mixture(logits, min(first.k, logits.shape[-1]), first.temperature)
         # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
-        return Mixture(idx, weight if self.k > 1 else torch.ones_like(weight))
+        weight = weight if first.k > 1 else torch.ones_like(weight)
+        return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
 
 
 class SampleGate(nn.Module):
@@ -119,15 +159,16 @@ class SampleGate(nn.Module):
         self.idx, self.weight, self.routed, self.each_token = idx, weight, routed, each_token
         self.some, self.every = routed is not None and bool(routed.any()), routed is not None and bool(routed.all())
 
-    def forward(self, x, sample, ax):
+    def forward(self, x, sample, ax, chosen=None):
+        """`chosen` is the inner gate's Mixture where that is known already."""
         if self.every:
-            return self.inner(x, sample, ax)
+            return chosen or self.inner(x, sample, ax)
         fixed = Mixture(self.idx, self.weight)
         if not self.each_token:
             fixed = Mixture(self.idx[sample], self.weight[sample])
         if self.inner is None or not (torch.compiler.is_compiling() or self.some):  # compiled: one graph for both
             return fixed
-        chosen = self.inner(x, sample, ax)
+        chosen = chosen or self.inner(x, sample, ax)
         k = max(fixed.idx.shape[1], chosen.idx.shape[1])
         fixed, chosen = (Mixture(*(F.pad(y, (0, k - y.shape[1])) for y in m)) for m in (fixed, chosen))
         routed = self.routed[sample, None]  # (n, 1)
@@ -300,34 +341,21 @@ class GateLoss:
     """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
     adapter, over all labelled tokens (papers: beta * this is added to the LM loss).
 
-    Set `labels` (n,) int64 (slot, or -100 for padding) before a forward; `total` is the loss after it. `right` (m,)
-    counts, for each gate in module order, the labelled tokens whose top-1 is their label.
+    Gates keep the logits of their last forward until remove().
     """
 
     def __init__(self, gates):
         self.gates = list(gates.values())
-        self.labels, self.total, self.right = None, 0.0, None
-        for index, gate in enumerate(self.gates):
-            gate.loss = _OneGate(self, index)
+        for gate in self.gates:
+            gate.keep_logits = True
 
-    def start(self, labels):
-        self.labels, self.total = labels, 0.0
-        self.labelled = labels >= 0
-        self.right = torch.zeros(len(self.gates), device=labels.device)
+    def __call__(self, labels):
+        """labels (n,) int64 (slot, or -100 for padding) of the last forward's tokens -> the loss, and for each gate in
+        module order how many labelled tokens have their label as top-1: (m,)."""
+        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
+        return total, (logits.argmax(-1) == labels).sum(-1)
 
     def remove(self):
         for gate in self.gates:
-            gate.loss = None
-
-
-class _OneGate:
-    """A gate's place in the loss."""
-
-    def __init__(self, loss, index):
-        self.loss, self.index = loss, index
-
-    def add(self, logits):
-        loss = self.loss
-        loss.total = loss.total + F.cross_entropy(logits, loss.labels, ignore_index=-100) / len(loss.gates)
-        with torch.no_grad():
-            loss.right[self.index] = ((logits.argmax(-1) == loss.labels) & loss.labelled).sum()
+            gate.keep_logits, gate.logits = False, None

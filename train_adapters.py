@@ -31,7 +31,7 @@ from composites import check_composite, compose
 from files import InputError
 from loop import Checkpoint, Run, finished, fit, lm_losses, required
 from model import DTYPES, load_llama
-from moe_lora import SampleGate, attach
+from moe_lora import SampleGate, attach, set_gates
 from tasks import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
 from tokenizer import Tokenizer
 
@@ -160,7 +160,8 @@ def adapters_step(model, pool, gate, picked, o):
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts])
             starts = last * (torch.rand(len(last)) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
-        gate.set(slots.clamp(min=0).reshape(-1, 1), on.reshape(-1, 1).float(), each_token=True)
+        mixture = slots.clamp(min=0).reshape(-1, 1), on.reshape(-1, 1).float()
+        set_gates([gate], *mixture, each_token=True, compiled=model.model.compiled_step)
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks])[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()

@@ -141,15 +141,14 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
     for some in micro_batches(picked, o.micro_tokens):
         batch = collate(some)
         labels, prompt.mask = batch.slots(pool).flatten(), batch.prompt
-        if gate_loss:
-            gate_loss.start(labels)
         lm_loss = lm_losses(model, batch).sum() / n_response if use_lm else model.model(batch.ids).new_zeros(())
         loss = o.lm_weight * lm_loss.float()
         if gate_loss:
-            gate_term = gate_loss.total * (labels >= 0).sum() / n
+            mean, right = gate_loss(labels)
+            gate_term = mean * (labels >= 0).sum() / n
             loss = loss + o.beta * gate_term
             seen["gate_loss"] += gate_term.item()
-            seen["right"] += float(gate_loss.right.mean()) / n
+            seen["right"] += float(right.float().mean()) / n
         loss.backward()
         seen["lm_loss"] += lm_loss.item()
     kept = (["lm_loss"] if use_lm else []) + (["gate_loss", "right"] if gate_loss else [])

@@ -78,7 +78,7 @@ def logits_of(mole, methods, ids=IDS, **options):
     return logits
 
 
-def close(a, b, limit=1e-5):
+def close(a, b, limit=2e-5):
     """Largest difference, as a share of the largest value."""
     return (a - b).abs().max() <= limit * b.abs().max()
 

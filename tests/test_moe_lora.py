@@ -532,8 +532,8 @@ def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
     labels[1, 5:] = -100
     labels[2, 9:] = -100
     loss = GateLoss(gates)
-    loss.start(labels.flatten())
     model(IDS)
+    found, hits_found = loss(labels.flatten())
     losses, right, slopes = [], [], {}
     for path, x in inputs.items():
         total, hits, slope = [], 0, torch.zeros_like(gates[path].weight)
@@ -549,28 +549,25 @@ def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
         losses.append(sum(total) / len(total))
         slopes[path] = slope / len(total) / 21
         right.append(hits)
-    assert loss.total.item() == pytest.approx(sum(losses) / 21, rel=1e-5)
-    assert loss.right.tolist() == right and 0 < sum(right) < 21 * 25
-    loss.total.backward()
+    assert found.item() == pytest.approx(sum(losses) / 21, rel=1e-5)
+    assert hits_found.tolist() == right and 0 < sum(right) < 21 * 25
+    found.backward()
     last = list(gates)[-1]  # the only gate that reaches no other through its weights
     assert close(gates[last].weight.grad, slopes[last])
 
 
 def test_gate_loss_starts_afresh_and_lets_go(model, pool):
-    """A total carried over from the last step, or a gate that goes on adding to a graph nobody frees, grows for
-    ever."""
+    """A total carried over from the last step, or gates that go on holding a graph that nobody frees, grow for ever."""
     gates = random_gates(pool, 1)
     attach(model, pool, gates)
-    loss = GateLoss(gates)
-    totals = []
+    loss, totals = GateLoss(gates), []
     for _ in range(2):
-        loss.start(torch.full((33,), 2))
         model(IDS)
-        totals.append(loss.total.item())
+        totals.append(loss(torch.full((33,), 2))[0].item())
     assert totals[0] == totals[1] > 0
     loss.remove()
     model(IDS)
-    assert loss.total.item() == totals[1] and all(gate.loss is None for gate in gates.values())
+    assert all(gate.logits is None for gate in gates.values())
 
 
 # LoRA dropout -------------------------------------------------------------------------------------------------------
