@@ -97,7 +97,7 @@ def dropout(x, p):
     """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a CPU, where drawing
     it takes as long as the adapters' products."""
     cut = round(256 * p)
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
     keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
     return x * keep * (256 / (256 - cut))
 

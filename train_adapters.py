@@ -29,7 +29,7 @@ from adapters import (
 )
 from composites import check_composite, compose
 from files import InputError
-from loop import Checkpoint, Run, finished, fit, lm_losses, required
+from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from model import DTYPES, load_llama
 from moe_lora import SampleGate, attach, set_gates
 from tasks import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
@@ -97,13 +97,17 @@ def train_adapters(o):
     params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
     count = o.batch_size * len(tasks) // len(examples)
 
+    def pick(step):
+        return [x for task, some in examples.items() for x in draw(some, task, step, count, o.seed)]
+
     def step_loss(step):
-        picked = [x for task, some in examples.items() for x in draw(some, task, step, count, o.seed)]
+        picked = pick(step)
         picked = compose(picked, tokenizer, o.template, step, o)
         if o.joint:
             picked = [Context([replace(part, task=name) for part in example.parts]) for example in picked]
         return adapters_step(model, pool, gate, picked, o)
 
+    compile_blocks(model, o, pick(0))
     fit(checkpoint, params, o, step_loss, clip_each)
     if o.joint:
         written = folder / "baselines" / name

@@ -21,7 +21,7 @@ from adapters import Pool, PoolFolder, linear_shapes, load_adapter, read_pool, s
 from baselines import Prompt, SmearLinear, smear_routers
 from composites import check_composite, compose
 from files import InputError
-from loop import Checkpoint, Run, finished, fit, lm_losses, required
+from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from methods import new_gates
 from model import DTYPES, load_llama
 from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach, parameters_of, save_gates
@@ -120,6 +120,9 @@ def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
     if o.adapters_too:
         stacks = {f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
         params, rates = params | stacks, dict.fromkeys(stacks, o.adapter_lr / o.lr if o.lr else 0.0)
+
+    if gate_loss:  # the others' Linears share weights
+        compile_blocks(model, o, pick(examples, 0, o))
 
     def step_loss(step):
         picked = compose(pick(examples, step, o), tokenizer, template, step, o)

@@ -4,18 +4,24 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, random_adapter
 from test_moe_lora import make_pool, random_gates
+from test_train_gates import random_gates as random_gates_of
 from torch._dynamo.utils import counters
+from training import examples, pool_in_model
 
 import tiny_tasks
 from adapters import linear_shapes
+from baselines import Prompt
 from generate import load, stream
 from model import KVCache, load_llama
-from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
+from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, parameters_of, set_gates
+from train_adapters import adapters_step
+from train_gates import gates_step
 
 
 @pytest.fixture
@@ -139,6 +145,40 @@ def test_texts_of_tiny():
         assert all(
             dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3) for a, b in zip(got, want, strict=True)
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["adapters", "gates"])
+def test_gradients(what, small_model, tmp_path):
+    """Gradients that a compiled block loses or shares wrongly train something else, faster; and steps of other lengths
+    must not compile again."""
+    torch._dynamo.reset()
+    counters.clear()
+    o = SimpleNamespace(micro_tokens=10_000, late=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too="")
+    found = []
+    for compiled in (False, True):
+        gates = random_gates_of(2) if what == "gates" else None
+        model, pool, gates = pool_in_model(small_model, tmp_path / str(compiled), gates)
+        stacks = {f"{p}.{n}": stack[p] for n, stack in (("A", pool.A), ("B", pool.B)) for p in pool.A}
+        params = parameters_of(gates) if what == "gates" else stacks
+        if compiled:
+            model.model.compile()
+        for param in params.values():
+            param.requires_grad_()
+        loss = GateLoss(gates) if what == "gates" else None
+        for count in (2, 3):
+            picked = examples(small_model, count)
+            if loss:
+                logged = gates_step(model, pool, loss, Prompt(), picked, o)
+            else:
+                logged = adapters_step(model, pool, gates, picked, o)
+            found.append((logged, {name: param.grad.clone() for name, param in params.items()}))
+    for (want, slopes), (got, compiled_slopes) in zip(found[:2], found[2:], strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+        assert all(slope.abs().max() > 0 for slope in slopes.values())
+        for name, slope in slopes.items():
+            assert (compiled_slopes[name] - slope).abs().max() < 3e-4 * slope.abs().max(), name
+    assert graphs() == 4, graphs()  # before and after, and both again for the first block, whose x has no gradient
 
 
 def test_without_a_compiler():

@@ -115,6 +115,8 @@ def argv(o):
     """The command line of a run."""
     args = [COMMANDS[type(o)][0]]
     for name, value in dataclasses.asdict(o).items():
+        if value is None:
+            continue
         if isinstance(value, bool):
             args.append(f"--{name}" if value else f"--no-{name}")
         else:
