@@ -19,6 +19,7 @@ from config import nearest
 from files import (
     InputError,
     hash_tensors,
+    read_header,
     read_json,
     read_jsonl,
     read_safetensors,
@@ -94,9 +95,10 @@ def linear_shapes(model):
 # PEFT folders -------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(folder, name=None, shapes=None):
+def load_adapter(folder, name=None, shapes=None, header=False):
     """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the base, to check
-    against. Raises InputError for everything conventions refuse; nothing is half-loaded."""
+    against. With `header` no data is read, A and B are on the meta device. Raises InputError for everything conventions
+    refuse; nothing is half-loaded."""
     folder = _adapter_folder(Path(folder))
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     config = read_json(config_file)
@@ -106,13 +108,15 @@ def load_adapter(folder, name=None, shapes=None):
             raise InputError(f"{folder}: only adapter_model.bin, a pickle, which can run code when loaded; save it "
                              "again from PEFT with safe_serialization=True")  # fmt: skip
         raise InputError(f"{file}: missing")
-    tensors, _ = read_safetensors(file)
+    tensors = read_header(file) if header else read_safetensors(file)[0]
     A, B = _split_keys(tensors, file)
     scale = {path: _scale(config, config_file, path, A[path].shape[0]) for path in A}
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
         _check_shapes(adapter, file, shapes)
         _check_targets(adapter, config_file, shapes)
+    if header:
+        return adapter
     if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
         warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
     if (folder / "samples.jsonl").exists():
@@ -318,12 +322,25 @@ class Pool:
     @classmethod
     def of(cls, adapters, shapes, dtype=torch.float32, device=None):
         """A pool just large enough, on the Linears that at least one of the adapters sits on."""
-        used = {path for adapter in adapters for path in adapter.A}
-        pool = cls({p: s for p, s in shapes.items() if p in used}, len(adapters), max(a.rank for a in adapters),
-                   dtype, device)  # fmt: skip
+        pool = cls._for(adapters, shapes, dtype, device)
         for adapter in adapters:
             pool.add(adapter)
         return pool
+
+    @classmethod
+    def load(cls, folders, shapes, dtype=torch.float32, device=None):
+        """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool."""
+        headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
+        pool = cls._for(headers, shapes, dtype, device)
+        for name, path in folders.items():
+            pool.add(load_adapter(path, name, shapes))
+        return pool
+
+    @classmethod
+    def _for(cls, adapters, shapes, dtype, device):
+        used = {path for adapter in adapters for path in adapter.A}
+        shapes = {path: shape for path, shape in shapes.items() if path in used}
+        return cls(shapes, len(adapters), max(a.rank for a in adapters), dtype, device)
 
     @property
     def names(self):

@@ -13,19 +13,18 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adapters import Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool, save_adapter
+from adapters import Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
 from baselines import Prompt
 from compiled import possible
 from config import parse_command
@@ -34,12 +33,11 @@ from generate import TINY
 from kernels import SPELLINGS, choose, lora_mix
 from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
 from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, attached, load_gates, parameters_of
+from peers import PEERS, HfDecoder, LlamaCpp, has, hf_llama, peft_llama, peft_trainer
 from tasks import Example, encode, load_tasks
 from tokenizer import Tokenizer
 from train_adapters import AdaptersRun, adapters_step
 from train_gates import GatesRun, gates_step
-
-PEERS = ("transformers", "peft", "llama-cpp-python")
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Bench:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
     threads: int = 0  # of the CPU, 0 = one a core
     repeats: int = 20  # repetitions of every row
-    k: str = "2"  # adapters a token uses; several, as 1,2,4, in layer
+    k: int = 2  # adapters a token uses
     r: int = 8  # rank of the adapters
     seed: int = 0  # of adapters, gates and inputs
 
@@ -63,30 +61,33 @@ class LayerBench(Bench):
 @dataclass
 class ModelBench(Bench):
     model: str = ""  # model folder, default tiny/
+    peers: bool = True  # also transformers and peft, where they are installed
+
+
+@dataclass
+class RoutedBench(ModelBench):
     pool: str = ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
     e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
-    peers: bool = True  # transformers, and peft with random adapters, where they are installed
+    gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
 
 
 @dataclass
-class DecodeBench(ModelBench):
+class DecodeBench(RoutedBench):
     context: int = 64  # tokens of the prompt
     tokens: int = 16  # tokens decoded in a repetition
     batch_size: int = 8  # requests decoded together, beside one by itself
-    gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
 
 
 @dataclass
-class PrefillBench(ModelBench):
+class PrefillBench(RoutedBench):
     tokens: int = 512  # of the prompt
     shape: Literal["", "llama-3-8b"] = ""  # one block of these sizes with random weights, instead of --model
-    gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
 
 
 @dataclass
 class TrainBench(ModelBench):
-    e: str = "8"  # adapters trained at once
+    e: int = 8  # adapters trained at once
     gated: int = 28  # adapters under the gates that are trained
     tokens: int = 128  # of an example, half of them the response's
     each: int = 1  # examples a step and adapter
@@ -114,14 +115,21 @@ def spread(seconds):
     return {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
 
 
+class Limits(NamedTuple):
+    """What the machine can do, measured in this run: bytes read and floating-point operations, a second."""
+
+    bytes: float
+    flops: float
+
+
 def bandwidth(dtype):
     """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for most caches."""
     W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype)
     x, y = torch.ones(8192, dtype=dtype), torch.empty(len(W), dtype=dtype)
-    rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "product": lambda: torch.mv(W, x, out=y)}
+    rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "mv": lambda: torch.mv(W, x, out=y)}
     if possible(torch.device("cpu")):
-        product = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
-        rows["compiled"] = lambda: product(W, x)
+        sums = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
+        rows["compiled"] = lambda: sums(W, x)
     return W.nbytes / min(min(times) for times in in_turn(rows, 9).values())
 
 
@@ -132,7 +140,7 @@ def arithmetic(dtype):
 
 
 def card(o):
-    """What a figure depends on besides the code, and the machine's limits in this run."""
+    """What a figure depends on besides the code, and the limits."""
     load = os.getloadavg()[0]
     if load > 0.5:
         warn(f"the machine is busy (load {load:.1f}): ratios may hold, times don't")
@@ -140,8 +148,6 @@ def card(o):
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": o.dtype,
         "load": round(load, 2), "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", *PEERS) if has(name)},
-        "GB/s": round(bandwidth(DTYPES[o.dtype]) / 1e9, 1),
-        "GFLOP/s": round(arithmetic(DTYPES[o.dtype]) / 1e9),
     }  # fmt: skip
 
 
@@ -151,13 +157,6 @@ def processor():
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def has(package):
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 # Models, pools, prompts ---------------------------------------------------------------------------------------------
@@ -174,36 +173,62 @@ def load(o):
     return model.requires_grad_(False).eval()
 
 
-def random_pool(shapes, e, o):
-    """e adapters of rank r on all Linears, and gates that choose among them evenly."""
+def random_adapters(o, e, shapes):
+    """e adapters of rank r on all Linears."""
     generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
+    config = peft_config(o.r, 2 * o.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
     adapters = []
     for index in range(e):
         A = {p: torch.randn(o.r, i, generator=generator) * 0.01 for p, (_, i) in shapes.items()}
         B = {p: torch.randn(out, o.r, generator=generator) * 0.01 for p, (out, _) in shapes.items()}
         A, B = ({p: y.to(dtype) for p, y in part.items()} for part in (A, B))
-        config = peft_config(o.r, 2 * o.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
         adapters.append(Adapter(f"random{index}", A, B, dict.fromkeys(A, 2.0), config))
-    gates = {p: torch.randn(e, i, generator=generator).to(dtype) for p, (_, i) in shapes.items()}
-    return adapters, {p: MeteoraGate(G, int(o.k)).requires_grad_(False) for p, G in gates.items()}
+    return adapters
 
 
-def with_adapters(o, e, spelling="auto"):
-    """A Llama like load()'s with adapters in it: those of --pool with their gates, or e random ones."""
+def random_gates(o, e, shapes):
+    """Gates that choose evenly among e adapters."""
+    generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
+    weights = {path: torch.randn(e, i, generator=generator).to(dtype) for path, (_, i) in shapes.items()}
+    return {path: MeteoraGate(G, o.k).requires_grad_(False) for path, G in weights.items()}
+
+
+def with_adapters(o, e, spelling="auto", folder=""):
+    """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
     model = load(o)
-    shapes = linear_shapes(model)
-    if o.pool:
-        folders = read_pool(o.pool).adapters
-        pool = Pool.of([load_adapter(path, name, shapes) for name, path in folders.items()], shapes, DTYPES[o.dtype])
-        gates = load_gates(Path(o.pool) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=DTYPES[o.dtype])
+    shapes, dtype = linear_shapes(model), DTYPES[o.dtype]
+    if folder:
+        pool = Pool.load(read_pool(folder).adapters, shapes, dtype)
+        gates = load_gates(Path(folder) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=dtype)
     else:
-        adapters, gates = random_pool(shapes, e, o)
-        pool = Pool.of(adapters, shapes, DTYPES[o.dtype])
+        pool, gates = Pool.of(random_adapters(o, e, shapes), shapes, dtype), random_gates(o, e, shapes)
     asked = {path: SampleGate(gate) for path, gate in gates.items()}
     for gate in asked.values():  # as methods.py asks gates
         gate.set(None, None, torch.ones(64, dtype=torch.bool))
     attach(model, pool, asked, spelling)
     return model
+
+
+def pool_sizes(o):
+    """How many adapters: --pool's, or each of --e."""
+    return [len(read_pool(o.pool).adapters)] if o.pool else numbers("--e", o.e)
+
+
+def hf_models(o, e):
+    """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with the adapters of the
+    pool or e random ones, one for each row."""
+    if not o.peers or getattr(o, "shape", "") or not has("transformers"):
+        return
+    folder, dtype = o.model or TINY, DTYPES[o.dtype]
+    yield "transformers", hf_llama(folder, dtype), lambda b: {}
+    if has("peft"):
+        if o.pool:
+            adapters = [load_adapter(path, name) for name, path in read_pool(o.pool).adapters.items()]
+        else:
+            adapters = random_adapters(o, e, linear_shapes(load(o)))
+        names = [adapter.name for adapter in adapters]
+        yield ("peft, an adapter a request", peft_llama(folder, dtype, adapters),
+               lambda b: {"adapter_names": [names[j % e] for j in range(b)]})  # fmt: skip
 
 
 def prompts(o, b, t, v):
@@ -223,26 +248,21 @@ def prompts(o, b, t, v):
 # The operation ------------------------------------------------------------------------------------------------------
 
 
-def bench_layer(o):
+def bench_layer(o, limits):
     """One Linear with its adapters: every spelling, and how far auto's choice is from the best of them."""
     table, dtype = [], DTYPES[o.dtype]
-    for width in o.width.split(","):
-        i, out = map(int, width.split("x"))
+    widths = [numbers("--width", width, "x", 2) for width in o.width.split(",")]
+    for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(o, name)) for name in "enk")):
+        if k > e:
+            continue
         g = torch.Generator().manual_seed(o.seed)
-        W = torch.randn(out, i, generator=g).to(dtype)
-        for e in numbers(o.e):
-            A = torch.randn(e, o.r, i, generator=g).to(dtype)
-            B = torch.randn(e, o.r, out, generator=g).to(dtype).transpose(1, 2)  # laid out as a pool's
-            scale = torch.ones(e)
-            for n in numbers(o.n):
-                x = torch.randn(n, i, generator=g).to(dtype)
-                for k in (k for k in numbers(o.k) if k <= e):
-                    idx = torch.rand(n, e, generator=g).topk(k).indices
-                    weight = torch.full((n, k), 1 / k)
-                    table.append(
-                        {"i": i, "o": out, "e": e, "n": n, "k": k, **layer_row(o, x, W, A, B, scale, idx, weight)}
-                    )
-                    print(json.dumps(table[-1]), file=sys.stderr)
+        W, x = torch.randn(out, i, generator=g).to(dtype), torch.randn(n, i, generator=g).to(dtype)
+        A = torch.randn(e, o.r, i, generator=g).to(dtype)
+        B = torch.randn(e, o.r, out, generator=g).to(dtype).transpose(1, 2)  # laid out as a pool's
+        idx, weight = torch.rand(n, e, generator=g).topk(k).indices, torch.full((n, k), 1 / k)
+        row = layer_row(o, x, W, A, B, torch.ones(e), idx, weight)
+        table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
+        print(json.dumps(table[-1]), file=sys.stderr)
     return table
 
 
@@ -260,12 +280,13 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
     return {"auto": auto, "auto / best": medians[auto] / best, **medians}
 
 
-def numbers(text):
+def numbers(option, text, comma=",", count=None):
     """ "1,2,4" -> [1, 2, 4]. Raises InputError."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"{text!r}: expected whole numbers with commas between them") from None
+    found = [int(word) if word.isdecimal() else 0 for word in text.split(comma)]
+    if min(found) < 1 or count not in (None, len(found)):
+        what = f"numbers above 0 with {comma!r} between them"
+        raise InputError(f"{option}: expected {count or 'whole'} {what}, found {text!r}")
+    return found
 
 
 # Decoding and prefill -----------------------------------------------------------------------------------------------
@@ -300,57 +321,41 @@ def bytes_read(model):
     return total
 
 
-def bench_decode(o):
+def bench_decode(o, limits):
     """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step reads."""
     base, rows, facts = load(o), {}, {}
-    v = base.config.vocab_size
+    one, many = (prompts(o, b, o.context, base.config.vocab_size) for b in (1, o.batch_size))
 
-    def row(name, run, b, model=None):
-        rows[name], facts[name] = run, {"batch": b, "bytes": bytes_read(model) if model else None}
+    def row(name, run, b=1, size=None):
+        rows[name], facts[name] = run, (b, size)
 
-    one, many = prompts(o, 1, o.context, v), prompts(o, o.batch_size, o.context, v)
-    base.model.compile()
-    row("base", Decoder(base, one, o.tokens), 1, base)
-    row("base, batch", Decoder(base, many, o.tokens), o.batch_size)
-    for e in numbers(o.e):
-        model = with_adapters(o, e)
+    def both(name, model):
         model.model.compile()
-        row(f"{e} adapters", Decoder(model, one, o.tokens), 1, model)
-        row(f"{e} adapters, batch", Decoder(model, many, o.tokens), o.batch_size)
-    row(f"{e} adapters, loop", Decoder(with_adapters(o, e, "loop"), one, o.tokens), 1)
-    if o.peers:
-        for name, model, options in hf_models(o, e):
-            for suffix, ids in (("", one), (", batch", many)):
-                names = [f"random{j % e}" for j in range(len(ids))]
-                row(
-                    name + suffix,
-                    HfDecoder(model, ids, o.tokens, {"adapter_names": names} if options else {}),
-                    len(ids),
-                )
+        row(name, Decoder(model, one, o.tokens), 1, bytes_read(model))
+        row(f"{name}, batch", Decoder(model, many, o.tokens), o.batch_size)
+
+    both("base", base)
+    for e in pool_sizes(o):
+        both(f"{e} adapters", with_adapters(o, e, folder=o.pool))
+    row(f"{e} adapters, loop", Decoder(with_adapters(o, e, "loop", o.pool), one, o.tokens))
+    for name, model, options in hf_models(o, e):
+        row(name, HfDecoder(model, one, o.tokens, **options(1)))
+        row(f"{name}, batch", HfDecoder(model, many, o.tokens, **options(o.batch_size)), o.batch_size)
     if o.gguf:
-        row("llama.cpp", LlamaCpp(o, one, o.tokens), 1)
-    seconds = in_turn(rows, o.repeats)
-    limit = bandwidth(DTYPES[o.dtype])
+        row("llama.cpp", LlamaCpp(o.gguf, one, o.tokens))
     table = []
-    for name, times in seconds.items():
-        step = spread([s / o.tokens for s in times])
-        share = facts[name]["bytes"] and facts[name]["bytes"] / limit / step["ms"] * 1e3
-        table.append(
-            {
-                "row": name,
-                "batch": facts[name]["batch"],
-                **step,
-                "tokens/s": facts[name]["batch"] / step["ms"] * 1e3,
-                "of the limit": share,
-            }
-        )
+    for name, times in in_turn(rows, o.repeats).items():
+        step, (b, size) = spread([s / o.tokens for s in times]), facts[name]
+        share = size and size / limits.bytes / step["ms"] * 1e3
+        table.append({"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share})
     return table
 
 
-def bench_prefill(o):
-    """Milliseconds for a prompt of `tokens`; the limit is the arithmetic of the products."""
+def bench_prefill(o, limits):
+    """Milliseconds for a prompt of `tokens`; the limit is the arithmetic of the base's products."""
     base = load(o)
     ids = prompts(o, 1, o.tokens, base.config.vocab_size)
+    flops = 2 * o.tokens * sum(out * i for out, i in linear_shapes(base).values())
 
     def prefill(model):
         @torch.inference_mode()
@@ -360,38 +365,33 @@ def bench_prefill(o):
 
         return run
 
-    flops = 2 * o.tokens * sum(out * i for out, i in linear_shapes(base).values())
     base.model.compile()
     rows = {"base": prefill(base)}
-    for e in numbers(o.e):
-        model = with_adapters(o, e)
+    for e in pool_sizes(o):
+        model = with_adapters(o, e, folder=o.pool)
         model.model.compile()
         rows[f"{e} adapters"] = prefill(model)
-    rows[f"{e} adapters, loop"] = prefill(with_adapters(o, e, "loop"))
-    if o.peers and not o.shape:
-        for name, model, options in hf_models(o, e):
-            rows[name] = HfDecoder(model, ids, 0, {"adapter_names": ["random0"]} if options else {}).prefill
+    rows[f"{e} adapters, loop"] = prefill(with_adapters(o, e, "loop", o.pool))
+    for name, model, options in hf_models(o, e):
+        rows[name] = HfDecoder(model, ids, **options(1)).prefill
     if o.gguf:
-        rows["llama.cpp"] = LlamaCpp(o, ids, 0).prefill
-    seconds = in_turn(rows, o.repeats)
-    limit = arithmetic(DTYPES[o.dtype])
-    table = [{"row": name, **spread(times)} for name, times in seconds.items()]
+        rows["llama.cpp"] = LlamaCpp(o.gguf, ids).prefill
+    table = [{"row": name, **spread(times)} for name, times in in_turn(rows, o.repeats).items()]
     for line in table:
         line |= {"tokens/s": o.tokens / line["ms"] * 1e3, "/ base": line["ms"] / table[0]["ms"]}
-        line["of the limit"] = flops / limit / line["ms"] * 1e3
+        line["of the limit"] = flops / limits.flops / line["ms"] * 1e3
     return table
 
 
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def bench_train(o):
+def bench_train(o, limits):
     """Milliseconds of an optimizer step on random tokens, half of them a response's: `e` adapters at once, then the
     gates of `gated` adapters by the LM term and the gate term. peft trains one adapter on as many examples."""
-    rows, tokens = {}, int(o.e) * o.each * o.tokens
-    rows[f"{o.e} adapters"] = adapters_trainer(o, int(o.e))
+    rows, tokens = {f"{o.e} adapters": adapters_trainer(o)}, o.e * o.each * o.tokens
     if o.peers and has("peft"):
-        rows["transformers + peft, one adapter"] = hf_trainer(o, int(o.e) * o.each)
+        rows["transformers + peft, one adapter"] = one_adapter_trainer(o)
     for spelling in ("auto", "loop"):
         rows[f"gates of {o.gated}, {spelling}"] = gates_trainer(o, spelling)
     return [{"row": name, **spread(times), "tokens/s": tokens / statistics.median(times)}
@@ -417,114 +417,38 @@ def trainer(params, step):
     return run
 
 
-def adapters_trainer(o, e):
+def adapters_trainer(o):
     model = load(o)
     model.model.compile()
-    adapters, _ = random_pool(linear_shapes(model), e, o)
-    pool, gate = Pool.of(adapters, linear_shapes(model)), SampleGate()
+    shapes = linear_shapes(model)
+    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes), SampleGate()
     attach(model, pool, gate)
     model.train()
     params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
-    picked, run = examples(o, pool.names, e * o.each, model.config.vocab_size), AdaptersRun(model="", tasks="", pool="")
+    picked = examples(o, pool.names, o.e * o.each, model.config.vocab_size)
+    run = AdaptersRun(model="", tasks="", pool="")
     return trainer(params, lambda: adapters_step(model, pool, gate, picked, run))
 
 
+def one_adapter_trainer(o):
+    model = load(o)
+    ids = torch.tensor([example.ids for example in examples(o, [""], o.e * o.each, model.config.vocab_size)])
+    labels = ids.clone()
+    labels[:, : o.tokens // 2] = -100
+    targets = {path.rpartition(".")[2] for path in linear_shapes(model)}
+    return trainer(*peft_trainer(o.model or TINY, DTYPES[o.dtype], o.r, targets, ids, labels))
+
+
 def gates_trainer(o, spelling):
-    model = with_adapters(replace(o, pool=""), o.gated, spelling)
+    model = with_adapters(o, o.gated, spelling)
     if spelling == "auto":
         model.model.compile()
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
-    picked = examples(o, [f"random{j}" for j in range(o.gated)], int(o.e) * o.each, model.config.vocab_size)
-    run, loss = GatesRun(model="", tasks="", pool="", top_k=int(o.k)), GateLoss(gates)
+    picked = examples(o, [f"random{j}" for j in range(o.gated)], o.e * o.each, model.config.vocab_size)
+    run, loss = GatesRun(model="", tasks="", pool="", top_k=o.k), GateLoss(gates)
     params = list(parameters_of(gates).values())
     return trainer(params, lambda: gates_step(model, pool, loss, Prompt(), picked, run))
-
-
-def hf_trainer(o, count):
-    """transformers and peft training one adapter of rank r on all Linears."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(o.model or TINY, dtype=DTYPES[o.dtype])
-    targets = sorted({path.rpartition(".")[2] for path in linear_shapes(model)})
-    model = get_peft_model(model, LoraConfig(r=o.r, lora_alpha=2 * o.r, target_modules=targets)).train()
-    ids = torch.tensor([example.ids for example in examples(o, [""], count, model.config.vocab_size)])
-    labels = ids.clone()
-    labels[:, : o.tokens // 2] = -100
-    return trainer(
-        [p for p in model.parameters() if p.requires_grad], lambda: model(ids, labels=labels).loss.backward()
-    )
-
-
-# Other programs -----------------------------------------------------------------------------------------------------
-
-
-def hf_models(o, e):
-    """(name, model, whether it has adapters) of transformers' Llama, and of peft's with the same adapters."""
-    if not has("transformers"):
-        return
-    from transformers import AutoModelForCausalLM
-
-    def plain():
-        return AutoModelForCausalLM.from_pretrained(o.model or TINY, dtype=DTYPES[o.dtype]).eval()
-
-    yield "transformers", plain(), False
-    if has("peft"):
-        from peft import PeftModel
-
-        with tempfile.TemporaryDirectory() as folder:
-            for adapter in random_pool(linear_shapes(load(o)), e, o)[0]:
-                save_adapter(adapter, Path(folder) / adapter.name)
-            first, model = Path(folder) / "random0", plain()
-            model = PeftModel.from_pretrained(model, first, adapter_name="random0", autocast_adapter_dtype=False)
-            for j in range(1, e):
-                model.load_adapter(Path(folder) / f"random{j}", f"random{j}", autocast_adapter_dtype=False)
-        yield "peft, an adapter a request", model.eval(), True
-
-
-class HfDecoder:
-    """Decoder, with transformers' model and cache."""
-
-    def __init__(self, model, ids, tokens, options):
-        self.model, self.ids, self.tokens, self.options = model, ids, tokens, options
-        self.out = self.prefill()
-
-    @torch.inference_mode()
-    def prefill(self):
-        return self.model(self.ids, use_cache=True, logits_to_keep=1, **self.options)
-
-    @torch.inference_mode()
-    def __call__(self):
-        cache, ids = self.out.past_key_values, self.out.logits[:, -1:].argmax(-1)
-        if beyond := cache.get_seq_length() - self.ids.shape[1]:
-            cache.crop(-beyond)
-        for _ in range(self.tokens):
-            ids = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[:, -1:].argmax(-1)
-        return ids
-
-
-class LlamaCpp:
-    """Decoder, with llama-cpp-python."""
-
-    def __init__(self, o, ids, tokens):
-        from llama_cpp import Llama as Program
-
-        threads = torch.get_num_threads()
-        self.ids, self.tokens = ids[0].tolist(), tokens
-        self.program = Program(o.gguf, n_ctx=len(self.ids) + tokens + 8, n_batch=512, n_ubatch=512, n_threads=threads,
-                               n_threads_batch=threads, verbose=False)  # fmt: skip
-        self.prefill()
-
-    def prefill(self):
-        self.program.reset()
-        self.program.eval(self.ids)
-
-    def __call__(self):
-        self.program.n_tokens = len(self.ids)
-        for _ in range(self.tokens):
-            logits = np.ctypeslib.as_array(self.program._ctx.get_logits(), shape=(self.program.n_vocab(),))
-            self.program.eval([int(logits.argmax())])
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -545,15 +469,23 @@ def cell(value):
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+COMMANDS = {
+    "layer": (LayerBench, bench_layer), "decode": (DecodeBench, bench_decode),
+    "prefill": (PrefillBench, bench_prefill), "train": (TrainBench, bench_train),
+}  # fmt: skip
+
+
 def main():
-    commands = {"layer": LayerBench, "decode": DecodeBench, "prefill": PrefillBench, "train": TrainBench}
-    command, o = parse_command(commands, description="Time the operation, decoding, prefill or training.")
+    options = {name: cls for name, (cls, _) in COMMANDS.items()}
+    command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
+    for name, value in vars(o).items():
+        if type(value) is int and value < 1 and name not in ("threads", "seed"):
+            raise InputError(f"--{name}: expected 1 or more, found {value}")
     torch.set_num_threads(o.threads or os.cpu_count())
     facts = card(o)
-    show(
-        facts,
-        {"layer": bench_layer, "decode": bench_decode, "prefill": bench_prefill, "train": bench_train}[command](o),
-    )
+    limits = Limits(bandwidth(DTYPES[o.dtype]), arithmetic(DTYPES[o.dtype]))
+    facts |= {"GB/s": round(limits.bytes / 1e9, 1), "GFLOP/s": round(limits.flops / 1e9)}
+    show(facts, COMMANDS[command][1](o, limits))
 
 
 if __name__ == "__main__":

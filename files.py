@@ -169,6 +169,12 @@ def read_safetensors(path):
     return tensors, metadata
 
 
+def read_header(path):
+    """{name: tensor on the meta device} of a safetensors file: shapes alone, no data is read."""
+    with open_safetensors(path) as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+
+
 def check_finite(path, name, tensor):
     """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at load."""
     if tensor.is_floating_point() and tensor.numel():

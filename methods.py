@@ -90,9 +90,8 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto"):
         folders.append((name, Path(path)))
     if folders:
         shapes = linear_shapes(base)
-        loaded = [load_adapter(path, name, shapes) for name, path in folders]
-        _check_base_names(loaded, model)
-        mole.pool = Pool.of(loaded, shapes, base.model.embed_tokens.weight.dtype, device)
+        mole.pool = Pool.load(dict(folders), shapes, base.model.embed_tokens.weight.dtype, device)
+        _check_base_names([member.adapter for member in mole.pool.members.values()], model)
     return mole
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters import Pool, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
+from adapters import Pool, PoolFolder, linear_shapes, read_pool, save_adapter, write_pool
 from baselines import Prompt, SmearLinear, smear_routers
 from composites import check_composite, compose
 from files import InputError
@@ -77,15 +77,15 @@ def train_gates(o):
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
-    adapters = [load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())]
+    dtype = torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype
+    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, dtype)
     kind = f"meteora_top{o.top_k}" if o.kind == "meteora" else o.kind
     file = Path(o.adapters_too or known.path) / "gates" / f"{kind}.safetensors"
-    bound = [f"{adapter.name} {adapter.hash}" for adapter in adapters]
+    bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     checkpoint = Checkpoint(file.parents[1] / "runs" / f"gates_{kind.removeprefix('meteora_')}", o,
                             [*bound, f"base {model.fingerprint}"])  # fmt: skip
     if checkpoint.finished:
         return finished(checkpoint)
-    pool = Pool.of(adapters, shapes, torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
     if o.fit:
         gates = fit_gates(model, pool, examples, o)
@@ -95,7 +95,7 @@ def train_gates(o):
         pool = save_pool(known, pool, shapes, o)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[o.save_dtype])
-    save_gates(file, gates, pool, o.top_k if o.kind == "meteora" else len(adapters), pool.names)
+    save_gates(file, gates, pool, o.top_k if o.kind == "meteora" else len(pool.names), pool.names)
     checkpoint.finish(file)
 
 
@@ -165,7 +165,7 @@ def save_pool(known, pool, shapes, o):
     for name, path in paths.items():
         save_adapter(trained(pool, name, o), path)
     write_pool(PoolFolder(folder, paths, known.fingerprint, known.template))
-    return Pool.of([load_adapter(path, name, shapes) for name, path in paths.items()], shapes)
+    return Pool.load(paths, shapes)
 
 
 # Fitting to features ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from adapters import Pool, linear_shapes, load_adapter, read_pool
+from adapters import Pool, linear_shapes, read_pool
 from baselines import lorahub, lorahub_search
 from files import read_json, warn, write_json
 from loop import lm_losses, required
@@ -42,7 +42,7 @@ def train_lorahub(o):
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
-    pool = Pool.of([load_adapter(path, name, shapes) for name, path in sorted(known.adapters.items())], shapes)
+    pool = Pool.load(dict(sorted(known.adapters.items())), shapes)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
     file, names = Path(known.path) / "baselines" / "lorahub.json", sorted(pool.names)
     how = {"shots": o.shots, "steps": o.steps, "l1": o.l1, "seed": o.seed, "max_length": o.max_length}

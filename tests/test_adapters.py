@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import random_adapter, write_adapters, write_llama
+from conftest import ROOT, random_adapter, write_adapters, write_llama
 from safetensors.torch import load_file, save_file
 
 from adapters import (
@@ -645,3 +647,28 @@ def test_pool_made_for_another_base_warns(model, small_model, tmp_path, capsys):
     (other / "tokenizer.model").write_bytes((small_model / "tokenizer.model").read_bytes())
     load_mole(other, tmp_path)
     assert "fingerprint differs" in capsys.readouterr().err
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from adapters import Pool
+SHAPES = {f"layers.{j}.q_proj": (1021, 1031) for j in range(13)}
+folders = {path.name: path for path in Path(sys.argv[1]).iterdir()}
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+Pool.load(dict(list(folders.items())[:2]), SHAPES)  # what loading the first needs besides
+before = peak()
+pool = Pool.load(folders, SHAPES)
+print((peak() - before) / sum(y.nbytes for stacks in (pool.A, pool.B) for y in stacks.values()))
+"""
+
+
+def test_a_pool_loads_in_its_own_size(tmp_path):
+    """Read all at once and then stacked, adapters that fit into memory once would be needed twice."""
+    shapes = {f"layers.{j}.q_proj": (1021, 1031) for j in range(13)}
+    for index in range(23):
+        save_adapter(random_adapter(f"a{index}", shapes, 37, seed=index), tmp_path / f"a{index}")
+    line = [sys.executable, "-c", MEMORY, tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert 0.8 < float(done.stdout) < 1.1, (done.stdout, done.stderr)

@@ -37,6 +37,28 @@ def test_layer():
         assert row["auto / best"] == pytest.approx(row[row["auto"]] / best) and row["auto / best"] >= 1
 
 
+@pytest.mark.parametrize(("args", "line"), [
+    (["layer", "--n", "1,x"], "--n: expected whole numbers above 0 with ',' between them, found '1,x'"),
+    (["layer", "--width", "5x7x11"], "--width: expected 2 numbers above 0 with 'x' between them, found '5x7x11'"),
+    (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
+    (["prefill", "--e", "0"], "--e: expected whole numbers above 0 with ',' between them, found '0'"),
+])  # fmt: skip
+def test_bad_options(args, line):
+    done = command("bench.py", *args)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {line}", done.stderr
+
+
+@pytest.mark.slow
+def test_peers(small_model):
+    """A peer that decoded other tokens, or without its adapters, would be no measure."""
+    table = run("decode", "--model", small_model, "--e", "3", "--tokens", "7", "--context", "5", "--batch_size", "3")
+    names = [row["row"] for row in table]
+    assert names[-4:] == [peer + batch for peer in ("transformers", "peft, an adapter a request")
+                          for batch in ("", ", batch")]  # fmt: skip
+    table = run("train", "--model", small_model, "--e", "3", "--gated", "5", "--tokens", "7")
+    assert table[1]["row"] == "transformers + peft, one adapter"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "rows"), [
     ("decode", ["base", "base, batch", "3 adapters", "3 adapters, batch", "3 adapters, loop"]),
