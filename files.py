@@ -6,8 +6,8 @@ written beside their target, flushed to disk and renamed: a kill at any moment l
 """
 
 import contextlib
-import hashlib
 import ctypes
+import hashlib
 import io
 import json
 import os
