@@ -32,7 +32,7 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 def choose(n, e, k):
     """The cost model: bmm reads n*k adapters and dense e of them; but the library's products are faster than sums, and
     where these are not compiled they cost less to start."""
-    return "bmm" if at_most(n * k, 16 if torch.compiler.is_compiling() else min(16, e / 4)) else "dense"
+    return "bmm" if at_most(n * k, 16 if torch.compiler.is_compiling() else min(16, e / 2)) else "dense"
 
 
 def compute_ax(x, *stacks):
