@@ -97,8 +97,8 @@ def linear_shapes(model):
 
 def load_adapter(folder, name=None, shapes=None, header=False):
     """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the base, to check
-    against. With `header` no data is read, A and B are on the meta device. Raises InputError for everything conventions
-    refuse; nothing is half-loaded."""
+    against. With `header` no data is read, A and B are on the meta device, and nothing is warned of. Raises InputError
+    for everything conventions refuse; nothing is half-loaded."""
     folder = _adapter_folder(Path(folder))
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     config = read_json(config_file)
@@ -117,6 +117,10 @@ def load_adapter(folder, name=None, shapes=None, header=False):
         _check_targets(adapter, config_file, shapes)
     if header:
         return adapter
+    for field_name in sorted(config.keys() - HARMLESS - REFUSED.keys()):
+        if config[field_name]:
+            warn(f"{config_file}: unknown field {field_name} = {config[field_name]!r}: ignored, a newer PEFT may mean "
+                 "something by it")  # fmt: skip
     if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
         warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
     if (folder / "samples.jsonl").exists():
@@ -176,9 +180,6 @@ def _check_config(config, file):
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             _compile(config[name], file, name)
-    for name in sorted(config.keys() - HARMLESS - REFUSED.keys()):
-        if config[name]:
-            warn(f"{file}: unknown field {name} = {config[name]!r}: ignored, a newer PEFT may mean something by it")
 
 
 def _compile(pattern, file, field_name):
