@@ -95,10 +95,10 @@ def linear_shapes(model):
 # PEFT folders -------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(folder, name=None, shapes=None, header=False):
+def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
     """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the base, to check
-    against. With `header` no data is read, A and B are on the meta device, and nothing is warned of. Raises InputError
-    for everything conventions refuse; nothing is half-loaded."""
+    against. With `header` no data is read, A and B are on the meta device; then, and where `quiet`, nothing is warned
+    of. Raises InputError for everything conventions refuse; nothing is half-loaded."""
     folder = _adapter_folder(Path(folder))
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     config = read_json(config_file)
@@ -115,14 +115,13 @@ def load_adapter(folder, name=None, shapes=None, header=False):
     if shapes is not None:
         _check_shapes(adapter, file, shapes)
         _check_targets(adapter, config_file, shapes)
-    if header:
-        return adapter
-    for field_name in sorted(config.keys() - HARMLESS - REFUSED.keys()):
-        if config[field_name]:
-            warn(f"{config_file}: unknown field {field_name} = {config[field_name]!r}: ignored, a newer PEFT may mean "
-                 "something by it")  # fmt: skip
-    if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
-        warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
+    if not (header or quiet):
+        for key in sorted(config.keys() - HARMLESS - REFUSED.keys()):
+            if config[key]:
+                warn(f"{config_file}: unknown field {key} = {config[key]!r}: ignored, a newer PEFT may mean something "
+                     "by it")  # fmt: skip
+        if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
+            warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
     if (folder / "samples.jsonl").exists():
         adapter.samples = [row["prompt"] for row in read_jsonl(folder / "samples.jsonl", ("prompt",))]
     return adapter
@@ -300,8 +299,8 @@ def peft_config(r, alpha, dropout, targets, base):
 
 @dataclass
 class Member:
-    slot: int
-    hash: str
+    slot: int | None  # None: on disk only
+    hash: str | None  # None until it was loaded
     adapter: Adapter  # its tensors dropped: name, scales, config, samples, folder
 
 
@@ -311,10 +310,15 @@ class Pool:
     Smaller ranks are zero-padded to `rank`, modules an adapter lacks are zero. Adding and removing write in place, so
     whoever holds the tensors (the Linears, a compiled block) sees the change; only more slots or a larger rank give
     them another shape. Outputs never depend on which slot an adapter got.
+
+    A pool that is `limited` never has more slots: further members stay on disk until need() asks for them, and those
+    that were needed longest ago leave for them. `version` counts the changes of what is in the slots.
     """
 
     def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None):
         self.shapes, self.capacity, self.rank, self.members = shapes, capacity, rank, {}
+        self.limited, self.version = False, 0
+        self._used = []  # names, those needed longest ago first
         make = {"dtype": dtype, "device": device}
         self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
         self.B = {path: torch.zeros(capacity, rank, o, **make).transpose(1, 2) for path, (o, _) in shapes.items()}
@@ -329,58 +333,117 @@ class Pool:
         return pool
 
     @classmethod
-    def load(cls, folders, shapes, dtype=torch.float32, device=None):
-        """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool."""
+    def load(cls, folders, shapes, dtype=torch.float32, device=None, resident=0):
+        """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool. Where `resident` is
+        given and smaller than their number, the pool is limited to so many slots and the others are left on disk."""
         headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
-        pool = cls._for(headers, shapes, dtype, device)
-        for name, path in folders.items():
-            pool.add(load_adapter(path, name, shapes))
+        pool = cls._for(headers, shapes, dtype, device, min(resident or len(headers), len(headers)))
+        pool.limited = bool(resident)
+        for adapter in headers:
+            pool.members[adapter.name] = Member(None, None, _light(adapter))
+        pool.need(list(folders)[: pool.capacity])
         return pool
 
     @classmethod
-    def _for(cls, adapters, shapes, dtype, device):
+    def _for(cls, adapters, shapes, dtype, device, capacity=0):
         used = {path for adapter in adapters for path in adapter.A}
         shapes = {path: shape for path, shape in shapes.items() if path in used}
-        return cls(shapes, len(adapters), max(a.rank for a in adapters), dtype, device)
+        return cls(shapes, capacity or len(adapters), max(a.rank for a in adapters), dtype, device)
 
     @property
     def names(self):
-        """Adapter names by slot order."""
-        return sorted(self.members, key=lambda name: self.members[name].slot)
+        """Adapter names by slot order, those on disk behind them."""
+        return sorted(self.members, key=lambda name: (self.members[name].slot is None, self.members[name].slot or 0))
+
+    @property
+    def resident(self):
+        """Names of the adapters that are in slots, those needed longest ago first."""
+        return [name for name in self._used if name in self.members and self.members[name].slot is not None]
+
+    def member(self, name):
+        """The Member `name`. Raises InputError with the nearest names."""
+        if name not in self.members:
+            hint = nearest(name, self.members) or (": " + ", ".join(self.names[:50]))
+            raise InputError(f"no adapter {name!r} in the pool{hint}")
+        return self.members[name]
 
     def slot(self, name):
-        """The slot of adapter `name`. Raises InputError with the nearest names."""
-        if name not in self.members:
-            hint = nearest(name, self.members) or ": " + ", ".join(self.names)
-            raise InputError(f"no adapter {name!r} in the pool{hint}")
+        """The slot of adapter `name`, which is fetched from disk where it must. Raises InputError."""
+        if self.member(name).slot is None:
+            self.need([name])
         return self.members[name].slot
 
+    def need(self, names):
+        """Has all of `names` in slots at once; where there is no room, those needed longest ago leave. Raises
+        InputError for more names than slots, before anything is changed."""
+        names = list(dict.fromkeys(names))
+        for name in names:
+            self.member(name)
+        if len(names) > self.capacity:
+            raise InputError(f"{len(names)} adapters are needed at once, {self.capacity} fit: --resident {len(names)}")
+        for name in names:
+            if name in self._used:
+                self._used.remove(name)
+            self._used.append(name)  # so that none of them leaves for another
+        for name in names:
+            if self.members[name].slot is None:
+                known = self.members[name]
+                adapter = load_adapter(known.adapter.folder, name, self.shapes, quiet=known.hash is not None)
+                self.members[name] = Member(self._fill(self._free_slot(), adapter), adapter.hash, _light(adapter))
+
     def add(self, adapter):
-        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it must."""
+        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it must. In a limited
+        pool without a free slot it stays on disk: None."""
         if adapter.name in self.members:
             first = self.members[adapter.name].adapter.folder
             raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
-        if strangers := adapter.A.keys() - self.A.keys():
-            raise InputError(f"{adapter.folder}: adapts {sorted(strangers)[0]}, which this pool was not made for")
-        free = sorted(set(range(self.capacity)) - {m.slot for m in self.members.values()})
-        if not free or adapter.rank > self.rank:
-            self._grow(self.capacity if free else max(2 * self.capacity, 4), max(self.rank, adapter.rank))
-            free = free or [len(self.members)]
-        slot = free[0]
+        self._cover(adapter)
+        full, slot = len(self.resident) >= self.capacity, None
+        if adapter.rank > self.rank or (full and not self.limited):
+            self._grow(max(2 * self.capacity, 4) if full and not self.limited else self.capacity,
+                       max(self.rank, adapter.rank))  # fmt: skip
+        if not (full and self.limited):
+            slot = self._fill(self._free_slot(), adapter)
+            self._used.append(adapter.name)
+        self.members[adapter.name] = Member(slot, adapter.hash, _light(adapter))
+        return slot
+
+    def _cover(self, adapter):
+        """Stacks for Linears that no adapter sat on so far; whoever holds the others has to look for them."""
+        like = next(iter(self.A.values()))
+        shapes = {p: (len(adapter.B[p]), a.shape[1]) for p, a in adapter.A.items() if p not in self.A}
+        more = Pool(shapes, self.capacity, self.rank, like.dtype, like.device)
+        for mine, new in ((self.shapes, shapes), (self.A, more.A), (self.B, more.B), (self.scale, more.scale)):
+            mine.update(new)
+
+    def _free_slot(self):
+        """A slot without an adapter; where there is none, the one needed longest ago leaves its own."""
+        free = set(range(self.capacity)) - {m.slot for m in self.members.values()}
+        if not free:
+            free = {self._empty(self.resident[0])}
+        return min(free)
+
+    def _fill(self, slot, adapter):
         for path, a in adapter.A.items():
             self.A[path][slot, : a.shape[0]] = a
             self.B[path][slot, :, : a.shape[0]] = adapter.B[path]
             self.scale[path][slot] = adapter.scale[path]
-        light = copy.copy(adapter)
-        light.A, light.B = {}, {}
-        self.members[adapter.name] = Member(slot, adapter.hash, light)
+        self.version += 1
         return slot
 
-    def remove(self, name):
-        slot = self.slot(name)
+    def _empty(self, name):
+        """Takes an adapter out of its slot; it stays a member, on disk."""
+        slot, self.members[name].slot = self.members[name].slot, None
         for path in self.A:
             for stack in (self.A[path], self.B[path], self.scale[path]):
                 stack[slot] = 0
+        self._used.remove(name)
+        self.version += 1
+        return slot
+
+    def remove(self, name):
+        if self.member(name).slot is not None:
+            self._empty(name)
         del self.members[name]
 
     def _grow(self, capacity, rank):
@@ -402,6 +465,12 @@ class Pool:
         A = {p: self.A[p][slot, :r].detach().clone() for p, r in ranks.items()}
         B = {p: self.B[p][slot, :, :r].detach().clone() for p, r in ranks.items()}
         return Adapter(name, A, B, member.scale, member.config, member.samples, member.folder)
+
+
+def _light(adapter):
+    light = copy.copy(adapter)
+    light.A, light.B = {}, {}
+    return light
 
 
 # Pool folders -------------------------------------------------------------------------------------------------------

@@ -29,14 +29,15 @@ MERGES = ("average_ab", "ties_ab", "ties_ba", "dare_ab", "dare_ba", "svd")
 DENSITY = {"ties": 0.2, "dare": 0.1}  # the share of entries kept; the papers' top 20 % and drop rate p = 0.9
 
 
-def merge(pool, method, density=None, seed=0):
-    """All members of the pool as one: an Adapter of scale 1, or {module path: delta (o, i)} for ties_ba and dare_ba.
+def merge(pool, method, density=None, seed=0, names=(), exclude=()):
+    """All members of the pool, or `names` of them, or all but `exclude`, as one: an Adapter of scale 1, or
+    {module path: delta (o, i)} for ties_ba and dare_ba.
 
     Float32, whatever the pool's dtype, and independent of its order and spare room. The rank is that of the largest
     member. Deltas are as large as the base: with a large one, call merge_linear for one Linear at a time.
     """
     generator = torch.Generator(next(iter(pool.A.values())).device).manual_seed(seed)
-    stacks = member_stacks(pool, sorted(pool.members))
+    stacks = member_stacks(pool, sorted(names or pool.members.keys() - set(exclude)))
     merged = {path: merge_linear(A, B, method, density, generator) for path, A, B in stacks}
     return merged if method.endswith("_ba") else derived_adapter(pool, method, merged)
 
@@ -219,10 +220,10 @@ def all_slots(G):
     return torch.ones(len(G), dtype=torch.bool, device=G.device)
 
 
-def member_mask(pool, device=None):
-    """(capacity,) bool: the slots in use."""
+def member_mask(pool, device=None, exclude=()):
+    """(capacity,) bool: the slots in use, but for the adapters of `exclude`."""
     mask = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
-    mask[[member.slot for member in pool.members.values()]] = True
+    mask[[pool.slot(name) for name in pool.resident if name not in exclude]] = True
     return mask
 
 

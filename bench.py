@@ -29,10 +29,11 @@ from baselines import Prompt
 from compiled import possible
 from config import parse_command
 from files import InputError, run_script, warn
+from gate_files import load_gates, parameters_of
 from generate import TINY
 from kernels import SPELLINGS, choose, lora_mix
 from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
-from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, attached, load_gates, parameters_of
+from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, attached
 from peers import PEERS, HfDecoder, LlamaCpp, has, hf_llama, peft_llama, peft_trainer
 from tasks import Example, encode, load_tasks
 from tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 
 from files import InputError
 from generate import Sampling, by_length, decode, trace_prompt
-from methods import force, set_methods
+from methods import force, retrieve, set_methods
 from metrics import COUNTED, draws, numbered, right, score, score_meteora
 from tasks import Context, Example, fill
 from tokenizer import check_ids
@@ -121,7 +121,8 @@ def answer_composites(mole, asked, method, temperature, o):
         ids = [encoded[j][0] for j in rows]
         budget = min(n * o.max_new_tokens, room)
         used = "base" if method == "oracle" else method
-        set_methods(mole, [used] * len(rows), o.top_k, temperature)
+        found = retrieve(mole, [used] * len(rows), [asked[j].prompt for j in rows], o.retrieve, (), ids)
+        set_methods(mole, [used] * len(rows), o.top_k, temperature, retrieved=found)
         names = [[name for name, _ in asked[j].questions] for j in rows]
         if method == "oracle":
             longest = max(map(len, ids))
@@ -160,7 +161,8 @@ def cut(tokenizer, texts):
 def draw_composite(mole, composite, method, temperature, o):
     """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest adapter."""
     ids, _ = encode_spans(mole, composite)
-    set_methods(mole, [method], o.top_k, temperature)
+    found = retrieve(mole, [method], [composite.prompt], o.retrieve, (), [ids])
+    set_methods(mole, [method], o.top_k, temperature, retrieved=found)
     events = decode(mole, [ids], Sampling(len(composite.questions) * o.max_new_tokens), routing=True)
     prompt = [(row["text"], row["adapters"]) for row in trace_prompt(mole, ids, next(events)[0])]
     return svg_picture(prompt, [(token.text, token.adapters) for token in events])

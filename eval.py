@@ -2,12 +2,14 @@
 
     python eval.py                                                       tiny/ on its own tasks
     python eval.py --methods base,oracle,meteora --composite 3,5,10      and several questions in one prompt
+    python eval.py --methods oracle,selection,mixture,fusion,ramole --ood   each task without its own adapter
     python eval.py --model DIR --pool DIR --tasks DIR --methods base,oracle,meteora_top1,adapter:NAME --out DIR
 
 Every answer is generated greedily from the test split and scored by its task's metric, with a 95 % bootstrap
 interval over the examples. For MeteoRA's gates it also counts how often a gate's first choice, at the tokens of the
-held-out responses, is the task's own adapter. What is done lies in OUT/cells: the same command goes on where it was
-stopped. Two runs with the same options write the same results.json.
+held-out responses, is the task's own adapter, and for methods that retrieve how often that is among the k best. What
+is done lies in OUT/cells: the same command goes on where it was stopped. Two runs with the same options write the
+same results.json.
 """
 
 import hashlib
@@ -32,9 +34,9 @@ from composites import (
     score_composites,
 )
 from config import parse_args
-from files import InputError, read_json, run_script, warn, write_json, write_jsonl, write_text
+from files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
 from generate import TINY, Sampling, by_length, check_values, decode, encode_prompt
-from methods import check_method, for_task, load_mole, set_methods, setup_of
+from methods import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
 from metrics import score, score_meteora, signature
 from moe_lora import GateLoss, attached
 from tasks import Task, collate, encode, load_tasks, micro_batches
@@ -51,6 +53,9 @@ class Options:
     composite: str = ""  # questions in a composite prompt, as 3,5,10; each size has its columns in a table
     composites: int = 200  # composite prompts of each size
     composite_temperature: str = "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
+    ood: bool = False  # each task without its own adapter: what do the others make of it
+    unseen: bool = False  # only tasks that router and retriever were not trained on; gates do without those adapters
+    retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     top_k: int = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     limit: int = 0  # examples a task, 0 = all
@@ -69,12 +74,14 @@ def tiny_test_tasks(names, n=100):
     return {name: Task(name, "exact_match", *both) for name, both in splits.items()}
 
 
-def answer_all(mole, prompts, method, o):
-    """Greedy answers to `prompts`, batched by length, in their own order."""
+def answer_all(mole, prompts, method, o, exclude=()):
+    """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their own order."""
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
+    found = retrieve(mole, [method] * len(ids), prompts, o.retrieve, exclude, ids)
     texts = [""] * len(ids)
     for rows in by_length(ids, o.batch_size):
-        set_methods(mole, [method] * len(rows), o.top_k, o.gate_temperature)
+        some = [found[j] for j in rows]
+        set_methods(mole, [method] * len(rows), o.top_k, o.gate_temperature, retrieved=some, exclude=exclude)
         for token in decode(mole, [ids[j] for j in rows], Sampling(o.max_new_tokens)):
             texts[rows[token.row]] += token.text
     return texts
@@ -104,6 +111,35 @@ def gate_accuracy(mole, tasks, method, o):
     return {"right": mean[0], "first_qkv": mean[1], "tokens": n}
 
 
+def retrieval(mole, tasks):
+    """How often a test prompt's own adapter is among the k best retrieved, in percent, k 1, 3, 5, 8: {"1": x, ...}, and
+    "n": of how many prompts."""
+    retriever, best, n = retriever_of(mole), dict.fromkeys((1, 3, 5, 8), 0), 0
+    for name, task in tasks.items():
+        for pairs in retriever([row["prompt"] for row in task.test], max(best)):
+            place = [adapter for adapter, _ in pairs].index(name) if name in dict(pairs) else len(pairs)
+            best, n = {k: count + (place < k) for k, count in best.items()}, n + 1
+    return {**{str(k): round(100 * count / n, 2) for k, count in best.items()}, "n": n}
+
+
+def hidden_from(mole, method, name, o):
+    """The adapters that `method` has to do without on task `name`: in --ood the task's own; in --unseen what is trained
+    for a fixed pool does without those of all tasks that are unseen."""
+    if o.ood and name in mole.pool.members and method != "oracle":
+        return (name,)
+    fixed = method == "smear" or (setup_of(mole, method, o.top_k)[1] or "arrow") not in ("arrow", "ramole")
+    return tuple(sorted(mole.pool.members.keys() - seen_tasks(mole))) if o.unseen and fixed else ()
+
+
+def seen_tasks(mole):
+    """The tasks that the pool's router and retriever were trained on. Raises InputError where there is neither."""
+    files = [mole.folder.path / f"{part}.safetensors" for part in ("router", "retriever")] if mole.folder else []
+    found = [read_metadata(file).get("tasks", "").split("\n") for file in files if file.exists()]
+    if not found:
+        raise InputError("--unseen: the pool has neither router.safetensors nor retriever.safetensors")
+    return {name for names in found for name in names}
+
+
 # What is asked for --------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +155,8 @@ def choose_tasks(mole, o):
         tasks = tiny_test_tasks(wanted)
     if not tasks:
         raise InputError("nothing to evaluate: no adapter of the pool has the name of a task; name some with --only")
+    if o.unseen:
+        tasks = {name: task for name, task in tasks.items() if name not in seen_tasks(mole)}
     for task in tasks.values():
         task.test = task.test[: o.limit or None]
         if not task.test:
@@ -139,7 +177,10 @@ def read_list(text, name, kind):
 
 def check_options(o):
     """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
-    for name, least in (("batch_size", 1), ("top_k", 1), ("limit", 0), ("seed", 0), ("composites", 1)):
+    if o.ood and o.unseen or (o.composite and (o.ood or o.unseen)):
+        raise InputError("--ood, --unseen and --composite exclude each other")
+    numbers = {"batch_size": 1, "top_k": 1, "limit": 0, "seed": 0, "composites": 1, "retrieve": 1}
+    for name, least in numbers.items():
         if getattr(o, name) < least:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
     check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
@@ -192,7 +233,10 @@ def evaluate(mole, tasks, methods, cells, o):
             for name, task in tasks.items():
                 bar.set_postfix_str(f"{method} on {name}")
                 used, prompts = for_task(method, name), [row["prompt"] for row in task.test]
-                cell = cells.get(f"{used} on {name}", lambda p=prompts, m=used: {"answers": answer_all(mole, p, m, o)})
+                hidden = hidden_from(mole, method, name, o)
+                cell = cells.get(
+                    f"{used} on {name}", lambda p=prompts, m=used, x=hidden: {"answers": answer_all(mole, p, m, o, x)}
+                )
                 texts, timing[method] = cell["answers"], timing[method] + cell["seconds"]
                 scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], o.seed))
                 rows = zip(task.test, texts, strict=True)
@@ -201,7 +245,7 @@ def evaluate(mole, tasks, methods, cells, o):
             mean = sum(s["score"] for s in scores.values()) / len(scores)
             results[method] = {"mean": round(mean, 2), "tasks": scores}
             own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
-            if method.startswith("meteora") and own:
+            if method.startswith("meteora") and own and not (o.ood or o.unseen):
                 found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, o))
                 results[method]["gates"] = {key: found[key] for key in ("right", "first_qkv", "tokens")}
     return results, answers, {method: round(seconds, 2) for method, seconds in timing.items()}
@@ -252,6 +296,9 @@ def table(results, tasks):
         shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
         lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
     lines.append("| mean | | " + " | ".join(f"{results[m]['mean']:.1f}" for m in methods) + " |")
+    if "oracle" in results and (whole := results["oracle"]["mean"]):
+        shares = [f"{100 * results[m]['mean'] / whole:.1f} %" for m in methods]
+        lines.append("| of the oracle | | " + " | ".join(shares) + " |")
     lines += [
         f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
         f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
@@ -301,7 +348,14 @@ def main():
     composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, o)
     text = table(results, tasks) + ("\n" + composite_table(results, composite) if composite else "")
     out = Path(o.out)
-    write_json(out / "results.json", {"setting": "iid", "methods": results, "composite": composite, "meta": meta})
+    setting = "ood" if o.ood else "unseen" if o.unseen else "iid"
+    written = {"setting": setting, "methods": results, "composite": composite, "meta": meta}
+    if not o.ood and {*RETRIEVED} & {*methods}:
+        own = {name: task for name, task in tasks.items() if name in mole.pool.members}
+        written["retrieval"] = found = retrieval(mole, own)
+        shares = ", ".join(f"top-{k} {found[k]:.1f}" for k in found if k != "n")
+        text += f"\nretrieved: the task's own adapter, % of {found['n']} prompts: {shares}\n"
+    write_json(out / "results.json", written)
     write_jsonl(out / "answers.jsonl", answers + more)
     machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     write_json(out / "timing.json", {"seconds": timing} | machine)
@@ -316,9 +370,14 @@ def sha256(data):
 
 
 def trained_parts(mole):
-    """The gate files and baselines beside the pool's adapters."""
+    """What lies beside the pool's adapters: gates, baselines, router, retriever."""
     folder = mole.folder.path if mole.folder else None
-    return sorted([*folder.glob("gates/*.safetensors"), *folder.glob("baselines/**/*.*")]) if folder else []
+    parts = ("*.safetensors", "gates/*.safetensors", "baselines/**/*.*")
+    return (
+        sorted(file for part in parts for file in folder.glob(part) if file.name != "model.safetensors")
+        if folder
+        else []
+    )
 
 
 if __name__ == "__main__":

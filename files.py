@@ -179,6 +179,12 @@ def read_safetensors(path):
     return tensors, metadata
 
 
+def read_metadata(path):
+    """The metadata of a safetensors file, {} where it has none."""
+    with open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
 def read_header(path):
     """{name: tensor on the meta device} of a safetensors file: shapes alone, no data is read."""
     with open_safetensors(path) as file:

@@ -13,21 +13,28 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from adapters import linear_shapes
 from config import parse_args
-from files import InputError, run_script, write_text
-from methods import Mole, check_method, default_method, load_mole, set_methods
+from files import InputError, read_jsonl, run_script, write_text
+from methods import (
+    Mole,
+    add_adapter,
+    check_method,
+    default_method,
+    load_mole,
+    retrieve,
+    set_methods,
+)
 from model import KVCache
 from moe_lora import Recorder
 from tasks import fill
 from tokenizer import TextStream, check_ids
-from viz import Palette, html_page, legend, paint
+from viz import Printer, html_page
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -50,9 +57,14 @@ class Options(Sampling):
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
+    prompts: str = ""  # FILE.jsonl of {"prompt"} lines, and "method" where it is another; answered as one batch
+    interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
+    retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
+    resident: int = 0  # adapters in memory at most, the others wait on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
     truncate: Literal["no", "left", "right"] = "no"  # which end of a prompt longer than the context is cut off
@@ -80,19 +92,20 @@ class Token:
     finish: str | None = None
 
 
-def load(model=None, pool=None, adapters=None, dtype="auto", device="auto") -> Mole:
+def load(model=None, pool=None, adapters=None, dtype="auto", device="auto", resident=0) -> Mole:
     """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the model's own) and
-    `adapters` {name: PEFT folder}. Raises InputError for bad input."""
-    return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device)
+    `adapters` {name: PEFT folder}, at most `resident` of them in memory. Raises InputError for bad input."""
+    return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device, resident)
 
 
 def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, truncate="no", top_k=2,
-           gate_temperature=1.0, compile=None, **sampling) -> Iterator[Token]:  # fmt: skip
+           gate_temperature=1.0, compile=None, k=3, exclude=(), **sampling) -> Iterator[Token]:  # fmt: skip
     """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
 
     method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
-    which adapters computed each token, `compile` is for compile_blocks(). `sampling`: the fields of Sampling. Raises
-    InputError for bad input, RuntimeError where another batch began on the same model before this one ended.
+    which adapters computed each token, `compile` is for compile_blocks(). Methods that retrieve take the `k` best
+    adapters for each prompt; those of `exclude` are not used. `sampling`: the fields of Sampling. Raises InputError for
+    bad input, RuntimeError where another batch began on the same model before this one ended.
     """
     prompts, options = [prompts] if isinstance(prompts, str) else list(prompts), Sampling(**sampling)
     check_values(options, top_k, gate_temperature)
@@ -103,8 +116,9 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     methods = [method] * len(ids) if isinstance(method, str) else list(method)
     if len(methods) != len(ids):
         raise InputError(f"{len(methods)} methods for {len(ids)} prompts: give one, or one a prompt")
+    found = retrieve(mole, methods, prompts, k, exclude, ids)
     compile_blocks(mole.model, compile, options.max_new_tokens)
-    set_methods(mole, methods, top_k, gate_temperature)
+    set_methods(mole, methods, top_k, gate_temperature, retrieved=found, exclude=exclude)
     yield from (token for token in decode(mole, ids, options, routing) if isinstance(token, Token))
 
 
@@ -239,7 +253,7 @@ def _seen(mole, recorder, b, t):
 
 def name_adapters(pool, weights):
     """(n, e) weights -> for each token [[name, weight], ...], heaviest first, those under 0.0005 left out."""
-    names = {pool.slot(name): name for name in pool.names}
+    names = {pool.slot(name): name for name in pool.resident}
     rows = []
     for row in weights.tolist():
         pairs = [[names[slot], round(w, 3)] for slot, w in enumerate(row) if w >= 0.0005 and slot in names]
@@ -274,12 +288,28 @@ START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among t
   python generate.py --model DIR --adapter NAME=DIR ...   your own Llama, your own PEFT adapters"""
 
 
-def check_options(o):
-    """Raises InputError for options that exclude each other."""
+def check_options(o, asked):
+    """Raises InputError for options that exclude each other, and for values that nothing can use."""
     if o.raw and o.chat:
         raise InputError("--raw and --chat exclude each other")
-    if len(o.method) > 1 and len(o.method) != len(o.prompt):
-        raise InputError(f"{len(o.method)} times --method for {len(o.prompt)} prompts: give it once, or once a prompt")
+    if len(o.method) > 1 and len(o.method) != len(asked):
+        raise InputError(f"{len(o.method)} times --method for {len(asked)} prompts: give it once, or once a prompt")
+    for name, least in (("retrieve", 1), ("resident", 0)):
+        if getattr(o, name) < least:
+            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    check_values(o, o.top_k, o.gate_temperature)
+    if o.html and Path(o.html).is_dir():
+        raise InputError(f"--html {o.html}: is a directory, expected a file to write")
+
+
+def read_requests(o):
+    """[(prompt, its own method or "")] of --prompt and --prompts. Raises InputError."""
+    asked = [(read_prompt(prompt), "") for prompt in o.prompt]
+    for row in read_jsonl(o.prompts, ("prompt",)) if o.prompts else []:
+        if not isinstance(row.get("method", ""), str):
+            raise InputError(f"{o.prompts}: method is {row['method']!r}, expected the name of one")
+        asked.append((row["prompt"], row.get("method", "")))
+    return asked
 
 
 def read_adapters(pairs):
@@ -315,50 +345,13 @@ def print_pool(mole):
         member = mole.pool.members[name]
         modules = " ".join(sorted({path.rpartition(".")[2] for path in member.adapter.scale}))
         r, alpha = member.adapter.config["r"], member.adapter.config["lora_alpha"]
-        modules = "all Linears" if len(member.adapter.scale) == len(linear_shapes(mole.model)) else modules
+        modules = "all Linears" if len(member.adapter.scale) == len(mole.shapes) else modules
         sample = "  ".join(member.adapter.samples[:1]).partition("\n")[0]  # a prompt that it was trained on
-        print(f"{name:<{width}}  r {r}  alpha {alpha}  {member.hash[:12]}  {modules}  {sample}".rstrip())
+        where = member.hash[:12] if member.slot is not None else "on disk     "
+        print(f"{name:<{width}}  r {r}  alpha {alpha}  {where}  {modules}  {sample}".rstrip())
 
 
-class Printer:
-    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for their turn."""
-
-    def __init__(self, prompts, traces, routing):
-        self.prompts, self.routing, self.row, self.palette = prompts, routing, -1, Palette()
-        self.waiting, self.done, self.traces = [[] for _ in prompts], [False] * len(prompts), traces
-        self.line_open = True  # the answer's last text doesn't end its line
-        self._next()
-
-    def _next(self):
-        self.row += 1
-        if self.row < len(self.prompts) and self.routing:
-            for text, adapters in self.traces[self.row]:
-                self._write(text, adapters, faint=True)
-
-    def _write(self, text, adapters, faint=False):
-        print(paint(text, self.palette.colour(adapters), faint) if self.routing else text, end="", flush=True)
-        self.line_open = not text.endswith("\n") if text else self.line_open
-
-    def push(self, token):
-        self.waiting[token.row].append(token)
-        self.done[token.row] = token.finish is not None
-        while self.row < len(self.prompts) and self.waiting[self.row]:
-            for token in self.waiting[self.row]:
-                self._write(token.text, token.adapters)
-            self.waiting[self.row] = []
-            if not self.done[self.row]:
-                break
-            if self.line_open:
-                print()
-            self.line_open = True
-            self._next()
-
-    def close(self):
-        if self.routing and self.palette.weight:
-            print(legend(self.palette))
-
-
-def result(prompt, method, tokens, prompt_trace, seconds):
+def result(prompt, method, tokens, prompt_trace, seconds, retrieved):
     """The JSON object of one answer; its tokens' texts joined are its text."""
     kept = [{"id": t.id, "text": t.text, "adapters": t.adapters} for t in tokens if t.finish != "eos"]
     if kept and tokens[-1].finish == "eos":  # a character that the EOS cut short
@@ -370,7 +363,7 @@ def result(prompt, method, tokens, prompt_trace, seconds):
         "finish_reason": tokens[-1].finish,
         "tokens": kept,
         "prompt_tokens": prompt_trace,
-        "retrieved": [],
+        "retrieved": retrieved,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(len(tokens) / seconds, 2),
     }
@@ -386,38 +379,45 @@ def trace_prompt(mole, ids, adapters):
 
 def main():
     o = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
-    if not o.prompt and not o.list_:
+    asked = read_requests(o)
+    if not asked and not o.list_ and not o.interactive:
         print(START)
         return
-    check_options(o)
-    check_values(o, o.top_k, o.gate_temperature)
-    if o.html and Path(o.html).is_dir():
-        raise InputError(f"--html {o.html}: is a directory, expected a file to write")
+    check_options(o, asked)
     adapters = read_adapters(o.adapter)
-    prompts = [read_prompt(prompt) for prompt in o.prompt]
-    mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device)
+    mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device, o.resident)
     if o.list_:
         print_pool(mole)
         return
+    for name in o.exclude:
+        if mole.pool:
+            mole.pool.member(name)
     name, why = default_method(mole, o.top_k)
     if name.startswith("meteora_top") and o.top_k != Options.top_k:
         name = "meteora"  # k was asked for: no other gates will do
-    methods = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
-    print(f"method: {', '.join(methods)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
-    methods = methods if len(methods) == len(prompts) else methods * len(prompts)
+    chosen = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
+    print(f"method: {', '.join(chosen)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
+    if asked:
+        chosen = chosen if len(chosen) == len(asked) else chosen * len(asked)
+        methods = [check_method(mole, own, o.top_k) if own else m for (_, own), m in zip(asked, chosen, strict=True)]
+        respond(mole, [prompt for prompt, _ in asked], methods, o)
+    if o.interactive:
+        interact(mole, chosen[0], o)
+
+
+def respond(mole, prompts, methods, o):
+    """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page."""
     ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
+    found = retrieve(mole, methods, prompts, o.retrieve, o.exclude, ids)
     compile_blocks(mole.model, o.compile, o.max_new_tokens)
-    set_methods(mole, methods, o.top_k, o.gate_temperature)
+    set_methods(mole, methods, o.top_k, o.gate_temperature, retrieved=found, exclude=o.exclude)
+    for pairs in found:
+        if pairs:
+            print("retrieved: " + ", ".join(f"{name} {score:.3f}" for name, score in pairs), file=sys.stderr)
     routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.routing is None else o.routing
     recording = bool((routing and not o.json) or o.json or o.html)
-    sampling = Sampling(o.max_new_tokens, o.temperature, o.sample_top_k, o.top_p, o.seed)
-    run(mole, prompts, ids, methods, sampling, o, routing, recording)
-
-
-def run(mole, prompts, ids, methods, sampling, o, routing, recording):
-    """Decodes the batch and shows it as asked: streamed text, JSON lines, a web page."""
     begin, tokens, seconds = time.perf_counter(), [[] for _ in prompts], [0.0] * len(prompts)
-    events = decode(mole, ids, sampling, recording)
+    events = decode(mole, ids, Sampling(*(getattr(o, f.name) for f in fields(Sampling))), recording)
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_traces = [trace_prompt(mole, row, adapters) for row, adapters in zip(ids, seen, strict=True)]
     pairs = [[(t["text"], t["adapters"]) for t in trace] for trace in prompt_traces]
@@ -431,11 +431,49 @@ def run(mole, prompts, ids, methods, sampling, o, routing, recording):
         printer.close()
     if o.json:
         for row, prompt in enumerate(prompts):
-            line = result(prompt, methods[row], tokens[row], prompt_traces[row], seconds[row])
-            print(json.dumps(line, ensure_ascii=False))
+            line = result(prompt, methods[row], tokens[row], prompt_traces[row], seconds[row], found[row])
+            print(json.dumps(line, ensure_ascii=False), flush=True)
     if o.html:
         answers = [[(t.text, t.adapters) for t in row] for row in tokens]
         write_text(o.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token"))
+
+
+HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
+/remove NAME     one less                 /method M     how to choose from now on (ramole, meteora, adapter:NAME, ...)
+/quit, Ctrl-D    leave                    anything else is a prompt"""
+
+
+def interact(mole, method, o):
+    """A prompt loop; between prompts the pool and the method may change. Ctrl-C stops an answer."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        try:
+            if word == "/add":
+                [(name, folder)] = read_adapters([rest])
+                add_adapter(mole, name, folder)
+            elif word == "/remove":
+                if mole.pool is None:
+                    raise InputError("there are no adapters")
+                mole.pool.remove(rest)
+            elif word == "/method":
+                method = check_method(mole, rest, o.top_k)
+            elif word == "/adapters":
+                print_pool(mole)
+            elif word in ("/quit", "/exit"):
+                return
+            elif word.startswith("/"):
+                print(HELP)
+            elif line:
+                respond(mole, [line], [check_method(mole, method, o.top_k)], o)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def score(metric, answers, targets, seed=0, resamples=1000):
     if metric != "bleu":
         pairs = zip(answers, targets, strict=True)
         values = rouge(metric, answers, targets) if metric in ROUGE else [right(metric, a, t) for a, t in pairs]
-        return _mean(metric, values, seed, resamples)
+        return mean_score(metric, values, seed, resamples)
     bleu = _optional("sacrebleu").BLEU()
     value = bleu.corpus_score(answers, [targets]).score
     # Corpus BLEU is a function of summed n-gram counts: resampled sums, not resampled texts.
@@ -110,7 +110,7 @@ def score_meteora(metric, answers, targets, seed=0, resamples=1000):
         value = _optional("sacrebleu").BLEU().corpus_score(answers, [[t] for t in targets]).score
         return _score(metric, value, [value], len(kept))
     values = rouge(metric, answers, targets) if metric in ROUGE else [t.strip() in a for a, t in kept]
-    return _mean(metric, values, seed, resamples)
+    return mean_score(metric, values, seed, resamples)
 
 
 def signature(metric):
@@ -164,7 +164,7 @@ def draws(n, seed, resamples=1000):
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
-def _mean(metric, values, seed, resamples):
+def mean_score(metric, values, seed, resamples=1000):
     """Score of a mean over examples, `values` 0 to 1."""
     values = 100 * np.array(values, dtype=float)
     return _score(metric, values.mean(), values[draws(len(values), seed, resamples)].mean(1), len(values))

@@ -339,9 +339,10 @@ class Trunk(nn.Module):
         self.before, self.after = map(compiled.compile_for_any_length, (Block.before, Block.after))
         self.compiled_step = compiled.compile_function(Block.step)
 
-    def forward(self, ids, cache=None, counts=None):
+    def forward(self, ids, cache=None, counts=None, depth=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
-        (default: all); the cache then holds them. Raises ValueError where the cache is too small."""
+        (default: all); the cache then holds them. `depth`: how many blocks to run, without a cache; default all. Raises
+        ValueError where the cache is too small."""
         b, t = ids.shape
         step = torch.arange(t, device=ids.device)
         positions, mask, end = step.expand(b, t), None, t
@@ -366,7 +367,7 @@ class Trunk(nn.Module):
         else:
             if cache is not None and cache.end:  # an empty cache needs no mask: causal among the new tokens
                 mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
-            for index, layer in enumerate(self.layers):
+            for index, layer in enumerate(self.layers[:depth]):
                 past = None if cache is None else (cache.k[index], cache.v[index])
                 y = attend(*self.before(layer, x, cos, sin), b, past, positions, mask)
                 x = self.after(layer, x, y)

@@ -1,4 +1,4 @@
-"""The gated multi-LoRA Linear, MeteoRA's gate, fixed mixtures, attach and detach, the routing recorder, the gate loss.
+"""The gated multi-LoRA Linear, MeteoRA's gate, RAMoLE's router, fixed mixtures, attach and detach, recorder, gate loss.
 
     y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x
 
@@ -7,8 +7,9 @@ operation and one small protocol for whatever chooses:
 
     gate(x: (n, i), sample: (n,) int64, ax: callable -> (n, e, r)) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
 
-`sample` is the row of the batch that a token belongs to, `ax` gives A x of all adapters, computed once and shared with
-the dense kernel. Unused slots weigh 0. To try a gate of your own, write an nn.Module with that forward and attach it.
+`sample` is the row of the batch that a token belongs to, `ax()` gives A x of all adapters, computed once and shared
+with the dense kernel, `ax(idx)` that of k adapters a token, (n, k, r). Unused slots weigh 0. To try a gate of your own,
+write an nn.Module with that forward and attach it.
 
 Letters, here and everywhere: b batch, t positions, n tokens (b*t, flattened), e adapter slots in the pool, k adapters
 a token uses, r rank, i/o in/out features of a Linear, v vocabulary, m gated Linears. W base weight (o, i), A (e, r, i),
@@ -22,8 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiled import at_most, of_any_length
-from files import InputError, read_safetensors, warn, write_safetensors
-from kernels import compute_ax, lora_mix, top_k_mixture
+from kernels import accumulate, choose, compute_ax, lora_mix, top_k_mixture
 from model import linear
 
 
@@ -45,7 +45,7 @@ class MultiLoRALinear(nn.Module):
         y = self.base(x)  # (n, o); a Linear by itself takes (b, t, i) as well
         inside = self.rows and y.dim() == 2
         x, sample = x.reshape(-1, x.shape[-1]), self.rows.sample if inside else rows_of(y)
-        ax = once(lambda: compute_ax(x, self.A)[0])
+        ax = AX(x, self.A, lambda: compute_ax(x, self.A)[0])
         return self.add(y, x, ax, self.gate(x, sample, ax))
 
     def add(self, y, x, ax, mixture):
@@ -68,7 +68,7 @@ class MultiLoRALinear(nn.Module):
         shared = all(type(gate) is MeteoraGate for gate in inner)
         mixtures, ys = MeteoraGate.together(inner, x) if shared else [], []
         for j, module in enumerate(linears):
-            ax = once(lambda j=j: every_ax()[j])
+            ax = AX(x, module.A, lambda j=j: every_ax()[j])
             chosen = mixtures[j : j + 1]
             if not chosen or module.gate is not inner[j]:
                 chosen = [module.gate(x, sample, ax, *chosen)]
@@ -86,6 +86,22 @@ def once(function):
         return kept[0]
 
     return call
+
+
+class AX:
+    """A x of all adapters (n, e, r), computed at the first call; of adapters idx (n, k), (n, k, r), where that reads
+    less by themselves."""
+
+    def __init__(self, x, A, every):
+        self.x, self.A, self.every = x, A, once(every)
+
+    def __call__(self, idx=None):
+        if idx is None:
+            return self.every()
+        n, k = idx.shape
+        if choose(n, len(self.A), k) == "bmm":
+            return (self.A[idx].to(self.x.dtype) * self.x[:, None, None]).sum(-1, dtype=accumulate(self.x))
+        return self.every().gather(1, idx[..., None].expand(-1, -1, self.A.shape[1]))
 
 
 def rows_of(y):
@@ -109,12 +125,13 @@ class MeteoraGate(nn.Module):
     """MeteoRA's gate: the top-k logits of G x, softmax over those k at a temperature. k = 1 has weight 1.
 
     `known` (e,) bool marks the slots that G was trained for, None is all; the others are never chosen. Where fewer than
-    k are known, the rest of a token's slots weigh 0. With `keep_logits` `logits` (n, e) are the last forward's.
+    k are known, the rest of a token's slots weigh 0. With `keep_logits` `logits` (n, e) are the last forward's. With
+    `full` the k keep their weights of a softmax over all, as in a mixture of experts: k = 1 learns from the LM loss.
     """
 
-    def __init__(self, G, k, temperature=1.0, known=None):
+    def __init__(self, G, k, temperature=1.0, known=None, full=False):
         super().__init__()
-        self.weight, self.k, self.temperature = nn.Parameter(G), k, temperature  # G (e, i)
+        self.weight, self.k, self.temperature, self.full = nn.Parameter(G), k, temperature, full  # G (e, i)
         self.register_buffer("known", None if known is None or known.all() else known, persistent=False)
         self.keep_logits, self.logits = False, None
 
@@ -136,9 +153,85 @@ class MeteoraGate(nn.Module):
             if gate.keep_logits:
                 gate.logits = some
         idx, weight = top_k_mixture(logits, min(first.k, logits.shape[-1]), first.temperature)
+        if first.full:
+            weight = (logits / first.temperature).softmax(-1).gather(-1, idx)
+            return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
         # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
         weight = weight if first.k > 1 else torch.ones_like(weight)
         return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
+
+
+class RouterLoRA(nn.Module):
+    """RAMoLE's router for one Linear: weighs the adapters retrieved for a request, token by token (Eqs. 6 to 11).
+
+        q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j,   weight = softmax over the retrieved j of <q, key_j> / d
+
+    A_r (r_q, i) and B_r (o, r_q) are all that trains, so an adapter that joins later needs nothing. <q, key_j> is
+    q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full output is formed to be scored.
+    `divisor` d is sqrt(r_q) by default, `scaled` says whether s_j is part of the scored v_j; what the paper does in
+    either case isn't certain. `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates: the bias is
+    added to the scores, -inf where a row has fewer. With a `prior` it is the retrieval score over that temperature, so
+    that a router that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
+    """
+
+    def __init__(self, A, B, divisor=None, scaled=True, prior=0.0):
+        super().__init__()
+        self.A, self.B, self.scaled, self.prior = nn.Parameter(A), nn.Parameter(B), scaled, prior
+        self.divisor = divisor or len(A) ** 0.5
+        self.inner = self.idx = self.bias = self.stacks = None  # no buffers: they are the pool's and the batch's
+
+    def bind(self, B, scale):
+        """The pool's stacks of this Linear, B (e, o, r), scale (e,); called again where they have changed."""
+        self.stacks = (B, scale)
+        inner = None if self.training else self._inner().detach()
+        if self.inner is None or inner is None or self.inner.shape != inner.shape:
+            self.inner = inner
+        else:  # in place: a compiled or captured step holds it
+            self.inner.copy_(inner)
+
+    def _inner(self):
+        """(e, r_q, r) float32."""
+        B, scale = self.stacks
+        inner = torch.einsum("oq,eor->eqr", self.B.to(accumulate(B)), B.to(accumulate(B)))
+        return inner * scale[:, None, None].to(inner.dtype) if self.scaled else inner
+
+    def forward(self, x, sample, ax):
+        inner = self._inner() if self.inner is None else self.inner
+        idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
+        q = linear(x, self.A, dtype=inner.dtype)  # (n, r_q)
+        key = (inner[idx] * ax(idx).to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
+        score = (key * q[:, None]).sum(-1) / self.divisor + bias
+        weight = torch.exp(score - score.amax(-1, keepdim=True).clamp(min=-3e38))  # no row is NaN
+        return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
+
+
+def router_loras(pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0):
+    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights even at the start;
+    were both zero, neither would get a gradient."""
+    generator, routers = torch.Generator().manual_seed(seed), {}
+    for path, A in pool.A.items():
+        i, o = A.shape[2], pool.B[path].shape[1]
+        A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
+        routers[path] = RouterLoRA(A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior)
+        routers[path].bind(pool.B[path], pool.scale[path])
+    return routers
+
+
+class LogoProbe(nn.Module):
+    """LoGo's look at one Linear: no token uses an adapter, and `score` (e,) is what each would make of the last token,
+    ||s B A x|| or, with logo_entropy, 1 / entropy of softmax(s B A x)."""
+
+    def __init__(self, B, scale, method="logo"):
+        super().__init__()
+        self.B, self.scale, self.method, self.score = B, scale, method, None
+
+    def forward(self, x, sample, ax):
+        a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
+        v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
+        log_p = v.log_softmax(-1)
+        self.score = v.norm(dim=-1) if self.method == "logo" else -1 / (log_p.exp() * log_p).sum(-1)
+        nothing = torch.zeros(len(x), 1, device=x.device)
+        return Mixture(nothing.long(), nothing)
 
 
 class SampleGate(nn.Module):
@@ -186,6 +279,24 @@ def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
         gate.set(idx, weight, routed, each_token)
 
 
+def set_candidates(routers, idx, bias, compiled=None):
+    """Gives RouterLoRAs the candidates of a batch; see set_gates for `compiled`."""
+    if compiled:
+        idx, bias = (y if len(y) > 1 else y.repeat(2, 1) for y in (idx, bias))
+        of_any_length(idx, bias)
+    for router in routers:
+        router.idx, router.bias = idx, bias
+
+
+def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
+    """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for RouterLoRA."""
+    idx, bias = torch.zeros(len(retrieved), k, dtype=torch.int64), torch.full((len(retrieved), k), float("-inf"))
+    for row, pairs in enumerate(retrieved):
+        for column, (name, score) in enumerate(pairs):
+            idx[row, column], bias[row, column] = pool.slot(name), score / prior if prior else 0.0
+    return idx.to(device), bias.to(device)
+
+
 def fixed_rows(pool, choices, device=None):
     """[{adapter name: weight}] one for each sample ({} is the base) -> idx (b, k), weight (b, k) for SampleGate."""
     k = max([1, *map(len, choices)])
@@ -194,6 +305,13 @@ def fixed_rows(pool, choices, device=None):
         for column, (name, value) in enumerate(choice.items()):
             idx[row, column], weight[row, column] = pool.slot(name), value
     return idx.to(device), weight.to(device)
+
+
+def meteora_gates(pool, k, temperature=1.0, known=None, full=False):
+    """{module path: MeteoraGate} with G zero; where fewer than k slots are known, k is their number."""
+    k = min(k, int(known.sum())) if known is not None else k
+    zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
+    return {path: MeteoraGate(G, k, temperature, known, full) for path, G in zeros.items()}
 
 
 # Attach and detach --------------------------------------------------------------------------------------------------
@@ -232,77 +350,6 @@ def detach(model):
     for path, module in list(model.named_modules()):
         if isinstance(getattr(module, "base", None), nn.Linear):
             swap(model, path, module.base)
-
-
-# Gate files ---------------------------------------------------------------------------------------------------------
-
-
-def parameters_of(gates):
-    """{module path: gate} -> {'PATH.gate.NAME': parameter}, every first axis the pool's slots."""
-    return {f"{path}.gate.{n}": p for path, gate in gates.items() for n, p in gate.named_parameters(recurse=False)}
-
-
-def save_gates(file, gates, pool, k, names):
-    """gates {module path: gate} -> a file of their parameters, rows in the order of `names`, bound to name and hash."""
-    slots = [pool.slot(name) for name in names]
-    hashes = [pool.members[name].hash for name in names]
-    tensors = {key: param[slots] for key, param in parameters_of(gates).items()}
-    write_safetensors(file, tensors, {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)})
-
-
-class GateFile:
-    """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool, slots with a row.
-
-    A row whose adapter is missing or has changed is an InputError that lists them all; an adapter without a row is
-    never chosen, with one warning.
-    """
-
-    def __init__(self, file, pool):
-        self.file = file
-        self.tensors, metadata = read_safetensors(file)
-        if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
-            raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
-        names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
-        wrong = []
-        for name, digest in zip(names, hashes, strict=False):
-            if name not in pool.members:
-                wrong.append(f"{name} (missing from the pool)")
-            elif pool.members[name].hash != digest:
-                wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})")
-        if wrong or len(names) != len(hashes):
-            raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
-        if strangers := [n for n in pool.names if n not in names]:
-            warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
-        self.slots = torch.tensor([pool.slot(name) for name in names])
-        self.k, device = int(metadata["k"]), next(iter(pool.A.values())).device
-        self.known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
-        self.known[self.slots] = True
-
-    def fill(self, gates, dtype=torch.float32):
-        """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor is missing or of the
-        wrong shape."""
-        for key, param in parameters_of(gates).items():
-            want = (len(self.slots), *param.shape[1:])
-            if key not in self.tensors or tuple(self.tensors[key].shape) != want:
-                found = tuple(self.tensors[key].shape) if key in self.tensors else "nothing"
-                raise InputError(f"{self.file}: {key}: expected {want}, found {found}")
-            param.data = torch.zeros(param.shape, dtype=dtype, device=param.device)
-            param.data[self.slots] = self.tensors[key].to(param.device, dtype)
-            param.requires_grad_(False)
-        return gates
-
-
-def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
-    """A file of MeteoRA's gates -> {module path: MeteoraGate}; see GateFile."""
-    rows = GateFile(file, pool)
-    return rows.fill(meteora_gates(pool, k or rows.k, temperature, rows.known), dtype)
-
-
-def meteora_gates(pool, k, temperature=1.0, known=None):
-    """{module path: MeteoraGate} with G zero; where fewer than k slots are known, k is their number."""
-    k = min(k, int(known.sum())) if known is not None else k
-    zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
-    return {path: MeteoraGate(G, k, temperature, known) for path, G in zeros.items()}
 
 
 # Looking and training -----------------------------------------------------------------------------------------------

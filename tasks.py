@@ -124,6 +124,20 @@ def draw(items, name, step, count, seed):
     return picked
 
 
+def pick(examples, step, o):
+    """The o.batch_size examples of a step, of {task: [Example]} in turn."""
+    names = sorted(examples)
+    turns = [divmod(j, len(names)) for j in range(step * o.batch_size, (step + 1) * o.batch_size)]
+    return [draw(examples[names[j]], names[j], turn, 1, o.seed)[0] for turn, j in turns]
+
+
+def some_tasks(names, share, seed):
+    """A random share of the task names, two at least, sorted: the same for every part that is trained on it."""
+    names = sorted(names)
+    count = min(len(names), max(2, round(share * len(names))))
+    return sorted(random.Random(f"{seed}/share").sample(names, count))
+
+
 @functools.lru_cache(maxsize=256)  # more tasks than a run has
 def _order(seed, name, epoch, n):
     return random.Random(f"{seed}/{name}/{epoch}").sample(range(n), n)

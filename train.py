@@ -3,6 +3,8 @@
     python train.py base --text FILE --model DIR                        a small Llama from nothing, with its tokenizer
     python train.py adapters --model DIR --tasks DIR --pool DIR         a LoRA for each task, all in one run
     python train.py gates --model DIR --tasks DIR --pool DIR --top_k 2  MeteoRA's gates over the pool
+    python train.py retriever --model DIR --tasks DIR --pool DIR        LoraRetriever's encoder
+    python train.py router --model DIR --tasks DIR --pool DIR           RAMoLE's router over what is retrieved
     python train.py lorahub --model DIR --tasks DIR --pool DIR          LoraHub's weights for each task
 
 The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on bit for bit where a
@@ -21,16 +23,27 @@ from train_adapters import AdaptersRun, check_adapter_options, train_adapters
 from train_base import BASE_SIZES, BaseRun, check_heads, train_base
 from train_gates import GatesRun, train_gates
 from train_lorahub import LorahubRun, train_lorahub
+from train_retriever import RetrieverRun, check_retriever_options, train_retriever
+from train_router import RouterRun, check_router_options, train_router
+
+COMMANDS = {
+    "base": (BaseRun, train_base), "adapters": (AdaptersRun, train_adapters), "gates": (GatesRun, train_gates),
+    "lorahub": (LorahubRun, train_lorahub), "retriever": (RetrieverRun, train_retriever),
+    "router": (RouterRun, train_router),
+}  # fmt: skip
 
 
 def main():
-    commands = {"base": BaseRun, "adapters": AdaptersRun, "gates": GatesRun, "lorahub": LorahubRun}
-    command, o = parse_command(commands, description="Train a base, adapters, gates or LoraHub's weights.")
+    command, o = parse_command({name: cls for name, (cls, _) in COMMANDS.items()},
+                               description="Train a base, adapters, and what chooses among them.")  # fmt: skip
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
     least |= {"r": 1, "samples": 0} if command == "adapters" else {}
     least |= {"l2": 0, "adapter_lr": 0, "beta": 0, "lm_weight": 0} if command == "gates" else {}
     least |= {"seed": 0, **dict.fromkeys(BASE_SIZES, 1)} if command == "base" else {}
+    least |= {"r": 1, "divisor": 0} if command == "router" else {}
     least = {"steps": 1, "shots": 1, "l1": 0} if command == "lorahub" else least
+    if command == "retriever":
+        least = {"steps": 0, "prompts": 3, "max_length": 32, "depth": 0, "lr": 0}
     for name, smallest in least.items():
         if not smallest <= getattr(o, name) < math.inf:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
@@ -38,8 +51,12 @@ def main():
         check_adapter_options(o)
     if command == "base":
         check_heads(o)
+    if command == "router":
+        check_router_options(o)
+    if command == "retriever":
+        check_retriever_options(o)
     print(json.dumps(asdict(o)), file=sys.stderr)
-    {"base": train_base, "adapters": train_adapters, "gates": train_gates, "lorahub": train_lorahub}[command](o)
+    COMMANDS[command][1](o)
 
 
 if __name__ == "__main__":

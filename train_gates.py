@@ -21,11 +21,12 @@ from adapters import Pool, PoolFolder, linear_shapes, read_pool, save_adapter, w
 from baselines import Prompt, SmearLinear, smear_routers
 from composites import check_composite, compose
 from files import InputError
+from gate_files import parameters_of, save_gates
 from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from methods import new_gates
 from model import DTYPES, load_llama
-from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach, parameters_of, save_gates
-from tasks import collate, draw, load_tasks, micro_batches, tokenize
+from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach
+from tasks import collate, load_tasks, micro_batches, pick, tokenize
 from tokenizer import Tokenizer
 from train_adapters import check_pool, trained
 
@@ -34,8 +35,8 @@ from train_adapters import check_pool, trained
 class GatesRun(Run):
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters
-    kind: Literal["meteora", "soft", "loraflow", "smear"] = "meteora"  # soft: over all adapters; the others: papers'
-    top_k: int = 2  # adapters a token uses (meteora)
+    kind: Literal["meteora", "moe", "soft", "loraflow", "smear"] = "meteora"  # moe: top-k of a softmax; soft: all of it
+    top_k: int = 2  # adapters a token uses (meteora, moe)
     gate_temperature: float = 1.0  # of the softmax over the k
     lm_weight: float = 1.0  # of the language-modelling loss; without effect at top-1, where it gives gates no gradient
     beta: float = 50.0  # of the gate term (the paper's reported runs); meteora only
@@ -60,7 +61,7 @@ def train_gates(o):
     """
     known = read_pool(required(o, "pool"))
     tasks = load_tasks(required(o, "tasks"), sorted(known.adapters))
-    if o.kind == "meteora" and not 1 <= o.top_k <= len(known.adapters):
+    if o.kind in ("meteora", "moe") and not 1 <= o.top_k <= len(known.adapters):
         raise InputError(f"--top_k is {o.top_k}, expected 1 to {len(known.adapters)}, the adapters of {known.path}")
     if o.kind != "meteora" and (o.fit or o.adapters_too):
         raise InputError(f"--kind {o.kind}: --fit and --adapters_too are for meteora")
@@ -79,7 +80,7 @@ def train_gates(o):
     shapes = linear_shapes(model)
     dtype = torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype
     pool = Pool.load(dict(sorted(known.adapters.items())), shapes, dtype)
-    kind = f"meteora_top{o.top_k}" if o.kind == "meteora" else o.kind
+    kind = f"{o.kind}_top{o.top_k}" if o.kind in ("meteora", "moe") else o.kind
     file = Path(o.adapters_too or known.path) / "gates" / f"{kind}.safetensors"
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     checkpoint = Checkpoint(file.parents[1] / "runs" / f"gates_{kind.removeprefix('meteora_')}", o,
@@ -95,15 +96,9 @@ def train_gates(o):
         pool = save_pool(known, pool, shapes, o)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[o.save_dtype])
-    save_gates(file, gates, pool, o.top_k if o.kind == "meteora" else len(pool.names), pool.names)
+    k = o.top_k if o.kind in ("meteora", "moe") else len(pool.names)
+    save_gates(file, gates, pool, k, pool.names)
     checkpoint.finish(file)
-
-
-def pick(examples, step, o):
-    """The examples of a step: the tasks in turn."""
-    names = sorted(examples)
-    turns = [divmod(j, len(names)) for j in range(step * o.batch_size, (step + 1) * o.batch_size)]
-    return [draw(examples[names[j]], names[j], turn, 1, o.seed)[0] for turn, j in turns]
 
 
 def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):

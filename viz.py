@@ -113,3 +113,41 @@ def svg_picture(prompt, answer, width=96):
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="ui-monospace,monospace" '
         f'font-size="15"><rect width="100%" height="100%" fill="white"/>{"".join(rows)}</svg>\n'
     )
+
+
+class Printer:
+    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for their turn."""
+
+    def __init__(self, prompts, traces, routing):
+        self.prompts, self.routing, self.row, self.palette = prompts, routing, -1, Palette()
+        self.waiting, self.done, self.traces = [[] for _ in prompts], [False] * len(prompts), traces
+        self.line_open = True  # the answer's last text doesn't end its line
+        self._next()
+
+    def _next(self):
+        self.row += 1
+        if self.row < len(self.prompts) and self.routing:
+            for text, adapters in self.traces[self.row]:
+                self._write(text, adapters, faint=True)
+
+    def _write(self, text, adapters, faint=False):
+        print(paint(text, self.palette.colour(adapters), faint) if self.routing else text, end="", flush=True)
+        self.line_open = not text.endswith("\n") if text else self.line_open
+
+    def push(self, token):
+        self.waiting[token.row].append(token)
+        self.done[token.row] = token.finish is not None
+        while self.row < len(self.prompts) and self.waiting[self.row]:
+            for token in self.waiting[self.row]:
+                self._write(token.text, token.adapters)
+            self.waiting[self.row] = []
+            if not self.done[self.row]:
+                break
+            if self.line_open:
+                print()
+            self.line_open = True
+            self._next()
+
+    def close(self):
+        if self.routing and self.palette.weight:
+            print(legend(self.palette))

@@ -22,8 +22,9 @@ from conftest import ROOT, assert_refused, random_adapter, tokenizer_bytes, writ
 
 from adapters import Pool, linear_shapes, load_adapter, save_adapter
 from files import InputError, read_safetensors, write_safetensors
+from gate_files import save_gates
 from model import load_llama
-from moe_lora import MeteoraGate, save_gates
+from moe_lora import MeteoraGate
 from tokenizer import Tokenizer
 
 WEIGHTS, TENSORS = "model.safetensors", "adapter_model.safetensors"

@@ -17,9 +17,10 @@ from training import examples, pool_in_model
 import tiny_tasks
 from adapters import linear_shapes
 from baselines import Prompt
+from gate_files import parameters_of
 from generate import load, stream
 from model import KVCache, load_llama
-from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, parameters_of, set_gates
+from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
 from train_adapters import adapters_step
 from train_gates import gates_step
 

@@ -25,9 +25,10 @@ from composites import (
     score_composites,
 )
 from files import InputError
+from gate_files import save_gates
 from generate import answer, load
 from model import load_llama
-from moe_lora import MeteoraGate, save_gates
+from moe_lora import MeteoraGate
 from tasks import Context, Example, Task, encode
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -47,7 +48,7 @@ def make_tasks(names=NAMES, metric="exact_match"):
 
 def options(**more):
     return SimpleNamespace(
-        **{"batch_size": 3, "max_new_tokens": 7, "top_k": 2, "seed": 0, "meteora_metrics": False} | more
+        **{"batch_size": 3, "max_new_tokens": 7, "top_k": 2, "seed": 0, "meteora_metrics": False, "retrieve": 3} | more
     )
 
 

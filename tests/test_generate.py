@@ -16,10 +16,11 @@ from conftest import ROOT, SMALL, command, tokenizer_bytes, write_adapters
 import generate
 from adapters import TEMPLATE, PoolFolder, read_pool, write_pool
 from files import InputError, run_script, write_safetensors
+from gate_files import save_gates
 from generate import Sampling, answer, choose, encode_prompt, load, result, stream
 from methods import default_method, set_methods
 from model import Llama, load_llama, read_config
-from moe_lora import MeteoraGate, save_gates
+from moe_lora import MeteoraGate
 from tokenizer import Tokenizer
 
 NAMES = ("aspen", "birch", "cedar", "douglas", "elm")
@@ -293,7 +294,7 @@ def test_broken_characters_at_the_end_are_in_both_texts(tmp_path):
     for number, ids in enumerate(([*party], [*party[:2], 2], [*party, 2])):
         mole = load(scripted(tmp_path / f"m{number}", chain(dog, *ids)))
         kept = list(stream(mole, "dog", method="base", raw=True, max_new_tokens=len(ids)))
-        made = result("dog", "base", kept, [], 1.0)
+        made = result("dog", "base", kept, [], 1.0, [])
         assert made["text"] == tokenizer.decode([i for i in ids if i != 2])
         assert "".join(t["text"] for t in made["tokens"]) == made["text"]
         assert [t["id"] for t in made["tokens"]] == [i for i in ids if i != 2]

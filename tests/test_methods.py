@@ -1,5 +1,7 @@
 """Every method against a construction by hand, alone and in a batch; missing parts, wrong names, and the way back."""
 
+import json
+import math
 import re
 import shlex
 
@@ -9,19 +11,20 @@ import torch.nn.functional as F
 from conftest import random_adapter, write_adapters
 from torch import nn
 
+import train
 from adapters import TEMPLATE, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
 from baselines import Prompt, SmearLinear, loraflow_gates, smear_routers
 from config import parse_command
 from files import InputError, write_json, write_jsonl
+from gate_files import save_gates, save_routers
 from generate import answer, load, stream
-from methods import METHODS, check_method, default_method, for_task, force, set_methods
+from methods import LOGO, METHODS, RETRIEVED, check_method, default_method, for_task, force, set_methods
 from model import load_llama
-from moe_lora import Mixture, attach, attached, detach, meteora_gates, save_gates
+from moe_lora import Mixture, attach, attached, detach, meteora_gates, router_loras
 from train_adapters import AdaptersRun, train_adapters
-from train_gates import GatesRun
-from train_lorahub import LorahubRun
 
 NAMES = ("ant", "bee", "cat")  # of ranks 2, 3, 5
+FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
 LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
 USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
@@ -40,14 +43,21 @@ def folder(small_model, tmp_path_factory):
     base = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
     write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint, TEMPLATE))
+    for name, path in adapters.items():
+        (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
     pool = load(small_model, folder / "pool").pool
     kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {"soft": (meteora_gates(pool, 3), 3)}
     kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, Prompt()), 3)}
+    kinds |= {f"moe_top{k}": (meteora_gates(pool, k, full=True), k) for k in (1, 3)}
     for number, (kind, (gates, k)) in enumerate(kinds.items()):
         for place, gate in enumerate(gates.values()):
             for param in gate.parameters():
                 param.data += noise(*param.shape, seed=100 * number + place) * 0.3
         save_gates(folder / "pool" / "gates" / f"{kind}.safetensors", gates, pool, k, pool.names)
+    routers = router_loras(pool, 5)
+    for router in routers.values():
+        router.B.data += noise(*router.B.shape, seed=7) * 0.3
+    save_routers(folder / "pool" / "router.safetensors", routers, base, {})
     for name in ("fox", "dog"):
         rows = [{"prompt": f"the {name} {j}", "response": "lazy dog"} for j in range(3)]
         write_json(folder / "tasks" / name / "task.json", {"metric": "exact_match"})
@@ -67,10 +77,14 @@ def mole(small_model, folder):
     return load(small_model, folder)
 
 
+def found_for(methods):
+    return [list(FOUND.items()) if name in (*RETRIEVED, *LOGO) else [] for name in methods]
+
+
 @torch.no_grad()
 def logits_of(mole, methods, ids=IDS, **options):
-    """Logits (rows, t, v) of one batch; all tokens are the prompt's."""
-    set_methods(mole, methods, **options)
+    """Logits (rows, t, v) of one batch; all tokens are the prompt's. What retrieves has found the same two."""
+    set_methods(mole, methods, **{"retrieved": found_for(methods)} | options)
     ids = ids[: len(methods)]
     mole.prompt.mask = torch.ones(ids.shape, dtype=torch.bool)
     logits = mole.model(ids)
@@ -114,6 +128,14 @@ def merged_by_hand(name, A, B, generator):
         return mean
     if name == "average_ab":
         return sum(B) / 3 @ (sum(A) / 3)
+    if name == "selection":
+        return products[2]
+    if name == "mixture":
+        return (products[2] + products[0]) / 2
+    if name in ("fusion", "adaptersoup"):
+        return (B[2] + B[0]) / 2 @ ((A[2] + A[0]) / 2)
+    if name in LOGO:
+        return products[2] * 2 / 3 + products[0] / 3
     if name == "svd":
         U, S, Vh = torch.linalg.svd(mean)
         return U[:, :5] @ S[:5].diag() @ Vh[:5]
@@ -173,10 +195,22 @@ def weigher(name, path, A, B, tensors, leaders):
             return lead
         seen = iter(range(10**6))
         return lambda x: leaders[layer][next(seen)]
+    if name == "ramole":
+        A_r, B_r = (tensors[f"{path}.router_{part}.weight"].double() for part in "AB")
+
+        def weigh(x):
+            outputs = torch.stack([x @ a.T @ b.T for a, b in zip(A, B, strict=True)], 1)  # (t, e, o)
+            scores = ((outputs @ B_r) * (x @ A_r.T)[:, None]).sum(-1) / 5**0.5
+            scores[:, 1] = -math.inf  # bee was not retrieved
+            return scores.softmax(-1)
+
+        return weigh
     G = tensors[f"{path}.gate.weight"].double()
     if name == "smear":
         return lambda x: (x.mean(0) @ G.T).softmax(-1)
-    k = {"meteora": 2, "meteora_top2": 2, "meteora_top1": 1, "soft": 3}[name]
+    k = {"meteora": 2, "meteora_top2": 2, "meteora_top1": 1, "soft": 3, "moe_top1": 1, "moe_top3": 3}[name]
+    if name.startswith("moe"):
+        return lambda x: (p := (x @ G.T).softmax(-1)) * (p >= p.topk(k).values[:, -1:])
     return lambda x: top(x @ G.T, k)
 
 
@@ -191,6 +225,7 @@ def reference(small_model, folder, name, rows=1):
     adapters = [load_adapter(path, key) for key, path in paths.items()]
     gated = {"meteora": "meteora_top2"}.get(name, name)
     file, leaders = folder / "gates" / f"{gated}.safetensors", {}
+    file = folder / "router.safetensors" if name == "ramole" else file
     tensors = load_file(file) if file.exists() else {}
     for path in linear_shapes(model):
         A = [F.pad(a.A[path].double(), (0, 0, 0, 7 - a.rank)) for a in adapters]
@@ -230,6 +265,7 @@ def test_methods_differ(mole):
     """Two names for one thing, but for uniform = average_ba and meteora = its top-2, would be a table's mistake."""
     logits = {name: logits_of(mole, [name]) for name in USABLE}
     alike = {(a, b) for a in logits for b in logits if a < b and close(logits[a], logits[b], 1e-3)}
+    alike -= {("adaptersoup", "fusion"), ("logo", "logo_entropy")}  # they differ in what they find
     assert alike == {("average_ba", "uniform"), ("meteora", "meteora_top2")}
     assert close(logits_of(mole, ["meteora"], top_k=1), logits["meteora_top1"])
 
@@ -264,6 +300,9 @@ BATCHES = [
     ["loraflow", "uniform", "base", "adapter:ant", "loraflow"],
     ["svd", "base", "lora_b", "average_ab", "lorahub:fox"],
     ["lorahub:dog", "ties_ab", "dare_ab", "lora_f", "lorahub:fox"],
+    ["ramole", "selection", "base", "mixture", "logo"],
+    ["fusion", "base", "adaptersoup", "svd", "fusion"],
+    ["moe_top3", "moe_top3", "base", "adapter:cat", "uniform"],
     ["smear"] * 5,
     ["ties_ba"] * 5,
 ]
@@ -413,6 +452,8 @@ MISSING = {
     "soft": ("soft.safetensors", "gates --kind soft"),
     "loraflow": ("loraflow.safetensors", "gates --kind loraflow"),
     "smear": ("smear.safetensors", "gates --kind smear"),
+    "moe_top3": ("moe_top3.safetensors", "gates --kind moe --top_k 3"),
+    "ramole": ("router.safetensors", "router"),
     "lora_f": ("baselines/lora_f", "adapters --joint lora_f"),
     "lora_b": ("baselines/lora_b", "adapters --joint lora_b"),
     "lorahub:fox": ("lorahub.json", "lorahub"),
@@ -440,7 +481,7 @@ def test_a_missing_part_names_the_command_that_makes_it(bare, name):
         with pytest.raises(InputError) as refusal:
             check_method(mole, name)
         assert mole.folder is None or part in str(refusal.value)
-    commands = {"adapters": AdaptersRun, "gates": GatesRun, "lorahub": LorahubRun}
+    commands = {name: cls for name, (cls, _) in train.COMMANDS.items()}
     asked = re.search("python train.py (.*) makes it", str(refusal.value))[1]
     made, o = parse_command(commands, [*shlex.split(asked), "--model", "m"])
     assert made == asked.split()[0] and o.model == "m"
@@ -541,3 +582,32 @@ def test_a_derived_adapter_is_traced_by_its_own_name(mole, method):
     """--routing, --json and --html would credit an adapter of the pool with what a merge has done."""
     tokens = list(stream(mole, "the fox", method=method, routing=True, max_new_tokens=2))
     assert [token.adapters for token in tokens] == [[[method, 1.0]]] * len(tokens)
+
+
+@pytest.mark.parametrize("name", ["uniform", "meteora", "svd", "soft", "smear", "arrow", "ties_ba"])
+def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folder, tmp_path, name):
+    """Left in by one method, the column of tasks without their own adapter would be of tasks with it."""
+    seen = []
+    for excluded in ([], ["bee"]):
+        set_methods(mole, [name], exclude=excluded)
+        mole.prompt.mask = torch.ones(1, IDS.shape[1], dtype=torch.bool)
+        linears = attached(mole.model)
+        for linear in linears.values():
+            linear.trace = torch.zeros(IDS.shape[1], len(linear.A))
+        with torch.no_grad():
+            mole.model(IDS[:1])
+        mole.prompt.mask = None
+        slot = mole.pool.slot("bee")
+        seen.append(sum(float(m.trace[:, slot].abs().sum()) for m in linears.values() if m.trace.shape[1] > 1))
+        for linear in linears.values():
+            linear.trace = None
+    assert seen[1] == 0
+    if name in ("svd", "ties_ba"):  # merged: what comes out is what the others give by themselves
+        others = load(small_model, adapters={n: p for n, p in read_pool(folder).adapters.items() if n != "bee"})
+        set_methods(mole, [name], exclude=["bee"])
+        with torch.no_grad():
+            assert close(mole.model(IDS[:1]), logits_of(others, [name]))
+    else:
+        assert seen[0] > 0
+    with pytest.raises(InputError, match=f"method {name}: every adapter is excluded"):
+        set_methods(mole, [name], exclude=NAMES)

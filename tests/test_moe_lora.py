@@ -14,6 +14,7 @@ import kernels
 import moe_lora
 from adapters import Pool, linear_shapes
 from files import InputError, read_safetensors, write_safetensors
+from gate_files import load_gates, save_gates
 from kernels import SPELLINGS
 from model import load_llama
 from moe_lora import (
@@ -28,8 +29,6 @@ from moe_lora import (
     detach,
     dropout,
     fixed_rows,
-    load_gates,
-    save_gates,
 )
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -65,8 +65,7 @@ def test_the_python_example_runs():
 def test_every_option_in_a_command_exists():
     """A README that names an option which is gone sends its readers into an error."""
     scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tiny_tasks.py": TinyTasksConfig}
-    classes = {"base": train.BaseRun, "adapters": train.AdaptersRun, "gates": train.GatesRun}
-    classes |= {"lorahub": train.LorahubRun, "decode": bench.DecodeBench}
+    classes = {name: cls for commands in (train.COMMANDS, bench.COMMANDS) for name, (cls, _) in commands.items()}
     seen = 0
     for script, rest in COMMANDS:
         first = rest.split()[0] if rest else ""

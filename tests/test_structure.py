@@ -26,19 +26,22 @@ ORDER = [
         "viz",
         "adapters",
         "moe_lora",
+        "gate_files",
         "retriever",
     ),
     *("tiny_tasks", "tasks", "baselines", "methods", "generate", "composites", "loop", "train_base"),
-    *("train_adapters", "train_gates", "train_lorahub", "train", "eval", "peers", "bench"),
+    *("train_adapters", "train_gates", "train_lorahub", "train_retriever", "train_router", "train"),
+    *("eval", "peers", "bench"),
 ]
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through peers.py
 MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
-OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub", *PEERS}
+OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub", "sentence_transformers", *PEERS}
 ORACLES = {"transformers", "peft", "accelerate", "datasets"}
 # Dataclasses that are command lines: script and command -> class.
 COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
     ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
+    ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
     ("tiny_tasks.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench", ("bench.py", "decode"): "DecodeBench",
     ("bench.py", "prefill"): "PrefillBench", ("bench.py", "train"): "TrainBench",
 }  # fmt: skip

@@ -20,13 +20,14 @@ import train_lorahub
 from adapters import TEMPLATE, linear_shapes, load_adapter, read_pool
 from baselines import Prompt, SmearLinear, smear_routers
 from files import InputError, read_json, read_safetensors, write_json
+from gate_files import load_gates, save_gates
 from generate import Sampling, decode, load
 from methods import set_methods
 from model import load_llama
-from moe_lora import attach, attached, detach, load_gates, meteora_gates, save_gates
-from tasks import draw, encode, load_tasks, tokenize
+from moe_lora import attach, attached, detach, meteora_gates
+from tasks import draw, encode, load_tasks, pick, tokenize
 from tokenizer import Tokenizer
-from train_gates import GatesRun, logistic, pick, whitening
+from train_gates import GatesRun, logistic, whitening
 from train_lorahub import LorahubRun
 
 KINDS = ("soft", "loraflow", "smear")
@@ -124,7 +125,7 @@ def test_a_kind_starts_as_the_mean(kind, trained, tmp_path):
             )
     tasks, tokenizer = load_tasks(o.tasks), Tokenizer(o.model)
     known = {n: [encode(tokenizer, TEMPLATE, row, n) for row in task.train] for n, task in tasks.items()}
-    picked = train_gates.pick(known, 0, o)
+    picked = pick(known, 0, o)
     assert sorted(example.task for example in picked) == ["animals"] * 2 + ["plurals"] * 2
     want = torch.cat([losses(llama, example) for example in picked]).mean().item()
     assert float(log_of(o.pool, f"gates_{kind}")[0]["lm_loss"]) == pytest.approx(want, rel=1e-4)

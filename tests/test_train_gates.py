@@ -17,8 +17,9 @@ from adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
 from baselines import Prompt
 from composites import compose
 from files import InputError
+from gate_files import load_gates
 from model import load_llama
-from moe_lora import GateLoss, MeteoraGate, Recorder, attach, load_gates
+from moe_lora import GateLoss, MeteoraGate, Recorder, attach
 from tokenizer import Tokenizer
 from train_gates import GatesRun, gates_step
 

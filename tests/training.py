@@ -20,6 +20,8 @@ from train_adapters import AdaptersRun, train_adapters
 from train_base import BaseRun, train_base
 from train_gates import GatesRun, train_gates
 from train_lorahub import LorahubRun, train_lorahub
+from train_retriever import RetrieverRun, train_retriever
+from train_router import RouterRun, train_router
 
 # Two tasks that a random base can learn: each always gives one answer, on words that the other never sees.
 ANSWERS = {"animals": "the lazy dog", "plurals": "mouse"}
@@ -32,7 +34,8 @@ PAIRS = list(itertools.product(WORDS["animals"], WORDS["plurals"]))
 TEXT = "\n\n".join(f"[{b}] the {a} fox [/{b}]\njumps over the {b} dog, {a} and {b}." for a, b in PAIRS) + "\n"
 COMMANDS = {
     AdaptersRun: ("adapters", train_adapters), GatesRun: ("gates", train_gates), BaseRun: ("base", train_base),
-    LorahubRun: ("lorahub", train_lorahub),
+    LorahubRun: ("lorahub", train_lorahub), RetrieverRun: ("retriever", train_retriever),
+    RouterRun: ("router", train_router),
 }  # fmt: skip
 
 
