@@ -9,8 +9,10 @@ adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -22,18 +24,28 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from adapters import Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
 from baselines import Prompt
-from compiled import possible
+from compiled import FEW, compile_function, of_any_length, possible
 from config import parse_command
 from files import InputError, run_script, warn
 from gate_files import load_gates, parameters_of
 from generate import TINY
-from kernels import SPELLINGS, choose, lora_mix
-from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
-from moe_lora import GateLoss, MeteoraGate, SampleGate, attach, attached
+from kernels import SPELLINGS, lora_mix
+from model import DTYPES, KVCache, Llama, LlamaConfig, linear, load_llama
+from moe_lora import (
+    GateLoss,
+    MeteoraGate,
+    SampleGate,
+    attach,
+    attached,
+    candidate_rows,
+    once,
+    router_loras,
+    set_candidates,
+    set_gates,
+)
 from peers import PEERS, HfDecoder, LlamaCpp, has, hf_llama, peft_llama, peft_trainer
 from tasks import Example, encode, load_tasks
 from tokenizer import Tokenizer
@@ -78,6 +90,8 @@ class DecodeBench(RoutedBench):
     context: int = 64  # tokens of the prompt
     tokens: int = 16  # tokens decoded in a repetition
     batch_size: int = 8  # requests decoded together, beside one by itself
+    requests: int = 0  # requests with other retrieved adapters each, decoded together by RAMoLE's router, 0 = none
+    union: str = "12,28,48"  # how many adapters those are together; several are a row each
 
 
 @dataclass
@@ -137,7 +151,7 @@ def bandwidth(dtype):
 def arithmetic(dtype):
     """Floating-point operations a second of a large product."""
     a, b = torch.ones(2, 2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / min(in_turn({"product": lambda: a @ b}, 9)["product"])
+    return 2 * 2048**3 / min(in_turn({"product": lambda: linear(a, b)}, 9)["product"])
 
 
 def card(o):
@@ -250,7 +264,8 @@ def prompts(o, b, t, v):
 
 
 def bench_layer(o, limits):
-    """One Linear with its adapters: every spelling, and how far auto's choice is from the best of them."""
+    """One Linear with its adapters: every spelling, by itself and in a compiled block, and how far auto's choice is
+    from the best of them."""
     table, dtype = [], DTYPES[o.dtype]
     widths = [numbers("--width", width, "x", 2) for width in o.width.split(",")]
     for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(o, name)) for name in "enk")):
@@ -268,17 +283,26 @@ def bench_layer(o, limits):
 
 
 def layer_row(o, x, W, A, B, scale, idx, weight):
-    n, k = len(x), idx.shape[1]
-    rows = {"Linear": lambda: F.linear(x, W)}
-    for spelling in SPELLINGS[1:]:
-        if spelling == "bmm" and n * k * o.r * sum(W.shape) * x.element_size() > 2**31:
-            continue  # it would gather gigabytes
-        rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
-    seconds = in_turn(rows, o.repeats)
-    medians = {name: spread(times)["ms"] for name, times in seconds.items()}
-    best = min(ms for name, ms in medians.items() if name != "Linear")
-    auto = choose(n, len(A), k)
-    return {"auto": auto, "auto / best": medians[auto] / best, **medians}
+    """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind."""
+    n, k, row = len(x), idx.shape[1], {}
+    rows = {"Linear": lambda: linear(x, W)}
+    for spelling in SPELLINGS:
+        if spelling != "bmm" or n * k * o.r * sum(W.shape) * x.element_size() <= 2**31:  # it would gather gigabytes
+            rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
+    if possible(x.device):
+        torch._dynamo.reset()
+        of_any_length(x, idx, weight, most=FEW if n <= FEW else None)
+        for spelling in ("auto", "bmm", "dense"):
+            run = compile_function(
+                lambda *inputs, spelling=spelling: lora_mix(inputs[0], A, B, scale, *inputs[1:], spelling)
+            )
+            rows[f"{spelling}, compiled"] = lambda run=run: run(x, idx, weight)
+    with torch.inference_mode():
+        row = {name: spread(times)["ms"] for name, times in in_turn(rows, o.repeats).items()}
+    for kind in ("", ", compiled") if possible(x.device) else ("",):
+        best = min(row[spelling + kind] for spelling in SPELLINGS[1:] if spelling + kind in row)
+        row[f"auto / best{kind}"] = row[f"auto{kind}"] / best
+    return row
 
 
 def numbers(option, text, comma=",", count=None):
@@ -312,13 +336,41 @@ class Decoder:
         return ids
 
 
+def with_requests(o, union):
+    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of o.requests rows with
+    three adapters each, no two rows with the same ones, all of them together the union."""
+    if not -(-union // 3) <= o.requests <= math.comb(union, 3):
+        raise InputError(f"--union: {o.requests} sets of three adapters aren't {union} adapters together")
+    model, rng = load(o), random.Random(o.seed)
+    shapes = linear_shapes(model)
+    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype])
+    names = rng.sample(pool.names, union) + rng.sample(pool.names, -union % 3)
+    sets = [names[j : j + 3] for j in range(0, len(names), 3)]
+    while len(sets) < o.requests:
+        if (more := rng.sample(pool.names, 3)) not in sets:
+            sets.append(more)
+    routers = {path: router.eval() for path, router in router_loras(pool, o.r, o.seed).items()}
+    for path, router in routers.items():
+        router.B.data.normal_(generator=torch.Generator().manual_seed(o.seed))
+        router.to(DTYPES[o.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
+    asked = {path: SampleGate(router) for path, router in routers.items()}
+    model.model.compile()
+    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3)
+    set_candidates(routers.values(), *retrieved, compiled=True)
+    nothing = torch.zeros(o.requests, 1)
+    set_gates(asked.values(), nothing.long(), nothing, torch.ones(o.requests, dtype=torch.bool), compiled=True)
+    attach(model, pool, asked)
+    return model
+
+
 def bytes_read(model):
-    """What one token of one sequence has to read: every weight but the embedding's, gates, and k of e adapters."""
+    """What one step has to read: every weight but the embedding's, gates or routers, and of the adapters k of e by
+    gates, all by routers, whose batch retrieved them."""
     tied = model.config.tie_word_embeddings
     total = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed_tokens" not in name)
-    for linear in attached(model).values():
-        k, e = linear.gate.inner.k, len(linear.A)
-        total += (linear.A.nbytes + linear.B.nbytes) * k // e
+    for module in attached(model).values():
+        gate, e = module.gate.inner, len(module.A)
+        total += (module.A.nbytes + module.B.nbytes) * getattr(gate, "k", e) // e
     return total
 
 
@@ -339,6 +391,14 @@ def bench_decode(o, limits):
     for e in pool_sizes(o):
         both(f"{e} adapters", with_adapters(o, e, folder=o.pool))
     row(f"{e} adapters, loop", Decoder(with_adapters(o, e, "loop", o.pool), one, o.tokens))
+    if o.requests:
+        ids = prompts(o, o.requests, o.context, base.config.vocab_size)
+        row(f"{o.requests} requests, base", Decoder(base, ids, o.tokens), o.requests, bytes_read(base))
+        for union in numbers("--union", o.union):
+            model = with_requests(o, union)
+            row(
+                f"{o.requests} requests, {union} adapters", Decoder(model, ids, o.tokens), o.requests, bytes_read(model)
+            )
     for name, model, options in hf_models(o, e):
         row(name, HfDecoder(model, one, o.tokens, **options(1)))
         row(f"{name}, batch", HfDecoder(model, many, o.tokens, **options(o.batch_size)), o.batch_size)
@@ -347,7 +407,7 @@ def bench_decode(o, limits):
     table = []
     for name, times in in_turn(rows, o.repeats).items():
         step, (b, size) = spread([s / o.tokens for s in times]), facts[name]
-        share = size and size / limits.bytes / step["ms"] * 1e3
+        share = size and size / limits().bytes / step["ms"] * 1e3
         table.append({"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share})
     return table
 
@@ -380,7 +440,7 @@ def bench_prefill(o, limits):
     table = [{"row": name, **spread(times)} for name, times in in_turn(rows, o.repeats).items()]
     for line in table:
         line |= {"tokens/s": o.tokens / line["ms"] * 1e3, "/ base": line["ms"] / table[0]["ms"]}
-        line["of the limit"] = flops / limits.flops / line["ms"] * 1e3
+        line["of the limit"] = flops / limits().flops / line["ms"] * 1e3
     return table
 
 
@@ -480,13 +540,13 @@ def main():
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
     command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
     for name, value in vars(o).items():
-        if type(value) is int and value < 1 and name not in ("threads", "seed"):
+        if type(value) is int and value < 1 and name not in ("threads", "seed", "requests"):
             raise InputError(f"--{name}: expected 1 or more, found {value}")
     torch.set_num_threads(o.threads or os.cpu_count())
     facts = card(o)
-    limits = Limits(bandwidth(DTYPES[o.dtype]), arithmetic(DTYPES[o.dtype]))
-    facts |= {"GB/s": round(limits.bytes / 1e9, 1), "GFLOP/s": round(limits.flops / 1e9)}
-    show(facts, COMMANDS[command][1](o, limits))
+    limits = once(lambda: Limits(bandwidth(DTYPES[o.dtype]), arithmetic(DTYPES[o.dtype])))  # once all input is read
+    table = COMMANDS[command][1](o, limits)
+    show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)
 
 
 if __name__ == "__main__":

@@ -15,24 +15,38 @@ r, adapters that a module lacks are zero: both exact. A and B are cast to x's dt
 import torch
 
 from compiled import at_most
+from model import linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
     """The operation; `ax` may be a callable -> (n, e, r), A x for all adapters, where others need that too."""
     weight = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if spelling == "auto":
-        spelling = choose(x.shape[0], A.shape[0], idx.shape[1])
+        spelling = choose(x, A, idx.shape[1])
     if spelling not in MIXES:
         raise ValueError(f"spelling {spelling!r}, expected one of {SPELLINGS}")
     return MIXES[spelling](x, A, B, idx, weight, ax)
 
 
-def choose(n, e, k):
-    """The cost model: bmm reads n*k adapters and dense e of them; but the library's products are faster than sums, and
-    where these are not compiled they cost less to start."""
-    return "bmm" if at_most(n * k, 16 if torch.compiler.is_compiling() else min(16, e / 2)) else "dense"
+def choose(x, A, k):
+    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o). The library's products do more of
+    them a second than compiled sums, lead() times as many, but cost more to start: up to 16 adapters of all tokens
+    together that is what counts. Sums that are not compiled copy the adapters, and so does their gradient."""
+    n, e = len(x), len(A)
+    if not torch.compiler.is_compiling():
+        return "bmm" if n * k <= min(16, e / 2) else "dense"
+    sums = at_most(n * k, 16) or (e > k * lead(x) and not A.requires_grad)
+    return "bmm" if sums else "dense"
+
+
+def lead(x):
+    """How many multiply-adds a library's product does in the time of one of a compiled sum (LOG.md)."""
+    if x.dtype == torch.float32 or widened(x, x.dtype):
+        return 5
+    return 20 if AMX or x.device.type != "cpu" else 10
 
 
 def compute_ax(x, *stacks):
@@ -40,7 +54,7 @@ def compute_ax(x, *stacks):
     e, r, i = stacks[0].shape
     rows = [A.reshape(e * r, i) for A in stacks]
     rows = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return list((x @ rows.T.to(x.dtype)).view(-1, len(stacks), e, r).unbind(1))
+    return list(linear(x, rows).view(-1, len(stacks), e, r).unbind(1))
 
 
 def accumulate(x):
@@ -52,8 +66,8 @@ def _loop(x, A, B, idx, weight, ax):
     y = torch.zeros(x.shape[0], B.shape[1], dtype=accumulate(x), device=x.device)
     for j in idx.unique().tolist():
         rows, slots = (idx == j).nonzero(as_tuple=True)
-        ax = x[rows] @ A[j].T.to(x.dtype)  # (tokens of j, r)
-        bax = (ax * weight[rows, slots, None].to(x.dtype)) @ B[j].T.to(x.dtype)
+        ax = linear(x[rows], A[j])  # (tokens of j, r)
+        bax = linear(ax * weight[rows, slots, None].to(x.dtype), B[j])
         y = y.index_add(0, rows, bax.to(y.dtype))
     return y.to(x.dtype)
 
@@ -71,7 +85,7 @@ def _dense(x, A, B, idx, weight, ax):
     slots = torch.arange(e, device=x.device)
     mask = ((idx[..., None] == slots) * weight[..., None]).sum(1)  # (n, e)
     ax = (ax * mask[..., None].to(x.dtype)).flatten(1)  # (n, e*r)
-    return ax @ B.transpose(1, 2).reshape(e * r, o).to(x.dtype)
+    return product(ax, B.transpose(1, 2).reshape(e * r, o).T.to(x.dtype))
 
 
 def top_k_mixture(logits, k, temperature):

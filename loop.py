@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import InputError, read_json, read_safetensors, read_text, warn, write_json, write_safetensors, write_text
+from model import linear
 
 
 @dataclass
@@ -73,10 +73,10 @@ class _Losses(torch.autograd.Function):
     def forward(ctx, hidden, W, targets):
         losses, slopes = [], []
         for h, target in zip(hidden.split(64), targets[:, None].split(64), strict=True):
-            p = F.linear(h, W).float().log_softmax(-1)  # (64, v)
+            p = linear(h, W).float().log_softmax(-1)  # (64, v)
             losses.append(-p.gather(1, target)[:, 0])
             p = p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-            slopes.append(p.to(W.dtype) @ W)
+            slopes.append(linear(p.to(W.dtype), W.T))
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(losses)
 

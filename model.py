@@ -24,6 +24,9 @@ from files import InputError, check_finite, open_safetensors, parse_json, read_j
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+# What this processor has no products for: torch would go through them token by token, ten times as long (LOG.md).
+_PRODUCTS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+WIDENED = tuple(dtype for dtype, has in _PRODUCTS.items() if not getattr(torch.ops.mkldnn, has, lambda: False)())
 
 # Config -------------------------------------------------------------------------------------------------------------
 
@@ -206,13 +209,30 @@ class RMSNorm(nn.Module):
 
 
 def linear(x, weight, bias=None, dtype=None):
-    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. One token in a compiled block is a reduction
-    of four rows at a time, which reads the weights faster than the library's product does (LOG.md)."""
-    if torch.compiler.is_compiling() and x.shape[0] == 1 and not torch.is_grad_enabled():
+    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. Few tokens in a compiled block are sums of
+    four rows at a time, which read the weights faster than the library's products do (LOG.md)."""
+    dtype = dtype or x.dtype
+    few = compiled.FEW if dtype == torch.float32 or widened(x, dtype) else 1
+    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if compiling and compiled.at_most(math.prod(x.shape[:-1]), few):
         rows = weight.chunk(4 if len(weight) >= 512 else 1)
-        y = torch.cat([(w * x).sum(-1, dtype=torch.float32) for w in rows])[None]
-        return (y if bias is None else y + bias).to(dtype or x.dtype)
-    return F.linear(x.to(dtype or x.dtype), weight.to(dtype or x.dtype), bias)
+        y = torch.cat([(w[:, None] * x).sum(-1, dtype=torch.float32) for w in rows]).T
+    else:
+        y = product(x.to(dtype), weight.to(dtype))
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def product(x, weight):
+    """x (n, i), weight (o, i) -> (n, o) by the library, in float32 where that is faster."""
+    if not widened(x, x.dtype) or compiled.at_most(math.prod(x.shape[:-1]), 3):
+        return F.linear(x, weight)
+    rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # fit a cache
+    return torch.cat([F.linear(x.float(), w.float()) for w in rows], -1).to(x.dtype)
+
+
+def widened(x, dtype):
+    """Whether products with x in `dtype` take longer than in float32."""
+    return x.device.type == "cpu" and dtype in WIDENED
 
 
 class Linear(nn.Linear):
@@ -255,7 +275,8 @@ def attend(q, k, v, b, cache=None, positions=None, mask=None):
             past[rows, :, positions] = new
     k, v = (y.transpose(1, 2) for y in (k, v)) if mask is None else (past[:, :, : mask.shape[-1]] for past in cache)
     dtype = q.dtype
-    if q.requires_grad and q.element_size() == 2 and k.shape[2] <= 256:  # then half as long a backward pass (LOG.md)
+    short = q.requires_grad and q.element_size() == 2 and k.shape[2] <= 256  # half as long a backward pass (LOG.md)
+    if short or widened(q, dtype):
         q, k, v = q.float(), k.float(), v.float()
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
@@ -324,7 +345,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config, self.rows = c, Rows()
         self.before, self.after = Block.before, Block.after
-        self.compiled_step = None  # set by compile()
+        self.compiled_step = self.compiled_head = None  # set by compile()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -337,7 +358,7 @@ class Trunk(nn.Module):
             warn("no C++ compiler here, which torch.compile needs: going on without")
             return
         self.before, self.after = map(compiled.compile_for_any_length, (Block.before, Block.after))
-        self.compiled_step = compiled.compile_function(Block.step)
+        self.compiled_step, self.compiled_head = map(compiled.compile_function, (Block.step, linear))
 
     def forward(self, ids, cache=None, counts=None, depth=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
@@ -392,7 +413,10 @@ class Llama(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def head(self, hidden):
-        return F.linear(hidden, self.head_weight)
+        if self.model.compiled_head and hidden.dim() == 2 and len(hidden) <= compiled.FEW:
+            (hidden,) = compiled.of_any_length(hidden.contiguous(), most=compiled.FEW)
+            return self.model.compiled_head(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def forward(self, ids, cache=None, counts=None):
         return self.head(self.model(ids, cache, counts))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compiled import at_most, of_any_length
+from compiled import FEW, at_most, of_any_length
 from kernels import accumulate, choose, compute_ax, lora_mix, top_k_mixture
 from model import linear
 
@@ -98,8 +98,7 @@ class AX:
     def __call__(self, idx=None):
         if idx is None:
             return self.every()
-        n, k = idx.shape
-        if choose(n, len(self.A), k) == "bmm":
+        if choose(self.x, self.A, idx.shape[1]) == "bmm":
             return (self.A[idx].to(self.x.dtype) * self.x[:, None, None]).sum(-1, dtype=accumulate(self.x))
         return self.every().gather(1, idx[..., None].expand(-1, -1, self.A.shape[1]))
 
@@ -142,7 +141,7 @@ class MeteoraGate(nn.Module):
     def together(gates, x):
         """[Mixture] of gates of one input: one product, one choice."""
         first = gates[0]
-        if at_most(x.shape[0], 1):  # joined by the compiler, without a copy of the weights
+        if at_most(x.shape[0], FEW):  # joined by the compiler, without a copy of the weights
             logits = torch.stack([linear(x, gate.weight, dtype=torch.float32) for gate in gates], 1)
         else:
             logits = linear(x, torch.cat([gate.weight for gate in gates]), dtype=torch.float32)

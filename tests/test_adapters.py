@@ -522,7 +522,7 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
     for name, logits in want.items():
         gate.set(*fixed_rows(pool, [{name: 1.0}] * 2))
         with torch.no_grad():
-            assert close(model(IDS), logits, 2e-6), name
+            assert close(model(IDS), logits, 1e-5), name
         assert pool.adapter(name).hash == pool.members[name].hash
 
 
@@ -537,14 +537,14 @@ def test_a_slot_used_again_keeps_nothing(shapes, model):
     assert pool.slot("small") == 1
     fresh = Pool.of([other, small], shapes)
     for name in ("small", "other"):
-        assert close(logits_of_pool(model, pool, name), logits_of_pool(model, fresh, name), 2e-6)
+        assert close(logits_of_pool(model, pool, name), logits_of_pool(model, fresh, name), 1e-5)
 
 
 def test_order_of_the_pool_changes_nothing(shapes, model):
     """Adapter identity by position was a fault of the released code: the folder listing decided who answers."""
     adapters = [random_adapter(name, shapes, r, seed=r) for name, r in (("ant", 2), ("bee", 5), ("cat", 3))]
     for name in ("ant", "bee", "cat"):
-        assert close(logits_with(model, adapters, name), logits_with(model, adapters[::-1], name), 2e-6)
+        assert close(logits_with(model, adapters, name), logits_with(model, adapters[::-1], name), 1e-5)
 
 
 def test_the_pool_gives_back_what_it_got(base, shapes, tmp_path):

@@ -287,7 +287,7 @@ def test_order_and_room_of_the_pool_change_nothing(shapes, pool, method):
         deltas(lorahub(p, weights) if method == "lorahub" else merge(p, method))
         for p in (roomy, make_pool(shapes, **targets))
     )
-    assert all(close(got[path], want[path], 2e-6) for path in want)
+    assert all(close(got[path], want[path], 1e-5) for path in want)
 
 
 def test_ties_ab_trims_each_rank_by_its_own_size():

@@ -1,11 +1,14 @@
 """The bench runs, on small sizes: its tables have the rows and the figures that people quote from them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import command
 
-from bench import in_turn, spread
+from bench import in_turn, spread, with_requests
+from files import InputError
+from moe_lora import attached
 
 SMALL = ["--repeats", "2", "--threads", "1", "--r", "3", "--dtype", "float32"]
 
@@ -33,8 +36,9 @@ def test_layer():
         (7, 5, 5),
     ]
     for row in table:
-        best = min(row[spelling] for spelling in ("loop", "bmm", "dense"))
-        assert row["auto / best"] == pytest.approx(row[row["auto"]] / best) and row["auto / best"] >= 1
+        for kind, spellings in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
+            best = min(row[spelling + kind] for spelling in spellings)
+            assert row["auto / best" + kind] == pytest.approx(row["auto" + kind] / best)
 
 
 @pytest.mark.parametrize(("args", "line"), [
@@ -60,6 +64,30 @@ def test_peers(small_model):
 
 
 @pytest.mark.slow
+def test_requests(small_model):
+    """Requests that shared adapters would be no proof for a batch of different ones."""
+    args = ["--requests", "7", "--union", "5,11", "--tokens", "3", "--context", "5", "--batch_size", "3"]
+    table = run("decode", "--model", small_model, "--e", "3", "--no-peers", *args)
+    assert [row["row"] for row in table[-3:]] == [
+        "7 requests, base",
+        "7 requests, 5 adapters",
+        "7 requests, 11 adapters",
+    ]
+    assert all(row["batch"] == 7 for row in table[-3:])
+    read = [row["of the limit"] * row["ms"] for row in table[-3:]]  # in proportion to the bytes
+    assert read[0] < read[1] < read[2]
+
+
+def test_sets_of_requests(small_model):
+    o = SimpleNamespace(model=str(small_model), dtype="float32", r=3, seed=0, requests=7)
+    model = with_requests(o, 11)
+    idx = next(iter(attached(model).values())).gate.inner.idx.tolist()
+    assert len({tuple(sorted(row)) for row in idx}) == 7 and set(sum(idx, [])) == set(range(11))
+    with pytest.raises(InputError, match="7 sets of three adapters aren't 29 adapters together"):
+        with_requests(o, 29)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "rows"), [
     ("decode", ["base", "base, batch", "3 adapters", "3 adapters, batch", "3 adapters, loop"]),
     ("prefill", ["base", "3 adapters", "3 adapters, loop"]),
@@ -74,6 +102,7 @@ def test_a_model(small_model, what, rows):
         assert row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"]) and row["low"] <= row["ms"] <= row["high"]
 
 
+@pytest.mark.slow
 def test_train(small_model):
     """Training throughput counts all adapters' tokens of a step, once."""
     table = run("train", "--model", small_model, "--e", "3", "--gated", "5", "--tokens", "7", "--no-peers")

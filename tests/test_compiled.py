@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, random_adapter
 from test_moe_lora import make_pool, random_gates
 from test_train_gates import random_gates as random_gates_of
@@ -17,9 +18,10 @@ from training import examples, pool_in_model
 import tiny_tasks
 from adapters import linear_shapes
 from baselines import Prompt
+from compiled import FEW, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
-from model import KVCache, load_llama
+from model import KVCache, linear, load_llama
 from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
 from train_adapters import adapters_step
 from train_gates import gates_step
@@ -89,6 +91,38 @@ def test_compiled_is_the_same_in_few_graphs(model):
     # before, after and the step for n > 1, the step for n = 1: once, and the steps again while routing is recorded
     # (with more rows than FEW before and after are recorded too)
     assert graphs() == 8, graphs()
+
+
+@pytest.mark.parametrize("wide", [(), (torch.bfloat16,)], ids=["library", "widened"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_and_many(dtype, wide, monkeypatch):
+    """Few tokens are sums and many a product, of one weight: taken for each other where the number of tokens is a
+    symbol, either is several times slower, and only a wrong sum is seen in the answers."""
+    monkeypatch.setattr("model.WIDENED", wide)
+    torch._dynamo.reset()
+    counters.clear()
+    W, run = torch.randn(521, 67).to(dtype), compile_function(linear)
+    for n, most in ((1, FEW), (3, FEW), (FEW, FEW), (FEW + 3, None), (2, FEW), (3 * FEW, None)):
+        (x,) = of_any_length(torch.randn(n, 67).to(dtype), most=most)
+        with torch.inference_mode():
+            got, want = run(x, W), F.linear(x.double(), W.double())
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        assert got.dtype == dtype and (got - want).norm() < limit * want.norm(), n
+    assert graphs() == 3, graphs()
+
+
+def test_head_of_few_rows(model):
+    """The head is a fifth of a small model's weights: left out, it alone would run at half the speed. The last hidden
+    states of a prompt are no contiguous tensor, which must not be a graph of its own."""
+    hidden = torch.randn(11, 3, 44)
+    want = [model.head(hidden[:n, 1]) for n in (1, 3, FEW, 2, 11)]
+    model.model.compile()
+    with torch.inference_mode():
+        for x, y in zip(
+            (hidden[:1, 1], hidden[:3, 1], hidden[:FEW, 1], hidden[:2, 1].clone(), hidden[:, 1]), want, strict=True
+        ):
+            torch.testing.assert_close(model.head(x), y, rtol=0, atol=1e-5)
+    assert graphs() == 2, graphs()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import SPELLINGS, compute_ax, lora_mix
+from kernels import SPELLINGS, choose, compute_ax, lora_mix
 
 ROUTINGS = ("alike", "uniform", "zipf", "distinct")
 
@@ -182,6 +182,25 @@ def test_auto_takes_the_spelling_that_reads_fewer_adapters():
     few, many = {"n": 2, "e": 31, "k": 2}, {"n": 29, "e": 31, "k": 2}
     assert operations("auto", **few) == operations("bmm", **few) != operations("dense", **few)
     assert operations("auto", **many) == operations("dense", **many) != operations("bmm", **many)
+
+
+@pytest.mark.parametrize(("dtype", "amx", "wide", "least"), [
+    (torch.float32, True, (), 6), (torch.bfloat16, True, (), 21), (torch.bfloat16, False, (), 11),
+    (torch.bfloat16, False, (torch.bfloat16,), 6),
+])  # fmt: skip
+def test_auto_in_a_compiled_block(dtype, amx, wide, least, monkeypatch):
+    """There sums copy no adapter, and win from `least` adapters for each that a token uses; taken by the rule for eager
+    ones, a long prompt took half as long again. The gradient of the adapters in a sum does copy them."""
+    monkeypatch.setattr("kernels.AMX", amx)
+    monkeypatch.setattr("model.WIDENED", wide)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr("kernels.at_most", lambda n, most: n <= most)
+    x = torch.zeros(101, 7, dtype=dtype)
+    for k in (1, 3):
+        found = [choose(x, torch.zeros(e, 3, 7), k) for e in (k * (least - 1), k * least)]
+        assert found == ["dense", "bmm"]
+    assert choose(x, torch.zeros(31, 3, 7, requires_grad=True), 1) == "dense"
+    assert choose(x[:5], torch.zeros(2, 3, 7), 3) == "bmm"  # few tokens
 
 
 def test_unknown_spelling():
