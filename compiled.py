@@ -2,9 +2,9 @@
 
 What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
 (model.Block.before, after). For a new token in each of a few rows, a block is compiled whole, attention included
-(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1, and these again while routing is
-recorded, and where rows of a batch have a fixed adapter; torch keeps them on disk between runs. More than torch's limit
-of recompiles is an error, for fullgraph is set.
+(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1 (the step two, up to SUMS and up to
+FEW), and these again while routing is recorded, and where rows of a batch have a fixed adapter; torch keeps them on
+disk between runs. More than torch's limit of recompiles is an error, for fullgraph is set.
 
 From one step of a decoding loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
 module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
@@ -27,7 +27,8 @@ OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
     "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
-FEW = 8  # rows of one new token each that a compiled block takes whole, attention included
+FEW = 64  # rows of one new token each that a compiled block takes whole, attention included
+SUMS = 8  # up to so many it has a graph of its own, with sums for products where these are faster
 LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
 # All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
 CAPTURED = re.compile(
@@ -123,6 +124,11 @@ def of_any_length(*tensors, most=None):
     return tensors
 
 
+def most_of(b):
+    """How many rows of one new token each the graph for b of them takes."""
+    return SUMS if b <= SUMS else FEW
+
+
 class Step(NamedTuple):
     """A captured step: it holds for `views` of a cache; `inputs` are overwritten before, `out` by each."""
 
@@ -148,7 +154,7 @@ def step_through(run, layers, x, cos, sin, positions, cache, end):
     _capture = calls = []
     try:
         for layer, view in zip(layers, views, strict=True):
-            x = run(layer, *of_any_length(x, cos, sin, positions, most=FEW), view)
+            x = run(layer, *of_any_length(x, cos, sin, positions, most=most_of(len(x))), view)
     finally:
         _capture = None
     steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step

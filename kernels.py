@@ -14,7 +14,7 @@ r, adapters that a module lacks are zero: both exact. A and B are cast to x's dt
 
 import torch
 
-from compiled import at_most
+from compiled import FEW, at_most
 from model import linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
@@ -38,8 +38,8 @@ def choose(x, A, k):
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
         return "bmm" if n * k <= min(16, e / 2) else "dense"
-    sums = at_most(n * k, 16) or (e > k * lead(x) and not A.requires_grad)
-    return "bmm" if sums else "dense"
+    least = k * lead(x) / (2 if at_most(n, FEW) else 1)
+    return "bmm" if at_most(n * k, 16) or (e >= least and not A.requires_grad) else "dense"
 
 
 def lead(x):

@@ -212,7 +212,7 @@ def linear(x, weight, bias=None, dtype=None):
     """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. Few tokens in a compiled block are sums of
     four rows at a time, which read the weights faster than the library's products do (LOG.md)."""
     dtype = dtype or x.dtype
-    few = compiled.FEW if dtype == torch.float32 or widened(x, dtype) else 1
+    few = compiled.SUMS if dtype == torch.float32 or widened(x, dtype) else 1
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if compiling and compiled.at_most(math.prod(x.shape[:-1]), few):
         rows = weight.chunk(4 if len(weight) >= 512 else 1)
@@ -223,11 +223,15 @@ def linear(x, weight, bias=None, dtype=None):
 
 
 def product(x, weight):
-    """x (n, i), weight (o, i) -> (n, o) by the library, in float32 where that is faster."""
-    if not widened(x, x.dtype) or compiled.at_most(math.prod(x.shape[:-1]), 3):
-        return F.linear(x, weight)
-    rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # fit a cache
-    return torch.cat([F.linear(x.float(), w.float()) for w in rows], -1).to(x.dtype)
+    """x (n, i), weight (o, i) -> (n, o) by the library, as it is fastest on a CPU (LOG.md): in float32 where there is
+    nothing better, and there, of few tokens, as W x^T."""
+    n, wide = math.prod(x.shape[:-1]), widened(x, x.dtype)
+    if wide and not compiled.at_most(n, 3):
+        rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # in cache
+        return torch.cat([product(x.float(), w.float()) for w in rows], -1).to(x.dtype)
+    if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, compiled.FEW):
+        return (weight @ x.T).T.contiguous()
+    return F.linear(x, weight)
 
 
 def widened(x, dtype):
@@ -291,7 +295,9 @@ def attend_one(q, k, v, cache, positions):
     for past, new in zip(cache, (k, v), strict=True):
         past[rows, :, positions[:, 0]] = new
     k, v = (past[:, :, None].float() for past in cache)  # (b, kv heads, 1, capacity, d)
-    q = q.view(b, k.shape[1], -1, 1, d).float()  # (b, kv heads, group, 1, d)
+    turned = torch.empty_like(q)  # without it the compiler computes q anew for each key
+    turned[rows] = q
+    q = turned.view(b, k.shape[1], -1, 1, d).float()  # (b, kv heads, group, 1, d)
     score = (q * k).sum(-1) * d**-0.5  # (b, kv heads, group, capacity)
     seen = torch.arange(k.shape[3], device=q.device) <= positions  # (b, capacity)
     p = score.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
@@ -382,7 +388,7 @@ class Trunk(nn.Module):
         self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
         few = self.compiled_step and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
-            compiled.of_any_length(self.rows.sample, most=compiled.FEW if few else None)
+            compiled.of_any_length(self.rows.sample, most=compiled.most_of(b) if few else None)
         if few:
             x = compiled.step_through(self.compiled_step, self.layers, x, cos, sin, positions, cache, end)
         else:
@@ -414,7 +420,7 @@ class Llama(nn.Module):
 
     def head(self, hidden):
         if self.model.compiled_head and hidden.dim() == 2 and len(hidden) <= compiled.FEW:
-            (hidden,) = compiled.of_any_length(hidden.contiguous(), most=compiled.FEW)
+            (hidden,) = compiled.of_any_length(hidden.contiguous(), most=compiled.most_of(len(hidden)))
             return self.model.compiled_head(hidden, self.head_weight)
         return linear(hidden, self.head_weight)
 

@@ -61,7 +61,7 @@ def train_router(o):
     scores = None
     if o.candidates == "retrieved" or o.prior:
         retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
-        rows = [row for some in examples.values() for row in some]
+        rows = list({id(row): row for step in range(o.steps) for row in pick(examples, step, o)}.values())
         found = retriever([row.row["prompt"] for row in rows], len(names))
         scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
     routers = router_loras(pool, o.r, o.seed, o.divisor, o.scaled, o.prior)
