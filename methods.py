@@ -441,7 +441,8 @@ def _derive(mole, name, found, exclude):
     if name in MERGES:
         return merge(mole.pool, name, exclude=exclude)
     if name.startswith("lorahub:"):
-        return lorahub(mole.pool, _lorahub_weights(mole)[name.partition(":")[2]])
+        weights = _lorahub_weights(mole)[name.partition(":")[2]]
+        return lorahub(mole.pool, {adapter: w for adapter, w in weights.items() if adapter not in exclude})
     return load_adapter(mole.folder.path / "baselines" / name, name, mole.shapes)
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -71,7 +72,10 @@ def train_retriever(o):
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
     print(f"wrote {file}", file=sys.stderr)
     if o.test:
-        table = compare({"bag of words": bag_of_words, "untuned": untuned, "tuned": encoder}, tasks, names, o.seed)
+        pooled = cache(untuned.pooled)  # what both project, a forward pass of every text
+        encoders = {"untuned": lambda texts: untuned.project(pooled(tuple(texts))),
+                    "tuned": lambda texts: encoder.project(pooled(tuple(texts)))}  # fmt: skip
+        table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, o.seed)
         write_text(folder / "runs" / "retriever.md", table)
         print(table, end="")
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 
 import train
 from adapters import TEMPLATE, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
-from baselines import Prompt, SmearLinear, loraflow_gates, smear_routers
+from baselines import Prompt, SmearLinear, loraflow_gates, lorahub, smear_routers
 from config import parse_command
-from files import InputError, write_json, write_jsonl
+from files import InputError, read_json, write_json, write_jsonl
 from gate_files import save_gates, save_routers
 from generate import answer, load, stream
 from methods import LOGO, METHODS, RETRIEVED, check_method, default_method, for_task, force, set_methods
@@ -611,3 +612,12 @@ def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folde
         assert seen[0] > 0
     with pytest.raises(InputError, match=f"method {name}: every adapter is excluded"):
         set_methods(mole, [name], exclude=NAMES)
+
+
+def test_lorahub_without_an_excluded_adapter(mole):
+    """Its weights were searched with the adapter; with that still in the sum, --ood would score what it has to do
+    without."""
+    weights = read_json(mole.folder.path / "baselines" / "lorahub.json")["weights"]["fox"]
+    set_methods(mole, ["lorahub:fox"], exclude=["bee"])
+    want = lorahub(mole.pool, {name: w for name, w in weights.items() if name != "bee"})
+    assert weights["bee"] and mole.attached[1].members["lorahub:fox"].hash == replace(want, name="lorahub:fox").hash
