@@ -217,21 +217,22 @@ def linear(x, weight, bias=None, dtype=None):
     if compiling and compiled.at_most(math.prod(x.shape[:-1]), few):
         rows = weight.chunk(4 if len(weight) >= 512 else 1)
         y = torch.cat([(w[:, None] * x).sum(-1, dtype=torch.float32) for w in rows]).T
-    else:
-        y = product(x.to(dtype), weight.to(dtype))
-    return (y if bias is None else y + bias).to(dtype)
+        return (y if bias is None else y + bias).to(dtype)
+    return product(x.to(dtype), weight.to(dtype), bias)
 
 
-def product(x, weight):
+def product(x, weight, bias=None):
     """x (n, i), weight (o, i) -> (n, o) by the library, as it is fastest on a CPU (LOG.md): in float32 where there is
     nothing better, and there, of few tokens, as W x^T."""
     n, wide = math.prod(x.shape[:-1]), widened(x, x.dtype)
     if wide and not compiled.at_most(n, 3):
         rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # in cache
-        return torch.cat([product(x.float(), w.float()) for w in rows], -1).to(x.dtype)
+        y = torch.cat([product(x.float(), w.float()) for w in rows], -1)
+        return (y if bias is None else y + bias).to(x.dtype)
     if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, compiled.FEW):
-        return (weight @ x.T).T.contiguous()
-    return F.linear(x, weight)
+        y = (weight @ x.T).T.contiguous()
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 def widened(x, dtype):

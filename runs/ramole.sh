@@ -18,8 +18,9 @@ done
 for kind in soft smear; do
     python train.py gates "${run[@]}" --kind $kind --clip 1
 done
+python train.py lorahub --model $out --pool $out --tasks $tasks --max_length 1024
 for setting in "" --ood; do
     python eval.py --model $out --out "$out-eval$setting" $setting --methods \
 base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top1,meteora_top2,soft,moe_top1,moe_top3,smear,\
-arrow,uniform
+arrow,lorahub,uniform
 done

@@ -353,7 +353,7 @@ def test_merged_linear(bias):
     plain = copy.deepcopy(linear)
     plain.weight.data = merged.weight.data
     x = noise(3, 5, 29).bfloat16()
-    assert torch.equal(merged(x), plain(x)) and not merged.weight.requires_grad
+    assert close(merged(x), plain(x), 1e-2) and not merged.weight.requires_grad
 
 
 # Arrow --------------------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_arrow_equals_pefts(base, small_model, shapes, tmp_path, k, temperature)
             assert close(ours[path](x), want)
             assert not close(ours[path].base(x), want, 0.05)
         got = model(IDS)
-        assert not close(got, plain, 0.05) and close(got, theirs(IDS).logits)
+        assert not close(got, plain, 0.05) and close(got, theirs(IDS).logits, 3e-5)  # 15 iterations, three layers
     detach(model)
 
 

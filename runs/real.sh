@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# RAMoLE with a real model on real tasks: twelve adapters of five families, retriever and router tuned on five of the
+# tasks, then the README's tables: all tasks with their own adapter in the pool, and without it.
+#   runs/real.sh MODEL TASKS [FOLDER]    SmolLM2-135M-Instruct's folder, the task folders; default: out/real
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${3:-out/real}
+run=(--model "$1" --tasks "$2" --pool "$out" --dtype float32)
+
+python train.py adapters "${run[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save_dtype bfloat16 --resume \
+    --only tatoeba_de --only tatoeba_es --only tatoeba_it --only past_tense --only question_formation \
+    --only word_sorting --only last_letters --only arithmetic --only object_counting --only sentiment_multiemo_en \
+    --only sports_understanding --only common_gen
+python train.py retriever "${run[@]}" --test
+python train.py router "${run[@]}" --steps 60 --batch_size 10 --prior 0.07 --resume
+for setting in "" --ood; do
+    python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 25 --max_new_tokens 48 --batch_size 25 \
+        --methods base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,uniform,arrow
+done
