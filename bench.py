@@ -291,7 +291,7 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
             rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
     if possible(x.device):
         torch._dynamo.reset()
-        of_any_length(x, idx, weight, most=FEW if n <= FEW else None)
+        of_any_length(x, idx, weight, few=n <= FEW)
         for spelling in ("auto", "bmm", "dense"):
             run = compile_function(
                 lambda *inputs, spelling=spelling: lora_mix(inputs[0], A, B, scale, *inputs[1:], spelling)

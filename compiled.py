@@ -27,7 +27,7 @@ OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
     "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
-FEW = 64  # rows of one new token each that a compiled block takes whole, attention included
+FEW = 16  # rows of one new token each that a compiled block takes whole, attention included
 SUMS = 8  # up to so many it has a graph of its own, with sums for products where these are faster
 LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
 # All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
@@ -92,6 +92,7 @@ def compile_function(function):
     """`function` through torch.compile, traced and compiled where it is first called. Raises InputError where the
     compiler fails."""
     torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree once are not the same size
+    torch._dynamo.config.recompile_limit = 16  # a step has three graphs, each recorded or not, with fixed rows or not
     run = torch.compile(function, fullgraph=True, dynamic=False, backend=_inductor)
 
     def call(*inputs):
@@ -116,17 +117,14 @@ def compile_for_any_length(function):
     return lambda module, *tensors: run(module, *of_any_length(*tensors))
 
 
-def of_any_length(*tensors, most=None):
-    """Says to the compiler that the first axis, where it isn't 1, will have other lengths, up to `most`."""
+def of_any_length(*tensors, few=False):
+    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where there are `few`
+    those up to SUMS or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
     for x in tensors:
         if len(x) > 1 and not hasattr(x, "_dynamo_dynamic_indices"):
-            torch._dynamo.mark_dynamic(x, 0, min=2 if most else None, max=most)
+            least, most = (None, None) if not few else (2, SUMS) if len(x) <= SUMS else (SUMS + 1, FEW)
+            torch._dynamo.mark_dynamic(x, 0, min=least, max=most)
     return tensors
-
-
-def most_of(b):
-    """How many rows of one new token each the graph for b of them takes."""
-    return SUMS if b <= SUMS else FEW
 
 
 class Step(NamedTuple):
@@ -154,7 +152,7 @@ def step_through(run, layers, x, cos, sin, positions, cache, end):
     _capture = calls = []
     try:
         for layer, view in zip(layers, views, strict=True):
-            x = run(layer, *of_any_length(x, cos, sin, positions, most=most_of(len(x))), view)
+            x = run(layer, *of_any_length(x, cos, sin, positions, few=True), view)
     finally:
         _capture = None
     steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step

@@ -229,7 +229,7 @@ def product(x, weight, bias=None):
         rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # in cache
         y = torch.cat([product(x.float(), w.float()) for w in rows], -1)
         return (y if bias is None else y + bias).to(x.dtype)
-    if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, compiled.FEW):
+    if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, 64):
         y = (weight @ x.T).T.contiguous()
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
@@ -387,9 +387,9 @@ class Trunk(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
-        few = self.compiled_step and cache is not None and t == 1 and b <= compiled.FEW
+        few = bool(self.compiled_step) and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
-            compiled.of_any_length(self.rows.sample, most=compiled.most_of(b) if few else None)
+            compiled.of_any_length(self.rows.sample, few=few)
         if few:
             x = compiled.step_through(self.compiled_step, self.layers, x, cos, sin, positions, cache, end)
         else:
@@ -421,7 +421,7 @@ class Llama(nn.Module):
 
     def head(self, hidden):
         if self.model.compiled_head and hidden.dim() == 2 and len(hidden) <= compiled.FEW:
-            (hidden,) = compiled.of_any_length(hidden.contiguous(), most=compiled.most_of(len(hidden)))
+            (hidden,) = compiled.of_any_length(hidden.contiguous(), few=True)
             return self.model.compiled_head(hidden, self.head_weight)
         return linear(hidden, self.head_weight)
 
