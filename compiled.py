@@ -118,7 +118,7 @@ def compile_for_any_length(function):
 
 
 def of_any_length(*tensors, few=False):
-    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where there are `few`
+    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where it is `few`
     those up to SUMS or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
     for x in tensors:
         if len(x) > 1 and not hasattr(x, "_dynamo_dynamic_indices"):

@@ -185,8 +185,8 @@ def test_auto_takes_the_spelling_that_reads_fewer_adapters():
 
 
 @pytest.mark.parametrize(("dtype", "amx", "wide", "least"), [
-    (torch.float32, True, (), 6), (torch.bfloat16, True, (), 21), (torch.bfloat16, False, (), 11),
-    (torch.bfloat16, False, (torch.bfloat16,), 6),
+    (torch.float32, True, (), 5), (torch.bfloat16, True, (), 20), (torch.bfloat16, False, (), 10),
+    (torch.bfloat16, False, (torch.bfloat16,), 5),
 ])  # fmt: skip
 def test_auto_in_a_compiled_block(dtype, amx, wide, least, monkeypatch):
     """There sums copy no adapter, and win from `least` adapters for each that a token uses; taken by the rule for eager
@@ -197,10 +197,11 @@ def test_auto_in_a_compiled_block(dtype, amx, wide, least, monkeypatch):
     monkeypatch.setattr("kernels.at_most", lambda n, most: n <= most)
     x = torch.zeros(101, 7, dtype=dtype)
     for k in (1, 3):
-        found = [choose(x, torch.zeros(e, 3, 7), k) for e in (k * (least - 1), k * least)]
+        found = [choose(x, torch.zeros(e, 3, 7), k) for e in (k * least - 1, k * least)]
         assert found == ["dense", "bmm"]
     assert choose(x, torch.zeros(31, 3, 7, requires_grad=True), 1) == "dense"
     assert choose(x[:5], torch.zeros(2, 3, 7), 3) == "bmm"  # few tokens
+    assert choose(x[:16], torch.zeros(-(-least // 2), 3, 7), 1) == "bmm"
 
 
 def test_unknown_spelling():
