@@ -32,8 +32,8 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 
 
 def choose(x, A, k):
-    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o). In a compiled block bmm is sums; the
-    library's products do lead() times as many multiply-adds a second, half that of few tokens, where each costs more to
+    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o). In a compiled block bmm is sums,
+    and the library's products do lead() times as many a second, half that of few tokens, where they cost more to
     start; of up to 16 adapters, counted for each token, only that matters. Sums that are not compiled copy the
     adapters, and so does their gradient."""
     n, e = len(x), len(A)
