@@ -284,7 +284,7 @@ def bench_layer(o, limits):
 
 def layer_row(o, x, W, A, B, scale, idx, weight):
     """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind."""
-    n, k, row = len(x), idx.shape[1], {}
+    n, k = len(x), idx.shape[1]
     rows = {"Linear": lambda: linear(x, W)}
     for spelling in SPELLINGS:
         if spelling != "bmm" or n * k * o.r * sum(W.shape) * x.element_size() <= 2**31:  # it would gather gigabytes
@@ -344,10 +344,10 @@ def with_requests(o, union):
     model, rng = load(o), random.Random(o.seed)
     shapes = linear_shapes(model)
     pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype])
-    names = rng.sample(pool.names, union) + rng.sample(pool.names, -union % 3)
-    sets = [names[j : j + 3] for j in range(0, len(names), 3)]
+    names = rng.sample(pool.names, union)
+    sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
     while len(sets) < o.requests:
-        if (more := rng.sample(pool.names, 3)) not in sets:
+        if (more := sorted(rng.sample(pool.names, 3))) not in sets:
             sets.append(more)
     routers = {path: router.eval() for path, router in router_loras(pool, o.r, o.seed).items()}
     for path, router in routers.items():

@@ -229,7 +229,7 @@ def product(x, weight, bias=None):
         rows = [weight] if torch.compiler.is_compiling() else weight.split(max(1, 2**20 // weight.shape[1]))  # in cache
         y = torch.cat([product(x.float(), w.float()) for w in rows], -1)
         return (y if bias is None else y + bias).to(x.dtype)
-    if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, 64):
+    if x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and compiled.at_most(n, 32):
         y = (weight @ x.T).T.contiguous()
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
