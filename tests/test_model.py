@@ -187,7 +187,7 @@ def test_what_follows_from_the_config_is_ignored_in_the_file(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     write_safetensors(folder / "model.safetensors", tensors)
-    assert torch.equal(load_llama(folder)(random_ids(1, 5)), want)
+    close(load_llama(folder)(random_ids(1, 5)), want)
 
 
 # The KV cache -------------------------------------------------------------------------------------------------------
