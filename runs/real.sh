@@ -14,6 +14,6 @@ python train.py adapters "${run[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save
 python train.py retriever "${run[@]}" --test
 python train.py router "${run[@]}" --steps 60 --batch_size 10 --prior 0.07 --resume
 for setting in "" --ood; do
-    python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 25 --max_new_tokens 48 --batch_size 25 \
-        --methods base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,uniform,arrow
+    python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
+        --methods oracle,ramole,selection,mixture,fusion,adaptersoup,logo,base
 done
