@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import Adapter, peft_config
-from model import linear
 from moe_lora import Mixture, MultiLoRALinear
+from products import linear
 
 # Merges -------------------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,24 @@ import types
 import typing
 from dataclasses import MISSING, fields
 
+from files import InputError
+
 
 def nearest(name, names):
     """', did you mean X?' for the closest of `names`, or '' where none is close."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=3, cutoff=0.5)
     return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def numbers(option, text, kind=int, comma=","):
+    """ "1,2,4" -> [1, 2, 4], all above 0. Raises InputError."""
+    try:
+        found = [kind(word) for word in text.split(comma)]
+    except ValueError:
+        found = [0]
+    if not all(value > 0 for value in found):
+        raise InputError(f"{option} is {text!r}, expected numbers above 0 with {comma!r} between them")
+    return found
 
 
 class _Parser(argparse.ArgumentParser):

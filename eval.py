@@ -33,7 +33,7 @@ from composites import (
     encode_spans,
     score_composites,
 )
-from config import parse_args
+from config import numbers, parse_args
 from files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
 from generate import TINY, Sampling, by_length, check_values, decode, encode_prompt
 from methods import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
@@ -164,33 +164,20 @@ def choose_tasks(mole, o):
     return tasks
 
 
-def read_list(text, name, kind):
-    """'3,5,10' -> [3, 5, 10]. Raises InputError."""
-    try:
-        values = [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = [0]
-    if any(not value > 0 for value in values):
-        raise InputError(f"--{name} is {text!r}, expected numbers above 0 with commas between them")
-    return values
-
-
 def check_options(o):
     """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
     if o.ood and o.unseen or (o.composite and (o.ood or o.unseen)):
         raise InputError("--ood, --unseen and --composite exclude each other")
-    numbers = {"batch_size": 1, "top_k": 1, "limit": 0, "seed": 0, "composites": 1, "retrieve": 1}
-    for name, least in numbers.items():
+    smallest = {"batch_size": 1, "top_k": 1, "limit": 0, "seed": 0, "composites": 1, "retrieve": 1}
+    for name, least in smallest.items():
         if getattr(o, name) < least:
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
     check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
     methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
     if not methods:
         raise InputError("--methods names none")
-    temperatures = read_list(o.composite_temperature, "composite_temperature", float)
-    if not temperatures:
-        raise InputError("--composite_temperature names none")
-    return methods, read_list(o.composite, "composite", int), temperatures
+    temperatures = numbers("--composite_temperature", o.composite_temperature, float)
+    return methods, numbers("--composite", o.composite) if o.composite else [], temperatures
 
 
 # Cells: what is done is kept ----------------------------------------------------------------------------------------

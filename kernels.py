@@ -15,7 +15,7 @@ r, adapters that a module lacks are zero: both exact. A and B are cast to x's dt
 import torch
 
 from compiled import FEW, at_most
-from model import linear, product, widened
+from products import linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 AMX = torch.cpu._is_amx_tile_supported()

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from files import InputError, read_json, read_safetensors, read_text, warn, write_json, write_safetensors, write_text
-from model import linear
+from products import linear
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import nn
 
 from compiled import FEW, at_most, of_any_length
 from kernels import accumulate, choose, compute_ax, lora_mix, top_k_mixture
-from model import linear
+from products import linear
 
 
 class Mixture(NamedTuple):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import command
 
-from bench import in_turn, spread, with_requests
+from bench import in_turn, spread
+from bench_models import with_requests
 from files import InputError
 from moe_lora import attached
 
@@ -42,10 +43,10 @@ def test_layer():
 
 
 @pytest.mark.parametrize(("args", "line"), [
-    (["layer", "--n", "1,x"], "--n: expected whole numbers above 0 with ',' between them, found '1,x'"),
-    (["layer", "--width", "5x7x11"], "--width: expected 2 numbers above 0 with 'x' between them, found '5x7x11'"),
+    (["layer", "--n", "1,x"], "--n is '1,x', expected numbers above 0 with ',' between them"),
+    (["layer", "--width", "5x7x11"], "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
     (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
-    (["prefill", "--e", "0"], "--e: expected whole numbers above 0 with ',' between them, found '0'"),
+    (["prefill", "--e", "0"], "--e is '0', expected numbers above 0 with ',' between them"),
 ])  # fmt: skip
 def test_bad_options(args, line):
     done = command("bench.py", *args)

@@ -21,8 +21,9 @@ from baselines import Prompt
 from compiled import FEW, SUMS, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
-from model import KVCache, linear, load_llama
+from model import KVCache, load_llama
 from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
+from products import linear
 from train_adapters import adapters_step
 from train_gates import gates_step
 
@@ -97,7 +98,7 @@ def test_compiled_is_the_same_in_few_graphs(model):
 def test_few_tokens_and_many(dtype, wide, monkeypatch):
     """Few tokens are sums and many a product, of one weight: taken for each other where the number of tokens is a
     symbol, either is several times slower, and only a wrong sum is seen in the answers."""
-    monkeypatch.setattr("model.WIDENED", wide)
+    monkeypatch.setattr("products.WIDENED", wide)
     torch._dynamo.reset()
     counters.clear()
     W, run = torch.randn(521, 67).to(dtype), compile_function(linear)

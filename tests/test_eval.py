@@ -403,7 +403,7 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
         (["--composite_temperature", "hot"], "--composite_temperature is 'hot', expected numbers above 0"),
         (["--composite_temperature", "1,0"], "--composite_temperature is '1,0'"),
         (["--composite_temperature", "nan"], "--composite_temperature is 'nan'"),
-        (["--composite_temperature", ","], "--composite_temperature names none"),
+        (["--composite_temperature", ","], "--composite_temperature is ','"),
         (["--composite", "4"], "composite-4 needs 4 tasks, there are 3: ant, bee, cat"),
         (["--methods", "lorahub:ant,soft"], "soft.safetensors: python train.py gates --kind soft makes it"),
     ],

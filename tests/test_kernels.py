@@ -192,7 +192,7 @@ def test_auto_in_a_compiled_block(dtype, amx, wide, least, monkeypatch):
     """There sums copy no adapter, and win from `least` adapters for each that a token uses; taken by the rule for eager
     ones, a long prompt took half as long again. The gradient of the adapters in a sum does copy them."""
     monkeypatch.setattr("kernels.AMX", amx)
-    monkeypatch.setattr("model.WIDENED", wide)
+    monkeypatch.setattr("products.WIDENED", wide)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr("kernels.at_most", lambda n, most: n <= most)
     x = torch.zeros(101, 7, dtype=dtype)

@@ -122,7 +122,7 @@ def test_random_configurations_equal_transformers(tmp_path, seed):
 def test_bfloat16_equals_transformers(tmp_path, monkeypatch, wide):
     """Norms, rotary angles and softmax have to be float32 inside a bfloat16 model, as in transformers. Where products
     are computed in float32, as on a processor without others, they round elsewhere, but not to less."""
-    monkeypatch.setattr("model.WIDENED", wide)
+    monkeypatch.setattr("products.WIDENED", wide)
     folder = llama_folder(tmp_path / "m", torch.bfloat16, head_dim=10, rope_theta=523.0)
     ids = random_ids(2, 31)
     ours, theirs = load_llama(folder)(ids), transformers_logits(folder, ids, torch.bfloat16)

@@ -16,9 +16,10 @@ from config import build_parser
 # From the bottom up: a module imports only modules above it in this list.
 ORDER = [
     *(
-        "config",
         "files",
+        "config",
         "compiled",
+        "products",
         "model",
         "tokenizer",
         "kernels",
@@ -31,7 +32,7 @@ ORDER = [
     ),
     *("tiny_tasks", "tasks", "baselines", "methods", "generate", "composites", "loop", "train_base"),
     *("train_adapters", "train_gates", "train_lorahub", "train_retriever", "train_router", "train"),
-    *("eval", "peers", "bench"),
+    *("eval", "peers", "bench_models", "bench"),
 ]
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through peers.py
 MODULES = sorted(file.stem for file in ROOT.glob("*.py"))

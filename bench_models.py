@@ -1,0 +1,228 @@
+"""What bench.py times: Llamas with many adapters and gates that choose evenly among them, decoding, training steps.
+
+`o` are the options of a command of bench.py.
+"""
+
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from adapters import Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
+from baselines import Prompt
+from config import numbers
+from files import InputError
+from gate_files import load_gates, parameters_of
+from generate import TINY
+from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
+from moe_lora import (
+    GateLoss,
+    MeteoraGate,
+    SampleGate,
+    attach,
+    attached,
+    candidate_rows,
+    router_loras,
+    set_candidates,
+    set_gates,
+)
+from peers import has, hf_llama, peft_llama, peft_trainer
+from tasks import Example, encode, load_tasks
+from tokenizer import Tokenizer
+from train_adapters import AdaptersRun, adapters_step
+from train_gates import GatesRun, gates_step
+
+LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+
+
+def load(o):
+    """The Llama of --model, or one block of --shape with random weights."""
+    if not getattr(o, "shape", ""):
+        return load_llama(o.model or TINY, DTYPES[o.dtype])
+    model = Llama(LlamaConfig(**LLAMA_3_8B)).to(DTYPES[o.dtype])
+    return model.requires_grad_(False).eval()
+
+
+def random_adapters(o, e, shapes):
+    """e adapters of rank r on all Linears."""
+    generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
+    config = peft_config(o.r, 2 * o.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
+    adapters = []
+    for index in range(e):
+        A = {p: torch.randn(o.r, i, generator=generator) * 0.01 for p, (_, i) in shapes.items()}
+        B = {p: torch.randn(out, o.r, generator=generator) * 0.01 for p, (out, _) in shapes.items()}
+        A, B = ({p: y.to(dtype) for p, y in part.items()} for part in (A, B))
+        adapters.append(Adapter(f"random{index}", A, B, dict.fromkeys(A, 2.0), config))
+    return adapters
+
+
+def random_gates(o, e, shapes):
+    """Gates that choose evenly among e adapters."""
+    generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
+    weights = {path: torch.randn(e, i, generator=generator).to(dtype) for path, (_, i) in shapes.items()}
+    return {path: MeteoraGate(G, o.k).requires_grad_(False) for path, G in weights.items()}
+
+
+def with_adapters(o, e, spelling="auto", folder=""):
+    """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
+    model = load(o)
+    shapes, dtype = linear_shapes(model), DTYPES[o.dtype]
+    if folder:
+        pool = Pool.load(read_pool(folder).adapters, shapes, dtype)
+        gates = load_gates(Path(folder) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=dtype)
+    else:
+        pool, gates = Pool.of(random_adapters(o, e, shapes), shapes, dtype), random_gates(o, e, shapes)
+    asked = {path: SampleGate(gate) for path, gate in gates.items()}
+    for gate in asked.values():  # as methods.py asks gates
+        gate.set(None, None, torch.ones(64, dtype=torch.bool))
+    attach(model, pool, asked, spelling)
+    return model
+
+
+def pool_sizes(o):
+    """How many adapters: --pool's, or each of --e."""
+    return [len(read_pool(o.pool).adapters)] if o.pool else numbers("--e", o.e)
+
+
+def hf_models(o, e):
+    """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with the adapters of the
+    pool or e random ones, one for each row."""
+    if not o.peers or getattr(o, "shape", "") or not has("transformers"):
+        return
+    folder, dtype = o.model or TINY, DTYPES[o.dtype]
+    yield "transformers", hf_llama(folder, dtype), lambda b: {}
+    if has("peft"):
+        if o.pool:
+            adapters = [load_adapter(path, name) for name, path in read_pool(o.pool).adapters.items()]
+        else:
+            adapters = random_adapters(o, e, linear_shapes(load(o)))
+        names = [adapter.name for adapter in adapters]
+        yield ("peft, an adapter a request", peft_llama(folder, dtype, adapters),
+               lambda b: {"adapter_names": [names[j % e] for j in range(b)]})  # fmt: skip
+
+
+def prompts(o, b, t, v):
+    """Token ids (b, t): of the tasks' prompts, one after another until t are full, or random."""
+    if not o.tasks:
+        return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(o.seed))
+    tokenizer, folder = Tokenizer(o.model or TINY), read_pool(o.pool or o.model or TINY)
+    tasks, rows = list(load_tasks(o.tasks, sorted(folder.adapters)).values()), []
+    for row in range(b):
+        ids, examples = [], tasks[row % len(tasks)].test
+        for example in examples * (t // len(examples) + 1):
+            ids += encode(tokenizer, folder.template, example).ids
+        rows.append(ids[:t])
+    return torch.tensor(rows)
+
+
+class Decoder:
+    """A model that goes on from `ids` (b, t) again and again, greedily; called, it decodes `tokens` for each row."""
+
+    def __init__(self, model, ids, tokens):
+        self.model, self.t, self.tokens = model, ids.shape[1], tokens
+        self.cache = KVCache(model.config, len(ids), self.t + tokens, model.model.embed_tokens.weight.dtype)
+        self.cache.steady = True
+        with torch.inference_mode():
+            self.first = model.head(model.model(ids, self.cache)[:, -1]).argmax(-1)
+
+    @torch.inference_mode()
+    def __call__(self):
+        self.cache.lengths.fill_(self.t)
+        self.cache.end, ids = self.t, self.first
+        for _ in range(self.tokens):
+            ids = self.model.head(self.model.model(ids[:, None], self.cache)[:, -1]).argmax(-1)
+        return ids
+
+
+def with_requests(o, union):
+    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of o.requests rows with
+    three adapters each, no two rows with the same ones, all of them together the union."""
+    if not -(-union // 3) <= o.requests <= math.comb(union, 3):
+        raise InputError(f"--union: {o.requests} sets of three adapters aren't {union} adapters together")
+    model, rng = load(o), random.Random(o.seed)
+    shapes = linear_shapes(model)
+    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype])
+    names = rng.sample(pool.names, union)
+    sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
+    while len(sets) < o.requests:
+        if (more := sorted(rng.sample(pool.names, 3))) not in sets:
+            sets.append(more)
+    routers = {path: router.eval() for path, router in router_loras(pool, o.r, o.seed).items()}
+    for path, router in routers.items():
+        router.B.data.normal_(generator=torch.Generator().manual_seed(o.seed))
+        router.to(DTYPES[o.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
+    asked = {path: SampleGate(router) for path, router in routers.items()}
+    model.model.compile()
+    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3)
+    set_candidates(routers.values(), *retrieved, compiled=True)
+    nothing = torch.zeros(o.requests, 1)
+    set_gates(asked.values(), nothing.long(), nothing, torch.ones(o.requests, dtype=torch.bool), compiled=True)
+    attach(model, pool, asked)
+    return model
+
+
+def bytes_read(model):
+    """What one step has to read: every weight but the embedding's, gates or routers, and of the adapters k of e by
+    gates, all by routers, whose batch retrieved them."""
+    tied = model.config.tie_word_embeddings
+    total = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed_tokens" not in name)
+    for module in attached(model).values():
+        gate, e = module.gate.inner, len(module.A)
+        total += (module.A.nbytes + module.B.nbytes) * getattr(gate, "k", e) // e
+    return total
+
+
+def examples(o, names, count, v):
+    """`count` examples of random tokens, of the tasks `names` in turn."""
+    g = torch.Generator().manual_seed(o.seed)
+    rows = torch.randint(3, v, (count, o.tokens), generator=g).tolist()
+    return [Example(ids, o.tokens // 2, names[j % len(names)]) for j, ids in enumerate(rows)]
+
+
+def trainer(params, step):
+    """One optimizer step with `step`'s gradients of `params`."""
+    optimizer = torch.optim.AdamW(params, lr=1e-4)
+
+    def run():
+        optimizer.zero_grad()
+        step()
+        optimizer.step()
+
+    return run
+
+
+def adapters_trainer(o):
+    model = load(o)
+    model.model.compile()
+    shapes = linear_shapes(model)
+    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes), SampleGate()
+    attach(model, pool, gate)
+    model.train()
+    params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
+    picked = examples(o, pool.names, o.e * o.each, model.config.vocab_size)
+    run = AdaptersRun(model="", tasks="", pool="")
+    return trainer(params, lambda: adapters_step(model, pool, gate, picked, run))
+
+
+def one_adapter_trainer(o):
+    model = load(o)
+    ids = torch.tensor([example.ids for example in examples(o, [""], o.e * o.each, model.config.vocab_size)])
+    labels = ids.clone()
+    labels[:, : o.tokens // 2] = -100
+    targets = {path.rpartition(".")[2] for path in linear_shapes(model)}
+    return trainer(*peft_trainer(o.model or TINY, DTYPES[o.dtype], o.r, targets, ids, labels))
+
+
+def gates_trainer(o, spelling):
+    model = with_adapters(o, o.gated, spelling)
+    if spelling == "auto":
+        model.model.compile()
+    gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
+    pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
+    picked = examples(o, [f"random{j}" for j in range(o.gated)], o.e * o.each, model.config.vocab_size)
+    run, loss = GatesRun(model="", tasks="", pool="", top_k=o.k), GateLoss(gates)
+    params = list(parameters_of(gates).values())
+    return trainer(params, lambda: gates_step(model, pool, loss, Prompt(), picked, run))
