@@ -11,14 +11,13 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, random_adapter, tokenizer_bytes, write_adapters
+from conftest import ENVIRONMENT, ROOT, assert_refused, random_adapter, tokenizer_bytes, warm, write_adapters
 
 from adapters import Pool, linear_shapes, load_adapter, save_adapter
 from files import InputError, read_safetensors, write_safetensors
@@ -110,71 +109,16 @@ def train(kit, tasks, *more):
     ]
 
 
-# The script itself, in a process and standard streams of its own, forked from one that has imported the libraries.
-WARM = """
-import json, os, runpy, sys, traceback
-import jinja2.sandbox, numpy, safetensors.torch, sentencepiece, tokenizers, torch, tqdm
-with torch.device("meta"):
-    torch.nn.Linear(2, 3), torch.nn.Embedding(5, 7)  # the first time imports sympy: a second
-for line in sys.stdin:
-    argv, *files = json.loads(line)
-    child = os.fork()
-    if not child:
-        for number, name in enumerate(files):
-            os.dup2(os.open(name, os.O_RDWR), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-        sys.argv, code = argv, 0
-        try:
-            runpy.run_path(argv[0], run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            code = traceback.print_exc() or 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Runner:
-    """Runs commands from several threads: cold in a fresh interpreter, warm (a tenth of the time) by WARM."""
-
-    def __init__(self, kit):
-        self.kit, self.servers, self.own = kit, [], threading.local()
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT)}
-
-    def run(self, row, cold):
-        build, own = ROWS[row]
-        (script, *rest), words, *stdin = build(self.kit, *own)
-        argv = [str(ROOT / script), *(os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in rest)]
-        files = [self.kit.folder(name) for name in ("in", "out", "err")]
-        for file, data in zip(files, (stdin[0] if stdin else b"", b"", b""), strict=True):
-            file.parent.mkdir()
-            file.write_bytes(data)
-        code = (self._cold if cold else self._warm)(argv, files)
-        out, err = (file.read_bytes().decode() for file in files[1:])
-        return subprocess.CompletedProcess(argv, code, out, err), words
-
-    def _cold(self, argv, files):
-        line = [sys.executable, *argv]
-        with open(files[0]) as given, open(files[1], "w") as out, open(files[2], "w") as err:
-            return subprocess.run(
-                line, stdin=given, stdout=out, stderr=err, env=self.environment, timeout=300
-            ).returncode
-
-    def _warm(self, argv, files):
-        if not hasattr(self.own, "server"):
-            self.own.server = subprocess.Popen(
-                [sys.executable, "-c", WARM], stdin=-1, stdout=-1, text=True, env=self.environment
-            )
-            self.servers.append(self.own.server)
-        self.own.server.stdin.write(json.dumps([argv, *map(str, files)]) + "\n")
-        self.own.server.stdin.flush()
-        return int(self.own.server.stdout.readline())
-
-    def close(self):
-        for server in self.servers:
-            server.communicate()
+def run_row(kit, row, cold):
+    """(CompletedProcess, words) of a row: cold in a fresh interpreter, or as conftest.warm does."""
+    build, own = ROWS[row]
+    (script, *rest), words, *stdin = build(kit, *own)
+    argv = [str(ROOT / script), *(os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in rest)]
+    given = stdin[0] if stdin else b""
+    if not cold:
+        return warm(argv, given), words
+    done = subprocess.run([sys.executable, *argv], input=given, capture_output=True, env=ENVIRONMENT, timeout=300)
+    return subprocess.CompletedProcess(argv, done.returncode, done.stdout.decode(), done.stderr.decode()), words
 
 
 @pytest.fixture(scope="session")
@@ -184,11 +128,10 @@ def outcomes(request, tmp_path_factory, small_model):
     first = {}
     for row in ROWS:
         first.setdefault(row.partition("/")[0], row)
-    runner = Runner(Kit(tmp_path_factory.mktemp("bad"), small_model))
+    kit = Kit(tmp_path_factory.mktemp("bad"), small_model)
     with ThreadPoolExecutor(2) as workers:
-        yield {row: workers.submit(runner.run, row, row in first.values()) for row in picked if row in ROWS}
+        yield {row: workers.submit(run_row, kit, row, row in first.values()) for row in picked if row in ROWS}
         workers.shutdown(cancel_futures=True)
-    runner.close()
 
 
 def refused(outcomes, row):

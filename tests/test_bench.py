@@ -25,6 +25,7 @@ def run(*args):
     return found["table"]
 
 
+@pytest.mark.slow
 def test_layer():
     """auto's distance from the best spelling is what the cost model is judged by."""
     table = run("layer", "--n", "1,5", "--width", "13x17", "--e", "3,7", "--k", "2,5")

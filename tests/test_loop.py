@@ -48,7 +48,7 @@ def killed_at_write(monkeypatch, o, number, after):
     return False
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["base", "top2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
 def test_dying_at_any_write_and_resuming_changes_no_byte(kind, small_model, tmp_path, monkeypatch):
     """Without it a death between two files (checkpoint and log, tokenizer and its config, finished and the checkpoint's
     removal) loses log rows, files or bits, at moments too rare for random kills to find."""
@@ -88,7 +88,7 @@ def kill_when(o, ready):
     return process.wait()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])])
 def test_killed_and_resumed_equals_uninterrupted(kind, small_model, tmp_path):
     """Without it a killed run goes on with other dropout, other data or lost moments, and nobody notices."""
     more = {"steps": 8, "save_every": 1}

