@@ -132,7 +132,10 @@ def pick(examples, step, o):
 
 
 def some_tasks(names, share, seed):
-    """A random share of the task names, two at least, sorted: the same for every part that is trained on it."""
+    """A random share of the task names, two at least, sorted: the same for every part that is trained on it. Raises
+    InputError where it is no share."""
+    if not 0 < share <= 1:
+        raise InputError(f"--share is {share}, expected more than 0 and at most 1")
     names = sorted(names)
     count = min(len(names), max(2, round(share * len(names))))
     return sorted(random.Random(f"{seed}/share").sample(names, count))

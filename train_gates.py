@@ -26,7 +26,7 @@ from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, requ
 from methods import new_gates
 from model import DTYPES, load_llama
 from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach
-from tasks import collate, load_tasks, micro_batches, pick, tokenize
+from tasks import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from tokenizer import Tokenizer
 from train_adapters import check_pool, trained
 
@@ -35,6 +35,7 @@ from train_adapters import check_pool, trained
 class GatesRun(Run):
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters
+    share: float = 1.0  # of the tasks: the others and their adapters are never seen, nor chosen
     kind: Literal["meteora", "moe", "soft", "loraflow", "smear"] = "meteora"  # moe: top-k of a softmax; soft: all of it
     top_k: int = 2  # adapters a token uses (meteora, moe)
     gate_temperature: float = 1.0  # of the softmax over the k
@@ -60,13 +61,14 @@ def train_gates(o):
     then needs a backward pass through the network.
     """
     known = read_pool(required(o, "pool"))
-    tasks = load_tasks(required(o, "tasks"), sorted(known.adapters))
-    if o.kind in ("meteora", "moe") and not 1 <= o.top_k <= len(known.adapters):
-        raise InputError(f"--top_k is {o.top_k}, expected 1 to {len(known.adapters)}, the adapters of {known.path}")
+    names = some_tasks(known.adapters, o.share, o.seed)
+    tasks = load_tasks(required(o, "tasks"), names)
+    if o.kind in ("meteora", "moe") and not 1 <= o.top_k <= len(names):
+        raise InputError(f"--top_k is {o.top_k}, expected 1 to {len(names)}, the adapters of {known.path}")
     if o.kind != "meteora" and (o.fit or o.adapters_too):
         raise InputError(f"--kind {o.kind}: --fit and --adapters_too are for meteora")
-    if o.kind == "soft" and len(known.adapters) < 2:
-        raise InputError(f"--kind soft needs two adapters or more, {known.path} has {len(known.adapters)}")
+    if o.kind == "soft" and len(names) < 2:
+        raise InputError(f"--kind soft needs two adapters or more, {known.path} has {len(names)}")
     if o.composite and (o.fit or o.kind == "smear"):
         raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
     check_composite(o.composite, o.batch_size)
@@ -79,7 +81,7 @@ def train_gates(o):
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     dtype = torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype
-    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, dtype)
+    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, dtype)
     kind = f"{o.kind}_top{o.top_k}" if o.kind in ("meteora", "moe") else o.kind
     file = Path(o.adapters_too or known.path) / "gates" / f"{kind}.safetensors"
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]

@@ -163,7 +163,5 @@ def top_1(known, asked, labels, m, repeats=5):
 
 
 def check_retriever_options(o):
-    if not 0 < o.share <= 1:
-        raise InputError(f"--share is {o.share}, expected more than 0 and at most 1")
     if not o.temperature > 0:
         raise InputError(f"--temperature is {o.temperature}, expected more than 0")

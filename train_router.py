@@ -116,8 +116,6 @@ def router_step(model, pool, routers, gates, picked, drawn, o):
 def check_router_options(o):
     if o.candidates not in ("retrieved", "random"):
         raise InputError(f"--candidates is {o.candidates!r}, expected retrieved or random")
-    if not 0 < o.share <= 1:
-        raise InputError(f"--share is {o.share}, expected more than 0 and at most 1")
     if not 0 <= o.drop < 1:
         raise InputError(f"--drop is {o.drop}, expected 0 or more and less than 1")
     if o.retrieve < 2:

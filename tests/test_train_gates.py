@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_adapters
-from training import ANSWERS, assert_close, examples, options, pool_in_model, run, run_folder, write_tasks
+from training import (
+    ANSWERS,
+    assert_close,
+    examples,
+    options,
+    pool_in_model,
+    run,
+    run_folder,
+    write_random_pool,
+    write_tasks,
+)
 
 import train_gates
 from adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
@@ -18,8 +28,11 @@ from baselines import Prompt
 from composites import compose
 from files import InputError
 from gate_files import load_gates
+from generate import load
+from methods import set_methods
 from model import load_llama
 from moe_lora import GateLoss, MeteoraGate, Recorder, attach
+from tasks import some_tasks
 from tokenizer import Tokenizer
 from train_gates import GatesRun, gates_step
 
@@ -145,6 +158,21 @@ def test_gates_refuse_a_k_larger_than_the_pool(small_model, tmp_path):
     o = options("top2", small_model, tmp_path / "out")
     with pytest.raises(InputError, match="--top_k is 3, expected 1 to 2"):
         run(o, top_k=3)
+
+
+def test_gates_of_a_share_of_the_tasks(small_model, tmp_path):
+    """What they are compared with on tasks that come later must neither need those tasks nor choose their adapters."""
+    o = options("top2", small_model, tmp_path / "out", steps=1)
+    names = ("animals", "later", "plurals")  # of "later" there is no task folder
+    write_random_pool(Path(o.pool), small_model, names)
+    o.share, o.seed = 0.1, next(s for s in range(99) if some_tasks(names, 0.1, s) == ["animals", "plurals"])
+    run(o)
+    mole = load(small_model, o.pool)
+    set_methods(mole, ["meteora_top2"])
+    with Recorder(mole.model, 5) as seen, torch.no_grad():
+        mole.model(torch.tensor([[1, 5, 7, 11, 13]]))
+    used = seen.read(5)[..., [mole.pool.slot(name) for name in names]]  # (m, n, 3)
+    assert (used[..., 1] == 0).all() and (used[..., [0, 2]] > 0).all()
 
 
 def test_resume_notices_other_adapters(small_model, tmp_path):

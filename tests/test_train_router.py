@@ -130,7 +130,13 @@ def test_a_share_of_the_tasks_and_no_other_adapter(run):
     assert seen_tasks(mole) == set(some_tasks(["animals", "other", "plurals"], 0.1, 0)) and len(seen_tasks(mole)) == 2
 
 
-@pytest.mark.parametrize(("name", "value"), [("share", 0.0), ("share", 1.5), ("drop", 1.0), ("retrieve", 1)])
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_no_share(share):
+    with pytest.raises(InputError, match=f"--share is {share}"):
+        some_tasks(["a", "b"], share, 0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("drop", 1.0), ("retrieve", 1)])
 def test_bad_options(name, value):
     with pytest.raises(InputError, match=f"--{name} is {value}"):
         check_router_options(RouterRun(model="", **{name: value}))
