@@ -319,6 +319,8 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
             raise InputError(f"method {name}: nothing was retrieved for it: retrieve() comes before set_methods()")
         if not mole.pool.members.keys() - set(exclude) and name != "base" and not name.startswith("adapter:"):
             raise InputError(f"method {name}: every adapter is excluded")
+        if name in mole.own and exclude:
+            raise InputError(f"method {name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")
     setup, part = _shared_setup(mole, names, top_k)
     mole.pool.need(_needed(mole, rows, setup, part, exclude))
     pool = _attach(mole, setup, part, rows, top_k, gate_temperature, spelling, tuple(sorted(exclude)))

@@ -561,6 +561,8 @@ def test_a_gate_of_ones_own_is_a_method(small_model, folder):
     assert len(answer(mole, "the fox", method="mine", max_new_tokens=2)) == 1
     with pytest.raises(InputError, match="one batch can't hold both"):
         set_methods(mole, ["mine", "meteora"])
+    with pytest.raises(InputError, match="a gate of your own chooses among all adapters, 'bee' too"):
+        set_methods(mole, ["mine"], exclude=("bee",))
 
 
 def test_smear_shares_the_pools_prompt(mole):
