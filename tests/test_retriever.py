@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import write_tasks
 
-from files import InputError
-from generate import load
+from files import InputError, read_metadata
+from generate import TINY, load
 from methods import retrieve, retriever_of
 from model import load_llama
 from moe_lora import SampleGate, attach, attached
 from retriever import LlamaEncoder, Retriever, base_alone, load_retriever, save_retriever, strip_shared
 from tasks import load_tasks
+from tiny_tasks import TASKS, examples
 from tokenizer import Tokenizer
 from train_retriever import bag_of_words, compare, info_nce, top_1, whiten_within
 
@@ -157,3 +158,28 @@ def test_command(small_model, tmp_path):
     assert retriever_of(mole).digests.keys() == {*names}
     [found] = retrieve(mole, ["selection"], ["quick brown fox jumps"], 2)
     assert found[0][0] == "animals"
+
+
+@pytest.mark.slow
+def test_tasks_and_phrasings_never_seen():
+    """tiny/'s retriever on the tasks that it was not tuned on, with prompts worded as none of the adapters' samples is:
+    otherwise it could know the tasks, or the samples' wording, by heart."""
+    mole, tuned_on = load(dtype="float32"), read_metadata(f"{TINY}/retriever.safetensors")["tasks"].split("\n")
+    embed, places = retriever_of(mole).embed, []
+    for fold in range(4):
+        retriever, asked = Retriever(embed), {}
+        for name in mole.pool.names:
+            phrasings = sorted(TASKS[name].phrasings, key=len, reverse=True)
+
+            def phrasing(row, phrasings=phrasings):
+                return next(p for p in phrasings if all(part in row["prompt"] for part in p.split("{x}")))
+
+            out = phrasings[fold]
+            retriever.add(name, [r["prompt"] for r in examples(name, "train", 200) if phrasing(r) != out][:20])
+            asked[name] = [r["prompt"] for r in examples(name, "test", 100) if phrasing(r) == out]
+        for name in set(asked) - set(tuned_on):
+            if asked[name]:
+                found = retriever(asked[name], len(mole.pool.names))
+                places += [[adapter for adapter, _ in pairs].index(name) for pairs in found]
+    first, third = (sum(place < k for place in places) / len(places) for k in (1, 3))
+    assert len(places) > 1000 and first > 0.9 and third > 0.98, (len(places), first, third)
