@@ -311,13 +311,13 @@ class Pool:
     whoever holds the tensors (the Linears, a compiled block) sees the change; only more slots or a larger rank give
     them another shape. Outputs never depend on which slot an adapter got.
 
-    A pool that is `limited` never has more slots: further members stay on disk until need() asks for them, and those
-    that were needed longest ago leave for them. `version` counts the changes of what is in the slots.
+    A pool with a `limit` never has more slots than that: further members stay on disk until need() asks for them, and
+    those that were needed longest ago leave for them. `version` counts the changes of what is in the slots.
     """
 
     def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None):
         self.shapes, self.capacity, self.rank, self.members = shapes, capacity, rank, {}
-        self.limited, self.version = False, 0
+        self.limit, self.version = None, 0
         self._used = []  # names, those needed longest ago first
         make = {"dtype": dtype, "device": device}
         self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
@@ -338,7 +338,7 @@ class Pool:
         given and smaller than their number, the pool is limited to so many slots and the others are left on disk."""
         headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
         pool = cls._for(headers, shapes, dtype, device, min(resident or len(headers), len(headers)))
-        pool.limited = bool(resident)
+        pool.limit = resident or None
         for adapter in headers:
             pool.members[adapter.name] = Member(None, None, _light(adapter))
         pool.need(list(folders)[: pool.capacity])
@@ -392,17 +392,20 @@ class Pool:
                 self.members[name] = Member(self._fill(self._free_slot(), adapter), adapter.hash, _light(adapter))
 
     def add(self, adapter):
-        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it must. In a limited
-        pool without a free slot it stays on disk: None."""
+        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it must. Where the limit
+        is reached and no slot is free it stays on disk: None. Raises InputError where it isn't there either."""
         if adapter.name in self.members:
             first = self.members[adapter.name].adapter.folder
             raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
-        self._cover(adapter)
         full, slot = len(self.resident) >= self.capacity, None
-        if adapter.rank > self.rank or (full and not self.limited):
-            self._grow(max(2 * self.capacity, 4) if full and not self.limited else self.capacity,
-                       max(self.rank, adapter.rank))  # fmt: skip
-        if not (full and self.limited):
+        larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
+        waits = full and larger == self.capacity
+        if waits and not adapter.folder:
+            raise InputError(f"adapter {adapter.name}: all {self.capacity} slots are taken, and no folder to wait in")
+        self._cover(adapter)
+        if adapter.rank > self.rank or larger > self.capacity:
+            self._grow(larger, max(self.rank, adapter.rank))
+        if not waits:
             slot = self._fill(self._free_slot(), adapter)
             self._used.append(adapter.name)
         self.members[adapter.name] = Member(slot, adapter.hash, _light(adapter))

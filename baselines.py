@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import Adapter, peft_config
+from files import InputError
 from moe_lora import Mixture, MultiLoRALinear
 from products import linear
 
@@ -265,8 +266,9 @@ class SmearLinear(MultiLoRALinear):
         x = x.reshape(len(p), -1, x.shape[-1])  # (b, t, i)
         if self.trace is not None:
             self.trace[: x[..., 0].numel()] = p.detach().repeat_interleave(x.shape[1], 0)
-        A = torch.tensordot(p.to(x.dtype), self.A.to(x.dtype), 1)  # (b, r, i)
-        B = torch.tensordot((p * self.scale).to(x.dtype), self.B.to(x.dtype), 1)  # (b, o, r)
+        e = p.shape[1]  # slots that joined since the router was made weigh nothing
+        A = torch.tensordot(p.to(x.dtype), self.A[:e].to(x.dtype), 1)  # (b, r, i)
+        B = torch.tensordot((p * self.scale[:e]).to(x.dtype), self.B[:e].to(x.dtype), 1)  # (b, o, r)
         return y + (x @ A.mT @ B.mT).view(y.shape)
 
 
@@ -284,6 +286,8 @@ def lorahub(pool, weights):
     """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts twice: the product
     goes with its square."""
     names = sorted(weights)
+    if not names:
+        raise InputError("lorahub: every adapter is excluded")
     w = torch.tensor([float(weights[name]) for name in names], device=next(iter(pool.A.values())).device)
     stacks = member_stacks(pool, names)
     merged = {path: (torch.tensordot(w, A, 1), torch.tensordot(w, B, 1)) for path, A, B in stacks}

@@ -233,7 +233,9 @@ def bench_decode(o, limits):
     both("base", base)
     for e in pool_sizes(o):
         both(f"{e} adapters", with_adapters(o, e, folder=o.pool))
-    row(f"{e} adapters, loop", Decoder(with_adapters(o, e, "loop", o.pool), one, o.tokens))
+    for spelling in ("auto", "loop"):
+        model = with_adapters(o, e, spelling, o.pool)
+        row(f"{e} adapters, {spelling}, not compiled", Decoder(model, one, o.tokens))
     if o.requests:
         ids = prompts(o, o.requests, o.context, base.config.vocab_size)
         row(f"{o.requests} requests, base", Decoder(base, ids, o.tokens), o.requests, bytes_read(base))
@@ -275,7 +277,8 @@ def bench_prefill(o, limits):
         model = with_adapters(o, e, folder=o.pool)
         model.model.compile()
         rows[f"{e} adapters"] = prefill(model)
-    rows[f"{e} adapters, loop"] = prefill(with_adapters(o, e, "loop", o.pool))
+    for spelling in ("auto", "loop"):
+        rows[f"{e} adapters, {spelling}, not compiled"] = prefill(with_adapters(o, e, spelling, o.pool))
     for name, model, options in hf_models(o, e):
         rows[name] = HfDecoder(model, ids, **options(1)).prefill
     if o.gguf:

@@ -20,6 +20,7 @@ from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
 from moe_lora import (
     GateLoss,
     MeteoraGate,
+    RouterLoRA,
     SampleGate,
     attach,
     attached,
@@ -89,7 +90,7 @@ def pool_sizes(o):
 
 def hf_models(o, e):
     """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with the adapters of the
-    pool or e random ones, one for each row."""
+    pool or e random ones: one of them, and peft's mixed batch, another for each row."""
     if not o.peers or getattr(o, "shape", "") or not has("transformers"):
         return
     folder, dtype = o.model or TINY, DTYPES[o.dtype]
@@ -99,9 +100,9 @@ def hf_models(o, e):
             adapters = [load_adapter(path, name) for name, path in read_pool(o.pool).adapters.items()]
         else:
             adapters = random_adapters(o, e, linear_shapes(load(o)))
-        names = [adapter.name for adapter in adapters]
-        yield ("peft, an adapter a request", peft_llama(folder, dtype, adapters),
-               lambda b: {"adapter_names": [names[j % e] for j in range(b)]})  # fmt: skip
+        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters)
+        yield "peft, one adapter", model, lambda b: {}
+        yield "peft, mixed batch", model, lambda b: {"adapter_names": [names[j % e] for j in range(b)]}
 
 
 def prompts(o, b, t, v):
@@ -165,13 +166,14 @@ def with_requests(o, union):
 
 
 def bytes_read(model):
-    """What one step has to read: every weight but the embedding's, gates or routers, and of the adapters k of e by
-    gates, all by routers, whose batch retrieved them."""
+    """What one step has to read: every weight but the embedding's, gates or what routers score with, and of the
+    adapters k of e by gates, all by routers, whose batch retrieved them."""
     tied = model.config.tie_word_embeddings
     total = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed_tokens" not in name)
     for module in attached(model).values():
         gate, e = module.gate.inner, len(module.A)
         total += (module.A.nbytes + module.B.nbytes) * getattr(gate, "k", e) // e
+        total += gate.inner.nbytes - gate.B.nbytes if isinstance(gate, RouterLoRA) else 0  # B is in `inner`
     return total
 
 

@@ -3,8 +3,9 @@
 What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
 (model.Block.before, after). For a new token in each of a few rows, a block is compiled whole, attention included
 (model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1 (the step two, up to SUMS and up to
-FEW), and these again while routing is recorded, and where rows of a batch have a fixed adapter; torch keeps them on
-disk between runs. More than torch's limit of recompiles is an error, for fullgraph is set.
+FEW), and these again while routing is recorded. Another kind of gate, number of adapters a token or gate temperature is
+another block, with graphs of its own; torch keeps them on disk between runs. More than torch's limit of recompiles is
+an error, for fullgraph is set.
 
 From one step of a decoding loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
 module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
@@ -13,6 +14,7 @@ captured, every kernel with its buffers, and the steps that follow call the kern
 """
 
 import re
+import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -35,7 +37,9 @@ CAPTURED = re.compile(
     "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|empty_strided_cpu|reinterpret_tensor|clear|"
     + "|".join(LIBRARY)
 )
-_capture = None  # while a step is captured a list of (kernel, arguments, options), None for what can't be
+# `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be. One at a time, as
+# graphs and their kernels are everybody's.
+_capture, _capturing = threading.local(), threading.Lock()
 
 
 def _inductor(graph, inputs):
@@ -58,16 +62,18 @@ def _capturable(graph):
 
     def noting(kernel):
         def note(*args, **options):
-            _capture.append((kernel, args, options))
+            if getattr(_capture, "calls", None) is not None:
+                _capture.calls.append((kernel, args, options))
             return kernel(*args, **options)
 
         return note
 
     def run(args):
-        if _capture is None:
+        calls = getattr(_capture, "calls", None)
+        if calls is None:
             return graph(args)
         if not all(map(CAPTURED.fullmatch, names)):
-            _capture.append(None)
+            calls.append(None)
             return graph(args)
         kernels = {name: noting(scope[name]) for name in names if name.startswith("cpp_fused")}
         library = SimpleNamespace(**{name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY})
@@ -92,13 +98,13 @@ def compile_function(function):
     """`function` through torch.compile, traced and compiled where it is first called. Raises InputError where the
     compiler fails."""
     torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree once are not the same size
-    torch._dynamo.config.recompile_limit = 16  # a step has three graphs, each recorded or not, with fixed rows or not
+    torch._dynamo.config.recompile_limit = 64  # six graphs a kind of gate: many may be tried in one process
     run = torch.compile(function, fullgraph=True, dynamic=False, backend=_inductor)
 
     def call(*inputs):
         try:
             return run(*inputs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise InputError(f"torch.compile: {str(error).splitlines()[0]}; --no-compile goes without") from error
 
     return call
@@ -145,16 +151,16 @@ class Step(NamedTuple):
 
 def step_through(run, layers, x, cos, sin, positions, cache, end):
     """A new token in each row of the cache through all blocks by `run`, the compiled Block.step: x (b, h) -> (b, h)."""
-    global _capture
     views, inputs = cache.views(end), (x, cos, sin, positions)
     if cache.captured and cache.captured.views is views:
         return cache.captured(*inputs)
-    _capture = calls = []
-    try:
-        for layer, view in zip(layers, views, strict=True):
-            x = run(layer, *of_any_length(x, cos, sin, positions, few=True), view)
-    finally:
-        _capture = None
+    with _capturing:
+        _capture.calls = calls = []
+        try:
+            for layer, view in zip(layers, views, strict=True):
+                x = run(layer, *of_any_length(x, cos, sin, positions, few=True), view)
+        finally:
+            _capture.calls = None
     steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step
     cache.captured = Step(views, inputs, calls, x) if steady else None
     return x

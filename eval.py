@@ -13,6 +13,7 @@ same results.json.
 """
 
 import hashlib
+import math
 import platform
 import re
 import shutil
@@ -39,6 +40,7 @@ from generate import TINY, Sampling, by_length, check_values, decode, encode_pro
 from methods import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
 from metrics import score, score_meteora, signature
 from moe_lora import GateLoss, attached
+from retriever import sentence_encoder
 from tasks import Task, collate, encode, load_tasks, micro_batches
 from tokenizer import check_ids
 
@@ -56,6 +58,7 @@ class Options:
     ood: bool = False  # each task without its own adapter: what do the others make of it
     unseen: bool = False  # only tasks that router and retriever were not trained on; gates do without those adapters
     retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
     top_k: int = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     limit: int = 0  # examples a task, 0 = all
@@ -156,7 +159,10 @@ def choose_tasks(mole, o):
     if not tasks:
         raise InputError("nothing to evaluate: no adapter of the pool has the name of a task; name some with --only")
     if o.unseen:
-        tasks = {name: task for name, task in tasks.items() if name not in seen_tasks(mole)}
+        seen = seen_tasks(mole)
+        tasks = {name: task for name, task in tasks.items() if name not in seen}
+        if not tasks:
+            raise InputError("--unseen: router and retriever have seen every task: train.py router --share 0.4")
     for task in tasks.values():
         task.test = task.test[: o.limit or None]
         if not task.test:
@@ -176,6 +182,8 @@ def check_options(o):
     methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
     if not methods:
         raise InputError("--methods names none")
+    if named := [m for m in methods if o.ood and (m.startswith("adapter:") or m in ("lora_f", "lora_b"))]:
+        raise InputError(f"--ood: {named[0]} has no adapter of a task that it could do without")
     temperatures = numbers("--composite_temperature", o.composite_temperature, float)
     return methods, numbers("--composite", o.composite) if o.composite else [], temperatures
 
@@ -229,8 +237,7 @@ def evaluate(mole, tasks, methods, cells, o):
                 rows = zip(task.test, texts, strict=True)
                 answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
                 bar.update(len(texts))
-            mean = sum(s["score"] for s in scores.values()) / len(scores)
-            results[method] = {"mean": round(mean, 2), "tasks": scores}
+            results[method] = {**mean_of(scores), "tasks": scores}
             own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
             if method.startswith("meteora") and own and not (o.ood or o.unseen):
                 found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, o))
@@ -247,7 +254,8 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
         table = results[str(n)] = {}
         for method in tqdm([m for m in methods if m != "lorahub"], desc=f"composite-{n}", file=sys.stderr):
             part = setup_of(mole, method, o.top_k)[1]
-            search = part not in (None, "meteora_top1", "loraflow") and len(temperatures) > 1  # those have none
+            has_none = part in (None, "meteora_top1", "loraflow", "ramole")
+            search = len(temperatures) > 1 and not has_none
             temperature = temperatures[0]
             if search:
                 trial = composites(tasks, n, max(1, o.composites // 4), mole.template, o.seed, split="train")
@@ -271,6 +279,13 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
     return results, answers
 
 
+def mean_of(scores):
+    """The mean over the tasks, and half its 95 % interval over other examples of the same tasks."""
+    half = math.hypot(*((s["high"] - s["low"]) / 2 for s in scores.values())) / len(scores)
+    mean = sum(s["score"] for s in scores.values()) / len(scores)
+    return {"mean": round(mean, 2), "plus_minus": round(half, 2)}
+
+
 # The tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +297,8 @@ def table(results, tasks):
         cells = [results[m]["tasks"][name] for m in methods]
         shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
         lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
-    lines.append("| mean | | " + " | ".join(f"{results[m]['mean']:.1f}" for m in methods) + " |")
+    means = [f"{results[m]['mean']:.1f} ± {results[m]['plus_minus']:.1f}" for m in methods]
+    lines.append("| mean | | " + " | ".join(means) + " |")
     if "oracle" in results and (whole := results["oracle"]["mean"]):
         shares = [f"{100 * results[m]['mean'] / whole:.1f} %" for m in methods]
         lines.append("| of the oracle | | " + " | ".join(shares) + " |")
@@ -315,7 +331,9 @@ def composite_table(results, composite):
 def main():
     o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
     methods, sizes, temperatures = check_options(o)
+    embed = sentence_encoder(o.encoder) if o.encoder else None
     mole = load_mole(o.model or TINY, o.pool or None, (), o.dtype, o.device)
+    mole.embed = embed
     tasks = choose_tasks(mole, o)
     for method in methods:
         for name in tasks:

@@ -27,7 +27,8 @@ class GateFile:
     """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool, slots with a row.
 
     A row whose adapter is missing or has changed is an InputError that lists them all; an adapter without a row is
-    never chosen, with one warning, nor is one of `exclude`.
+    never chosen, with one warning, nor is one of `exclude`, which may stay on disk. None that could be chosen is an
+    InputError too.
     """
 
     def __init__(self, file, pool, exclude=()):
@@ -36,9 +37,10 @@ class GateFile:
         if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
             raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
         names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
-        pool.need([name for name in names if name in pool.members])
+        self.rows = [row for row, name in enumerate(names) if name not in exclude]
+        pool.need([names[row] for row in self.rows if names[row] in pool.members])
         wrong = []
-        for name, digest in zip(names, hashes, strict=False):
+        for name, digest in [(names[row], hashes[row]) for row in self.rows if row < len(hashes)]:
             if name not in pool.members:
                 wrong.append(f"{name} (missing from the pool)")
             elif pool.members[name].hash != digest:
@@ -47,22 +49,23 @@ class GateFile:
             raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
         if strangers := [n for n in pool.names if n not in names]:
             warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
-        self.slots = torch.tensor([pool.slot(name) for name in names])
+        if not self.rows:
+            raise InputError(f"{file}: all its adapters are excluded")
+        self.slots, self.count = torch.tensor([pool.slot(names[row]) for row in self.rows]), len(names)
         self.k, device = int(metadata["k"]), next(iter(pool.A.values())).device
         self.known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
         self.known[self.slots] = True
-        self.known[[pool.slot(name) for name in exclude]] = False
 
     def fill(self, gates, dtype=torch.float32):
         """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor is missing or of the
         wrong shape."""
         for key, param in parameters_of(gates).items():
-            want = (len(self.slots), *param.shape[1:])
+            want = (self.count, *param.shape[1:])
             if key not in self.tensors or tuple(self.tensors[key].shape) != want:
                 found = tuple(self.tensors[key].shape) if key in self.tensors else "nothing"
                 raise InputError(f"{self.file}: {key}: expected {want}, found {found}")
             param.data = torch.zeros(param.shape, dtype=dtype, device=param.device)
-            param.data[self.slots] = self.tensors[key].to(param.device, dtype)
+            param.data[self.slots] = self.tensors[key][self.rows].to(param.device, dtype)
             param.requires_grad_(False)
         return gates
 

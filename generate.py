@@ -32,6 +32,7 @@ from methods import (
 )
 from model import KVCache
 from moe_lora import Recorder
+from retriever import sentence_encoder
 from tasks import fill
 from tokenizer import TextStream, check_ids
 from viz import Printer, html_page
@@ -64,6 +65,7 @@ class Options(Sampling):
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
+    encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
     resident: int = 0  # adapters in memory at most, the others wait on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
@@ -116,6 +118,8 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     methods = [method] * len(ids) if isinstance(method, str) else list(method)
     if len(methods) != len(ids):
         raise InputError(f"{len(methods)} methods for {len(ids)} prompts: give one, or one a prompt")
+    for name in methods:
+        check_method(mole, name, top_k)
     found = retrieve(mole, methods, prompts, k, exclude, ids)
     compile_blocks(mole.model, compile, options.max_new_tokens)
     set_methods(mole, methods, top_k, gate_temperature, retrieved=found, exclude=exclude)
@@ -123,10 +127,14 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
 
 
 def compile_blocks(model, asked, tokens):
-    """Compiles the model's blocks where that is asked for or, `asked` None, where `tokens` decoded faster outweigh the
-    wait for a compiler: about 0.2 ns a parameter and token (SmolLM2-135M, LOG.md) against ten seconds."""
-    if tokens * sum(p.numel() for p in model.parameters()) * 2e-10 > 10 if asked is None else asked:
+    """Compiles the model's blocks where that is asked for (False: no longer) or, `asked` None, where `tokens` decoded
+    faster outweigh the wait for a compiler: about 0.2 ns a parameter and token (SmolLM2-135M, LOG.md) against ten
+    seconds."""
+    pays = tokens * sum(p.numel() for p in model.parameters()) * 2e-10 > 10
+    if asked or (asked is None and pays):
         model.model.compile()
+    elif asked is False:
+        model.model.uncompile()
 
 
 def check_values(sampling, top_k, gate_temperature):
@@ -208,7 +216,7 @@ def decode(mole, ids, sampling, routing=False):
         yield seen
     logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
-    turn, setting = mole.turn, _setting(mole)
+    turn, using, setting = mole.turn, mole.using, _setting(mole)
     texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
     with _recorder(mole, b, routing) as recorder:
         for step in range(1, sampling.max_new_tokens + 1):
@@ -226,6 +234,8 @@ def decode(mole, ids, sampling, routing=False):
                 return
             if mole.turn != turn:
                 raise RuntimeError("another batch began on this model: finish one stream before starting the next")
+            if left := [name for name in using if mole.slots([name]) != {name: using[name]}]:
+                raise RuntimeError(f"adapter {left[0]} left its slot while an answer used it")
             if _setting(mole) != setting:  # a compiled step has to look again
                 cache.captured, setting = None, _setting(mole)
             counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
@@ -337,7 +347,7 @@ def read_prompt(prompt):
 
 
 def print_pool(mole):
-    if mole.pool is None:
+    if not (mole.pool and mole.pool.members):
         print("no adapters")
         return
     width = max(map(len, mole.pool.names))
@@ -380,12 +390,14 @@ def trace_prompt(mole, ids, adapters):
 def main():
     o = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
     asked = read_requests(o)
-    if not asked and not o.list_ and not o.interactive:
+    if not (o.prompt or o.prompts or o.list_ or o.interactive):
         print(START)
         return
     check_options(o, asked)
     adapters = read_adapters(o.adapter)
+    embed = sentence_encoder(o.encoder) if o.encoder else None
     mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device, o.resident)
+    mole.embed = embed
     if o.list_:
         print_pool(mole)
         return

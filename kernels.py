@@ -96,11 +96,12 @@ def top_k_mixture(logits, k, temperature):
     if k > 8 or not torch.compiler.is_compiling():
         top, idx = logits.topk(k, dim=-1)
         return idx, torch.softmax((top - top[..., :1]) / temperature, -1)
-    slots, rest, chosen = torch.arange(logits.shape[-1], device=logits.device), logits, []
+    slots, rest, chosen, top = torch.arange(logits.shape[-1], device=logits.device), logits, [], []
     for _ in range(k):
         chosen.append(rest.argmax(-1, keepdim=True))  # (..., 1)
+        top.append(rest.gather(-1, chosen[-1]))  # -inf where none is left
         rest = rest.masked_fill(slots == chosen[-1], float("-inf"))
-    odds = [((logits.gather(-1, j) - logits.gather(-1, chosen[0])) / temperature).exp() for j in chosen]
+    odds = [((y - top[0]) / temperature).exp() for y in top]
     total = sum(odds)
     return torch.cat(chosen, -1), torch.cat([p / total for p in odds], -1)
 

@@ -74,12 +74,18 @@ class Mole:
     retriever: Retriever | None = None  # made where it is first asked for
     bound: int = -1  # the pool's version that RAMoLE's routers know
     turn: int = 0  # how often set_methods was called: one batch at a time
+    using: dict = field(default_factory=dict)  # {adapter: (slot, hash)} that the batch chooses from
     setting: int = 0  # how often force() was
 
     @property
     def eos_ids(self):
         """What ends a text: the model's EOS ids and the tokenizer's, which adapters are trained to end with."""
         return {*self.model.config.eos_token_ids, self.tokenizer.eos_id} - {None}
+
+    def slots(self, names):
+        """{adapter: (slot, hash)} of those of `names` that are in the pool."""
+        members = self.pool.members if self.pool else {}
+        return {name: (members[name].slot, members[name].hash) for name in names if name in members}
 
     @property
     def dtype(self):
@@ -226,11 +232,13 @@ def _need(method, path, command):
         raise InputError(f"method {method}: needs {path or 'a pool folder with its parts'}: python {command} makes it")
 
 
-def _lorahub_weights(mole):
-    """{task: {adapter: weight}} of POOL/baselines/lorahub.json. Raises InputError where other adapters made it."""
-    file = mole.folder.path / "baselines" / "lorahub.json" if mole.folder else None
-    _need("lorahub", file, "train.py lorahub")
+def _lorahub_weights(mole, ood=False):
+    """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched without each task's own
+    adapter. Raises InputError where other adapters made it."""
+    file = mole.folder.path / "baselines" / f"lorahub{'_ood' * ood}.json" if mole.folder else None
+    _need("lorahub", file, "train.py lorahub" + " --ood" * ood)
     found = read_json(file)
+    mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
     if found.get("adapters") != {name: member.hash for name, member in sorted(mole.pool.members.items())}:
         raise InputError(f"{file}: made for other adapters than the pool's: python train.py lorahub makes it again")
     return found["weights"]
@@ -243,7 +251,7 @@ def retriever_of(mole):
     """The pool's retriever, up to date with the pool: POOL/retriever.safetensors or, untrained, the base's own hidden
     states; your `mole.embed` instead of both. Raises InputError."""
     file = mole.folder.path / "retriever.safetensors" if mole.folder else None
-    if mole.retriever is None and mole.embed:
+    if mole.embed and (mole.retriever is None or mole.retriever.embed is not mole.embed):
         mole.retriever = Retriever(mole.embed)
     elif mole.retriever is None and file and file.exists():
         mole.retriever, _ = load_retriever(file, mole.model, mole.tokenizer)
@@ -310,8 +318,8 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
     command that makes it, and for methods that can't share a batch."""
     for name in set(names):
         check_method(mole, name, top_k)
-    mole.turn += 1
     if mole.pool is None:
+        mole.turn += 1
         return
     rows = list(zip(names, retrieved or [[] for _ in names], strict=True))
     for name, found in rows:
@@ -322,7 +330,10 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
         if name in mole.own and exclude:
             raise InputError(f"method {name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")
     setup, part = _shared_setup(mole, names, top_k)
-    mole.pool.need(_needed(mole, rows, setup, part, exclude))
+    needed = _needed(mole, rows, setup, part, exclude)
+    mole.pool.need(needed)
+    mole.turn += 1
+    mole.using = mole.slots(needed) if setup == "pool" else {}  # what is merged is there already
     pool = _attach(mole, setup, part, rows, top_k, gate_temperature, spelling, tuple(sorted(exclude)))
     if part == "ramole":
         _set_candidates(mole, [found if name == "ramole" else [] for name, found in rows])
@@ -349,11 +360,13 @@ def _shared_setup(mole, names, top_k):
 
 def _needed(mole, rows, setup, part, exclude):
     """Names of the adapters that have to be in memory for a batch; the others may stay on disk."""
-    found = [adapter for _, pairs in rows for adapter, _ in pairs]
+    found = [adapter for name, pairs in rows for adapter, _ in pairs[: 1 if name == "selection" else None]]
     named = [name.partition(":")[2] for name, _ in rows if name.startswith("adapter:")]
-    whole = setup == "pool" and part not in (None, "ramole") or any(
-        name in ("uniform", "average_ba") or (not pairs and setup != "pool" and name != "base") for name, pairs in rows
-    )  # fmt: skip
+    whole = (
+        setup == "pool"
+        and part not in (None, "ramole")
+        or any(name in ("uniform", "average_ba", "smear", *MERGES) or name.startswith("lorahub:") for name, _ in rows)
+    )
     return [*found, *named, *(name for name in mole.pool.names if whole and name not in exclude)]
 
 
@@ -443,7 +456,8 @@ def _derive(mole, name, found, exclude):
     if name in MERGES:
         return merge(mole.pool, name, exclude=exclude)
     if name.startswith("lorahub:"):
-        weights = _lorahub_weights(mole)[name.partition(":")[2]]
+        task = name.partition(":")[2]
+        weights = _lorahub_weights(mole, task in exclude).get(task, {})
         return lorahub(mole.pool, {adapter: w for adapter, w in weights.items() if adapter not in exclude})
     return load_adapter(mole.folder.path / "baselines" / name, name, mole.shapes)
 

@@ -312,8 +312,7 @@ class Trunk(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.rows = c, Rows()
-        self.before, self.after = Block.before, Block.after
-        self.compiled_step = self.compiled_head = None  # set by compile()
+        self.uncompile()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -327,6 +326,10 @@ class Trunk(nn.Module):
             return
         self.before, self.after = map(compiled.compile_for_any_length, (Block.before, Block.after))
         self.compiled_step, self.compiled_head = map(compiled.compile_function, (Block.step, linear))
+
+    def uncompile(self):
+        """compile() undone."""
+        self.before, self.after, self.compiled_step, self.compiled_head = Block.before, Block.after, None, None
 
     def forward(self, ids, cache=None, counts=None, depth=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real

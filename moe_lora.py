@@ -198,7 +198,8 @@ class RouterLoRA(nn.Module):
         inner = self._inner() if self.inner is None else self.inner
         idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
         q = linear(x, self.A, dtype=inner.dtype)  # (n, r_q)
-        key = (inner[idx] * ax(idx).to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
+        ax = ax(idx)[..., : inner.shape[-1]]  # a rank that has grown since bind() is another adapter's
+        key = (inner[idx] * ax.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
         score = (key * q[:, None]).sum(-1) / self.divisor + bias
         weight = torch.exp(score - score.amax(-1, keepdim=True).clamp(min=-3e38))  # no row is NaN
         return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
@@ -227,8 +228,8 @@ class LogoProbe(nn.Module):
     def forward(self, x, sample, ax):
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
         v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
-        log_p = v.log_softmax(-1)
-        self.score = v.norm(dim=-1) if self.method == "logo" else -1 / (log_p.exp() * log_p).sum(-1)
+        entropy = -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)
+        self.score = v.norm(dim=-1) if self.method == "logo" else 1 / entropy.clamp(min=1e-6)
         nothing = torch.zeros(len(x), 1, device=x.device)
         return Mixture(nothing.long(), nothing)
 

@@ -67,6 +67,7 @@ class LlamaEncoder:
     def __init__(self, model, tokenizer, depth=None, mean=None, projection=None, max_length=256):
         depth = model.config.num_hidden_layers if depth is None else depth
         h = model.config.hidden_size
+        max_length = min(max_length, model.config.max_position_embeddings)
         self.model, self.tokenizer, self.depth, self.max_length = model, tokenizer, depth, max_length
         self.mean = torch.zeros(h) if mean is None else mean
         self.projection = torch.eye(h) if projection is None else projection
@@ -76,7 +77,8 @@ class LlamaEncoder:
         """(n, h) float32: what the projection is applied to; `tokens` at most in one forward."""
         model = self.model
         head = self.tokenizer.encode(INSTRUCTION)
-        rows = [self.tokenizer.encode(text, start=False)[: self.max_length - len(head)] for text in texts]
+        room = max(1, self.max_length - len(head))
+        rows = [self.tokenizer.encode(text, start=False)[:room] for text in texts]
         rows = [row or head[-1:] for row in rows]  # an empty text is the end of the instruction
         out = torch.empty(len(rows), model.config.hidden_size)
         order = sorted(range(len(rows)), key=lambda j: len(rows[j]))
@@ -103,12 +105,12 @@ class LlamaEncoder:
 
 def sentence_encoder(folder):
     """embed() of a sentence-transformers folder. Raises InputError where the package or the folder is missing."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder of a sentence-transformers model")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise InputError("--encoder needs a package that is not here: pip install sentence-transformers") from None
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder of a sentence-transformers model")
     encoder = SentenceTransformer(str(folder), device="cpu")
     return lambda texts: encoder.encode([INSTRUCTION + text for text in texts], convert_to_tensor=True).float()
 

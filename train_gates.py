@@ -118,7 +118,7 @@ def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
         stacks = {f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
         params, rates = params | stacks, dict.fromkeys(stacks, o.adapter_lr / o.lr if o.lr else 0.0)
 
-    if gate_loss:  # the others' Linears share weights
+    if o.kind not in ("loraflow", "smear"):  # their Linears share weights
         compile_blocks(model, o, pick(examples, 0, o))
 
     def step_loss(step):

@@ -25,6 +25,7 @@ class LorahubRun:
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task alone; repeatable; default all
+    ood: bool = False  # without each task's own adapter, into baselines/lorahub_ood.json: what eval.py --ood needs
     shots: int = 5  # training examples the weights are judged by
     steps: int = 40  # weights tried a task (the paper's budget)
     l1: float = 0.05  # penalty on the mean size of the weights
@@ -34,8 +35,8 @@ class LorahubRun:
 
 
 def train_lorahub(o):
-    """Writes POOL/baselines/lorahub.json, weights {task: {adapter: weight}}; tasks that it holds already, searched with
-    these options over these adapters, are kept (LoraHub, section 2.2)."""
+    """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}}; tasks that it holds
+    already, searched with these options over these adapters, are kept (LoraHub, section 2.2)."""
     known = read_pool(required(o, "pool"))
     tasks = load_tasks(required(o, "tasks"), o.only or None)
     model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
@@ -44,7 +45,7 @@ def train_lorahub(o):
     shapes = linear_shapes(model)
     pool = Pool.load(dict(sorted(known.adapters.items())), shapes)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
-    file, names = Path(known.path) / "baselines" / "lorahub.json", sorted(pool.names)
+    file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * o.ood}.json", sorted(pool.names)
     how = {"shots": o.shots, "steps": o.steps, "l1": o.l1, "seed": o.seed, "max_length": o.max_length}
     made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
     known_weights = read_json(file) if file.exists() else made
@@ -57,18 +58,19 @@ def train_lorahub(o):
     gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, model.model.embed_tokens.weight.dtype)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
+        used = [name for name in names if not (o.ood and name == task)]
         batch = collate(draw(examples[task], task, 0, min(o.shots, len(examples[task])), o.seed))
 
         @torch.inference_mode()
-        def loss(weights, batch=batch):
+        def loss(weights, batch=batch, used=used):
             for name in slot.names:
                 slot.remove(name)
-            adapter = lorahub(pool, dict(zip(names, weights, strict=True)))
+            adapter = lorahub(pool, dict(zip(used, weights, strict=True)))
             slot.add(adapter)
             gate.set(*fixed_rows(slot, [{adapter.name: 1.0}] * len(batch.tasks)))
             return float(lm_losses(model, batch).mean())
 
-        weights, _ = lorahub_search(loss, len(names), o.steps, o.seed, o.l1)
-        found[task] = {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}
+        weights, _ = lorahub_search(loss, len(used), o.steps, o.seed, o.l1)
+        found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
         write_json(file, made | {"weights": found})
     print(f"wrote {file}", file=sys.stderr)

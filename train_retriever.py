@@ -84,7 +84,8 @@ def draw_prompts(task, count, seed, bare=False, split="train"):
     """`count` of a task's prompts at most; `bare` without what the task's prompts share."""
     prompts = [row["prompt"] for row in getattr(task, split)]
     if bare:
-        prompts = strip_shared(prompts + [row["prompt"] for row in task.train])[: len(prompts)]
+        more = [row["prompt"] for row in task.train] if split != "train" else []
+        prompts = strip_shared(prompts + more)[: len(prompts)]
     return random.Random(f"{seed}/{task.name}").sample(prompts, min(count, len(prompts)))
 
 
@@ -144,7 +145,8 @@ def compare(encoders, tasks, tuned_on, seed):
             cells = [f"{s.score:.1f} [{s.low:.1f}, {s.high:.1f}]" for s in scores]
             lines.append(f"| {title} | {kind} | " + " | ".join(cells) + " |")
     lines.append(
-        f"\n{scores[0].n} prompts of {len(others)} tasks among {len(names)}, tuned on the other {len(tuned_on)}"
+        f"\n{scores[0].n} prompts of {len(others)} tasks among {len(names)}, tuned on the other {len(tuned_on)}; "
+        "intervals are over the prompts"
     )
     return "\n".join(lines) + "\n"
 

@@ -62,6 +62,8 @@ def train_router(o):
     if o.candidates == "retrieved" or o.prior:
         retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
         rows = list({id(row): row for step in range(o.steps) for row in pick(examples, step, o)}.values())
+        if silent := [name for name in names if name not in retriever.vectors]:
+            raise InputError(f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random")
         found = retriever([row.row["prompt"] for row in rows], len(names))
         scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
     routers = router_loras(pool, o.r, o.seed, o.divisor, o.scaled, o.prior)

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -223,3 +224,28 @@ def test_without_a_compiler():
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0 and done.stdout.strip() == "mice", done.stderr
     assert done.stderr.count("warning") == 1 and "no C++ compiler" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_threads_each_with_a_model(small_model):
+    """A step captured in one thread must not hold the other's kernels: a server that answers from threads would
+    overwrite one user's text with another's."""
+    torch._dynamo.reset()
+    models = [load_llama(small_model) for _ in range(2)]
+    want = [logits(model, 1, 5, 7)[0] for model in models]
+    for model in models:
+        model.model.compile()
+        logits(model, 1, 5, 7)
+    interval, wrong = sys.getswitchinterval(), []
+
+    def work(j):
+        for _ in range(20):
+            wrong.append(float((logits(models[j], 1, 5, 7)[0] - want[j]).abs().max()))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as workers:
+            list(workers.map(work, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(wrong) == 40 and max(wrong) < 1e-4

@@ -94,12 +94,15 @@ def test_the_table_shows_what_the_results_hold():
     """A cell under another method's name is the worst that a table can do."""
     cell = {"score": 50.0, "low": 20.0, "high": 80.0, "n": 7, "metric": "bleu"}
     other = cell | {"score": 12.34, "low": 1.0, "high": 31.0}
-    results = {"base": {"mean": 12.34, "tasks": {"t": other}}, "oracle": {"mean": 50.0, "tasks": {"t": cell}}}
+    results = {
+        method: evaluation.mean_of({"t": one}) | {"tasks": {"t": one}}
+        for method, one in (("base", other), ("oracle", cell))
+    }
     assert evaluation.table(results, ["t"]).splitlines() == [
         "| task | n | base | oracle |",
         "|---|---|---|---|",
         "| t (bleu) | 7 | 12.3 [1.0, 31.0] | 50.0 [20.0, 80.0] |",
-        "| mean | | 12.3 | 50.0 |",
+        "| mean | | 12.3 ± 15.0 | 50.0 ± 30.0 |",
         "| of the oracle | | 24.7 % | 100.0 % |",
     ]
 
@@ -404,6 +407,8 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
         (["--composite_temperature", "1,0"], "--composite_temperature is '1,0'"),
         (["--composite_temperature", "nan"], "--composite_temperature is 'nan'"),
         (["--composite_temperature", ","], "--composite_temperature is ','"),
+        (["--ood", "--composite", "", "--methods", "adapter:ant"], "--ood: adapter:ant has no adapter of a task"),
+        (["--encoder", "nowhere"], "nowhere: no such folder of a sentence-transformers model"),
         (["--composite", "4"], "composite-4 needs 4 tasks, there are 3: ant, bee, cat"),
         (["--methods", "lorahub:ant,soft"], "soft.safetensors: python train.py gates --kind soft makes it"),
     ],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import SPELLINGS, choose, compute_ax, lora_mix
+from kernels import SPELLINGS, choose, compute_ax, lora_mix, top_k_mixture
 
 ROUTINGS = ("alike", "uniform", "zipf", "distinct")
 
@@ -202,6 +202,19 @@ def test_auto_in_a_compiled_block(dtype, amx, wide, least, monkeypatch):
     assert choose(x, torch.zeros(31, 3, 7, requires_grad=True), 1) == "dense"
     assert choose(x[:5], torch.zeros(2, 3, 7), 3) == "bmm"  # few tokens
     assert choose(x[:16], torch.zeros(-(-least // 2), 3, 7), 1) == "bmm"
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_top_k_as_maxima(k, monkeypatch):
+    """As compiled blocks choose: also where fewer than k may be chosen, whose other slots must weigh nothing."""
+    logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(3))
+    logits[:5, 3:] = float("-inf")
+    want_idx, want = top_k_mixture(logits, k, 1.3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    idx, weight = top_k_mixture(logits, k, 1.3)
+    torch.testing.assert_close(weight, want)
+    used = want > 0
+    assert torch.equal(idx[used], want_idx[used]) and used.sum() == 5 * min(k, 3) + 6 * k
 
 
 def test_unknown_spelling():

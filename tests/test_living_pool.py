@@ -12,12 +12,16 @@ import torch
 from conftest import assert_refused, command, random_adapter, write_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import write_random_pool
 
-from adapters import Pool, linear_shapes, save_adapter
+from adapters import Pool, linear_shapes, load_adapter, save_adapter
+from baselines import Prompt, smear_routers
 from files import InputError
+from gate_files import save_gates, save_routers
 from generate import answer, load, stream
 from methods import add_adapter
 from model import load_llama
+from moe_lora import router_loras
 
 NAMES = [f"a{j}" for j in range(11)]
 
@@ -126,10 +130,75 @@ def test_adding_and_removing_while_an_answer_is_written(small_model, folders, tm
     assert text == want and sorted(mole.pool.names) == ["a1", "a2", "a3", "a4", "a7", "again"]
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced", "evicted by a request that is refused"])
+def test_an_adapter_that_leaves_ends_the_answers_that_use_it(change, small_model, folders):
+    """Going on with an empty slot, or with another's weights, would be a wrong answer without a word."""
+    mole = load(small_model, adapters={name: folders[name] for name in NAMES[:4]}, resident=2)
+    answers = stream(mole, "the quick fox", method="adapter:a2", max_new_tokens=13)
+    next(answers), next(answers)
+    if change.startswith("evicted"):
+        with pytest.raises(InputError, match="adapters are needed at once, 2 fit"):
+            answer(mole, ["x", "y"], method=["logo", "logo"])
+        assert "a2" in mole.pool.resident  # refused before anything leaves
+        mole.pool.need(["a0", "a1"])
+    else:
+        mole.pool.remove("a2")
+        if change == "replaced":
+            add_adapter(mole, "a2", folders["a7"])
+    with pytest.raises(RuntimeError, match="adapter a2 left its slot while an answer used it"):
+        list(answers)
+
+
+@pytest.mark.parametrize("method", ["ramole", "smear"])
+def test_answers_go_on_when_a_larger_adapter_joins(method, small_model, folders, tmp_path):
+    """Routers and merges made for the smaller stacks must neither fail nor see the newcomer."""
+    folder = write_random_pool(tmp_path / "pool", small_model)
+    base = load_llama(small_model)
+    for name in ("animals", "plurals"):
+        (folder / "adapters" / name / "samples.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    pool = load(small_model, folder).pool
+    save_routers(folder / "router.safetensors", random_weights(router_loras(pool, 5)), base, {})
+    smear = random_weights(smear_routers(pool, Prompt()))
+    save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names)
+    texts = []
+    for joins in (False, True):
+        mole, text = load(small_model, folder), ""
+        for step, token in enumerate(stream(mole, "the quick fox", method=method, max_new_tokens=9)):
+            text += token.text
+            if step == 2 and joins:
+                add_adapter(mole, "larger", folders["a5"])  # of rank 13
+        texts.append(text)
+    assert texts[0] == texts[1] and mole.pool.rank == 13
+
+
+def random_weights(modules):
+    generator = torch.Generator().manual_seed(5)
+    for module in modules.values():
+        for param in module.parameters():
+            param.data.copy_(torch.randn(param.shape, generator=generator))
+    return modules
+
+
+def test_a_limit_above_the_number_of_adapters(folders, shapes):
+    """--resident 5 of two adapters: three more fit, the fourth waits on disk, or is refused where it lies on none."""
+    pool = Pool.load({name: folders[name] for name in NAMES[:2]}, shapes, resident=5)
+    slots = [pool.add(load_adapter(folders[name], name, shapes)) for name in NAMES[2:6]]
+    assert slots == [2, 3, 4, None] and pool.capacity == 5
+    with pytest.raises(InputError, match="adapter new: all 5 slots are taken, and no folder to wait in"):
+        pool.add(random_adapter("new", shapes, 3))
+
+
+def test_only_what_a_method_uses_has_to_fit(small_model, folders):
+    """selection uses one of the adapters that it finds: two requests fit into two slots."""
+    mole = load(small_model, adapters={name: folders[name] for name in NAMES[:4]}, resident=2)
+    assert len(answer(mole, ["the fox a1", "the fox a3"], method="selection", k=3, max_new_tokens=2)) == 2
+
+
 def test_interactive(small_model, folders):
     """The loop that the README shows: what is typed wrong costs one line, not the program."""
     lines = ["/adapters", f"/add second={folders['a3']}", "/method adapter:second", "the quick fox", "/remove first"]
-    lines += ["/adapters", "/method nope", "/remove nobody", "/what", "/add broken", "the lazy dog", "/quit", "never"]
+    lines += ["/adapters", "/method nope", "/remove nobody", "/what", "/add broken", "the lazy dog"]
+    lines += ["/remove second", "/adapters", "/quit", "never"]
     args = ["generate.py", "--model", small_model, "--adapter", f"first={folders['a2']}", "--interactive"]
     done = command(*args, "--max_new_tokens", "3", stdin="\n".join(lines) + "\n")
     assert done.returncode == 0, done.stderr
@@ -137,6 +206,7 @@ def test_interactive(small_model, folders):
     assert len(errors) == 3 and "no method 'nope'" in errors[0] and "no adapter 'nobody'" in errors[1], errors
     listed = [line.split()[0] for line in done.stdout.splitlines() if "  r " in line]
     assert listed == ["first", "second"] and "/add NAME=DIR" in done.stdout and "never" not in done.stdout
+    assert "no adapters" in done.stdout
 
 
 def test_prompts_from_a_file(small_model, folders, tmp_path):

@@ -68,7 +68,7 @@ def folder(small_model, tmp_path_factory):
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
         train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.1))
     made_for = {name: pool.members[name].hash for name in NAMES}
-    weights = {"fox": LORAHUB, "dog": {"bee": 1.0}}
+    weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
     write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
     return folder / "pool"
 
@@ -614,6 +614,34 @@ def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folde
         assert seen[0] > 0
     with pytest.raises(InputError, match=f"method {name}: every adapter is excluded"):
         set_methods(mole, [name], exclude=NAMES)
+
+
+def test_what_gates_exclude_stays_on_disk(small_model, folder):
+    """Fetched for its slot number, an excluded adapter takes the place of one that the gates choose."""
+    whole, few = load(small_model, folder), load(small_model, folder, resident=len(NAMES) - 1)
+    for mole in (whole, few):
+        set_methods(mole, ["meteora"], exclude=[NAMES[-1]])
+    assert NAMES[-1] not in few.pool.resident
+    assert close(few.model(IDS[:1]), whole.model(IDS[:1]))
+
+
+def test_gates_of_excluded_adapters_alone(small_model, folder):
+    """An adapter that joined later doesn't help gates that don't know it: with all others excluded nothing is left."""
+    mole = load(small_model, folder)
+    mole.pool.add(random_adapter("late", mole.shapes, 3))
+    with pytest.raises(InputError, match="meteora_top2.safetensors: all its adapters are excluded"):
+        set_methods(mole, ["meteora"], exclude=NAMES)
+
+
+def test_lorahub_without_the_tasks_own_adapter(mole):
+    """Its weights are searched anew without that adapter: those searched with it are for other sums."""
+    file = mole.folder.path / "baselines" / "lorahub.json"
+    with pytest.raises(InputError, match="lorahub_ood.json: python train.py lorahub --ood makes it"):
+        set_methods(mole, ["lorahub:ant"], exclude=["ant"])
+    write_json(file.with_name("lorahub_ood.json"), read_json(file) | {"weights": {"ant": {"bee": 0.5}}})
+    set_methods(mole, ["lorahub:ant"], exclude=["ant"])
+    want = replace(lorahub(mole.pool, {"bee": 0.5}), name="lorahub:ant")
+    assert mole.attached[1].members["lorahub:ant"].hash == want.hash
 
 
 def test_lorahub_without_an_excluded_adapter(mole):

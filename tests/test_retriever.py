@@ -1,11 +1,12 @@
 """LoraRetriever: what is ranked, by what, and what its file is bound to."""
 
 import json
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, write_adapters
+from conftest import SMALL, command, write_adapters
 from hypothesis import given
 from hypothesis import strategies as st
 from training import write_tasks
@@ -15,11 +16,20 @@ from generate import TINY, load
 from methods import retrieve, retriever_of
 from model import load_llama
 from moe_lora import SampleGate, attach, attached
-from retriever import LlamaEncoder, Retriever, base_alone, load_retriever, save_retriever, strip_shared
-from tasks import load_tasks
+from retriever import (
+    INSTRUCTION,
+    LlamaEncoder,
+    Retriever,
+    base_alone,
+    load_retriever,
+    save_retriever,
+    sentence_encoder,
+    strip_shared,
+)
+from tasks import Task, load_tasks
 from tiny_tasks import TASKS, examples
 from tokenizer import Tokenizer
-from train_retriever import bag_of_words, compare, info_nce, top_1, whiten_within
+from train_retriever import bag_of_words, compare, draw_prompts, info_nce, top_1, whiten_within
 
 
 def letters(texts):
@@ -183,3 +193,48 @@ def test_tasks_and_phrasings_never_seen():
                 places += [[adapter for adapter, _ in pairs].index(name) for pairs in found]
     first, third = (sum(place < k for place in places) / len(places) for k in (1, 3))
     assert len(places) > 1000 and first > 0.9 and third > 0.98, (len(places), first, third)
+
+
+def test_an_encoder_of_ones_own(small_model, tmp_path):
+    """Set after the first request, it must be asked from the next on."""
+    folders = write_adapters(tmp_path, load_llama(small_model), ["x", "y"])
+    for name, text in (("x", "aab"), ("y", "bc")):
+        (folders[name] / "samples.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    mole = load(small_model, adapters=folders)
+    retrieve(mole, ["selection"], ["a"], 1)
+    mole.embed = letters
+    assert retrieve(mole, ["selection"] * 2, ["c", "aa"], 1) == [[("y", 0.707107)], [("x", 0.894427)]]
+
+
+def test_a_sentence_transformers_folder(small_model, tmp_path, monkeypatch):
+    """--encoder: asked with the instruction; where package or folder is missing, one line says so."""
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        sentence_encoder("nowhere")
+
+    class SentenceTransformer:
+        def __init__(self, folder, device):
+            assert folder == str(tmp_path)
+
+        def encode(self, texts, convert_to_tensor):
+            assert all(text.startswith(INSTRUCTION) for text in texts)
+            return letters([text.removeprefix(INSTRUCTION) for text in texts])
+
+    module = type(sys)("sentence_transformers")
+    module.SentenceTransformer = SentenceTransformer
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    assert torch.equal(sentence_encoder(tmp_path)(["aab", "c"]), letters(["aab", "c"]))
+
+
+def test_texts_longer_than_the_context(encoder):
+    """Small contexts, and instructions as long as the limit, must not let a text run past the context."""
+    encoder.max_length = 20
+    long = encoder.pooled(["the fox " * 200])
+    assert torch.equal(long, encoder.pooled(["the fox " * 300])) and long.isfinite().all()
+    assert LlamaEncoder(encoder.model, encoder.tokenizer).max_length == SMALL["max_position_embeddings"]
+
+
+def test_prompts_of_a_small_task_keep_their_words(tmp_path):
+    """Counted twice, each of up to twenty prompts shares all its words with itself."""
+    rows = [{"prompt": f"word{j} apple{j}", "response": ""} for j in range(15)]
+    task = Task("t", "exact_match", rows, [])
+    assert sorted(draw_prompts(task, 15, 0, bare=True)) == sorted(row["prompt"] for row in rows)

@@ -108,6 +108,15 @@ def test_logo_scores_are_the_adapters_outputs():
         torch.testing.assert_close(probe.score.float(), want, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_without_entropy_is_the_surest():
+    """One over zero, of the wrong sign, would rank it last and make weights of NaN."""
+    A, B, scale = stacks()
+    scale[2] = 1e5
+    probe = LogoProbe(B, scale, "logo_entropy")
+    probe(torch.randn(7, 11, dtype=torch.float64), torch.zeros(7, dtype=torch.int64), ax(torch.ones(7, 11).double(), A))
+    assert probe.score.isfinite().all() and int(probe.score.argmax()) == 2
+
+
 # In a model ---------------------------------------------------------------------------------------------------------
 
 
