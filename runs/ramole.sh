@@ -26,7 +26,9 @@ gates() {
 }
 
 gates $out 1
-python train.py lorahub --model $out --pool $out --tasks $tasks --max_length 1024
+for ood in "" --ood; do
+    python train.py lorahub --model $out --pool $out --tasks $tasks --max_length 1024 $ood
+done
 methods=base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top1,meteora_top2,soft,moe_top1,moe_top3,\
 smear,arrow,lorahub,uniform
 for setting in "" --ood; do
