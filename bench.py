@@ -175,6 +175,8 @@ def bench_layer(o, limits):
     from the best of them."""
     table, dtype = [], DTYPES[o.dtype]
     widths = [numbers("--width", width, comma="x") for width in o.width.split(",")]
+    if min(numbers("--k", o.k)) > max(numbers("--e", o.e)):
+        raise InputError(f"--k is {o.k!r}, expected adapters that a token uses of the {o.e} of --e")
     if any(len(width) != 2 for width in widths):
         raise InputError(f"--width is {o.width!r}, expected pairs of in and out features as 576x1536")
     for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(o, name)) for name in "enk")):
@@ -333,8 +335,11 @@ def main():
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
     command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
     for name, value in vars(o).items():
-        if type(value) is int and value < 1 and name not in ("threads", "seed", "requests"):
-            raise InputError(f"--{name}: expected 1 or more, found {value}")
+        least = 0 if name in ("threads", "seed", "requests") else 1
+        if type(value) is int and not least <= value < 2**63:
+            raise InputError(f"--{name}: expected {least} or more, found {value}")
+    if o.threads > os.cpu_count():
+        raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(o.threads or os.cpu_count())
     facts = card(o)
     limits = once(lambda: Limits(bandwidth(DTYPES[o.dtype]), arithmetic(DTYPES[o.dtype])))  # once all input is read

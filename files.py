@@ -120,6 +120,14 @@ def read_json(path):
     return value
 
 
+def check_text(text, where):
+    """Raises InputError where `text` can't be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: character {error.start} is {text[error.start]!r}, half a surrogate pair") from None
+
+
 def read_jsonl(path, keys):
     """The objects of a .jsonl file; each must hold every key of `keys` as a string."""
     rows = []
@@ -130,6 +138,7 @@ def read_jsonl(path, keys):
         for key in keys:
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise InputError(f"{path}:{number}: expected an object with the text field {key!r}")
+            check_text(row[key], f"{path}:{number}: {key}")
         rows.append(row)
     return rows
 
@@ -205,20 +214,26 @@ def check_finite(path, name, tensor):
 
 
 def write_bytes(path, *parts):
-    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new one."""
+    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new one. Raises
+    InputError where it can't be written."""
     path = Path(os.path.realpath(path))  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a device, a pipe: nothing to keep whole; a folder: an OSError
-        with open(path, "wb") as file:
-            file.write(b"".join(parts))
-        return
     partial = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves behind, the next save overwrites
-    with open(partial, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device, a pipe: nothing to keep whole; a folder: an OSError
+            with open(path, "wb") as file:
+                file.write(b"".join(parts))
+            return
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
 def write_text(path, text):

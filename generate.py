@@ -177,7 +177,8 @@ def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
     room = config.max_position_embeddings
     if len(ids) > room:
         if truncate == "no":
-            raise InputError(f"the prompt has {len(ids)} tokens, the context {room}: --truncate left or right cuts it")
+            cuts = "generate.py --truncate left or right cuts it"
+            raise InputError(f"the prompt has {len(ids)} tokens, the context {room}: {cuts}")
         start = ids[:1] if ids[0] == tokenizer.bos_id else []
         ids = ids[:room] if truncate == "right" else start + ids[len(ids) - room + len(start) :]
     return ids
@@ -275,7 +276,8 @@ def choose(logits, sampling, generators):
     """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row by its generator."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0 at any temperature
+    # The largest is 0 at any temperature, of which float32 knows none smaller.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.sample_top_k < logits.shape[-1]:
         least = logits.topk(sampling.sample_top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -402,8 +404,9 @@ def main():
         print_pool(mole)
         return
     for name in o.exclude:
-        if mole.pool:
-            mole.pool.member(name)
+        if not mole.pool:
+            raise InputError(f"--exclude {name}: there are no adapters")
+        mole.pool.member(name)
     name, why = default_method(mole, o.top_k)
     if name.startswith("meteora_top") and o.top_k != Options.top_k:
         name = "meteora"  # k was asked for: no other gates will do
@@ -457,6 +460,8 @@ HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool 
 
 def interact(mole, method, o):
     """A prompt loop; between prompts the pool and the method may change. Ctrl-C stops an answer."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding: an error of that prompt alone
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

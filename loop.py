@@ -110,8 +110,10 @@ class Checkpoint:
         self.config["names"] = list(names)
         known = self.folder / "config.json"
         self.step, self.finished, self.rows = 0, False, []
-        if known.exists():
-            self._check_known(read_json(known), options.resume)
+        if known.exists():  # without a checkpoint, of a run that never came that far, there is nothing to lose
+            known = read_json(known)
+            if known.get("finished") or self.file.exists():
+                self._check_known(known, options.resume)
 
     def _check_known(self, known, resume):
         """A run is here already: go on with it, or refuse to overwrite it."""

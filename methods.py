@@ -313,8 +313,8 @@ def logo(mole, ids, k, exclude=(), method="logo"):
 
 
 def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", retrieved=None, exclude=()):
-    """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve() found for it; only a
-    named adapter may be one of `exclude`. Raises InputError for an unknown name, where a part is missing, naming the
+    """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve() found for it; none uses
+    an adapter of `exclude`. Raises InputError for an unknown name, where a part is missing, naming the
     command that makes it, and for methods that can't share a batch."""
     for name in set(names):
         check_method(mole, name, top_k)
@@ -327,6 +327,8 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
             raise InputError(f"method {name}: nothing was retrieved for it: retrieve() comes before set_methods()")
         if not mole.pool.members.keys() - set(exclude) and name != "base" and not name.startswith("adapter:"):
             raise InputError(f"method {name}: every adapter is excluded")
+        if name.removeprefix("adapter:") in exclude and name.startswith("adapter:"):
+            raise InputError(f"method {name}: that adapter is excluded")
         if name in mole.own and exclude:
             raise InputError(f"method {name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")
     setup, part = _shared_setup(mole, names, top_k)

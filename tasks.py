@@ -33,7 +33,7 @@ def load_tasks(folder, only=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tasks")
-    names = sorted(f.parent.name for f in folder.glob("*/task.json"))
+    names = sorted(f.parent.name for f in folder.glob("[!.]*/task.json"))
     if not names:
         raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
     for name in only or ():

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from files import InputError, read_json, read_known, read_text
+from files import InputError, check_text, read_json, read_known, read_text
 
 
 def check_ids(ids, vocab_size):
@@ -47,7 +47,9 @@ class Tokenizer:
         return len(self.backend)
 
     def encode(self, text, start=True):
-        """Text -> ids. `start`: the text begins the sequence, so it gets its BOS where this tokenizer has one."""
+        """Text -> ids. `start`: the text begins the sequence, so it gets its BOS where this tokenizer has one. Raises
+        InputError for half a surrogate pair, which is no text."""
+        check_text(text, "the text")
         ids = self.backend.encode(text)
         if start and self.adds_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]

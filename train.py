@@ -23,7 +23,7 @@ from train_adapters import AdaptersRun, check_adapter_options, train_adapters
 from train_base import BASE_SIZES, BaseRun, check_heads, train_base
 from train_gates import GatesRun, train_gates
 from train_lorahub import LorahubRun, train_lorahub
-from train_retriever import RetrieverRun, check_retriever_options, train_retriever
+from train_retriever import RetrieverRun, train_retriever
 from train_router import RouterRun, check_router_options, train_router
 
 COMMANDS = {
@@ -37,15 +37,17 @@ def main():
     command, o = parse_command({name: cls for name, (cls, _) in COMMANDS.items()},
                                description="Train a base, adapters, and what chooses among them.")  # fmt: skip
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
+    least |= {"seed": 0, "weight_decay": 0}
     least |= {"r": 1, "samples": 0} if command == "adapters" else {}
-    least |= {"l2": 0, "adapter_lr": 0, "beta": 0, "lm_weight": 0} if command == "gates" else {}
-    least |= {"seed": 0, **dict.fromkeys(BASE_SIZES, 1)} if command == "base" else {}
-    least |= {"r": 1, "divisor": 0} if command == "router" else {}
-    least = {"steps": 1, "shots": 1, "l1": 0} if command == "lorahub" else least
+    least |= dict.fromkeys(("l2", "adapter_lr", "beta", "lm_weight"), 0) if command == "gates" else {}
+    least |= {"gate_temperature": 1e-6} if command == "gates" else {}
+    least |= dict.fromkeys(BASE_SIZES, 1) if command == "base" else {}
+    least |= {"r": 1, "divisor": 0, "prior": 1e-6 if o.prior else 0} if command == "router" else {}
+    least = {"steps": 1, "shots": 1, "l1": 0, "seed": 0} if command == "lorahub" else least
     if command == "retriever":
-        least = {"steps": 0, "prompts": 3, "max_length": 32, "depth": 0, "lr": 0}
+        least = {"steps": 0, "prompts": 3, "max_length": 32, "depth": 0, "lr": 0, "temperature": 1e-6, "seed": 0}
     for name, smallest in least.items():
-        if not smallest <= getattr(o, name) < math.inf:
+        if not smallest <= getattr(o, name) < (2**63 if name == "seed" else math.inf):
             raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
     if command == "adapters":
         check_adapter_options(o)
@@ -53,8 +55,6 @@ def main():
         check_heads(o)
     if command == "router":
         check_router_options(o)
-    if command == "retriever":
-        check_retriever_options(o)
     print(json.dumps(asdict(o)), file=sys.stderr)
     COMMANDS[command][1](o)
 

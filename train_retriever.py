@@ -162,8 +162,3 @@ def top_1(known, asked, labels, m, repeats=5):
         means = torch.stack([some[rows].mean(0) for some, rows in zip(known, draws, strict=True)])
         hits += ((asked @ F.normalize(means, dim=-1).T).argmax(-1) == labels) / repeats
     return hits
-
-
-def check_retriever_options(o):
-    if not o.temperature > 0:
-        raise InputError(f"--temperature is {o.temperature}, expected more than 0")

@@ -254,9 +254,10 @@ def test_old_file_stays(tmp_path, monkeypatch, where):
         monkeypatch.setattr(files, "open", half_open, raising=False)
     else:
         monkeypatch.setattr(os, where, fail)
-    with pytest.raises(Broken):
+    with pytest.raises(InputError, match=f"{path}: No space left on device"):
         write_bytes(path, b"new!" * 1000)
     monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["w.bin"]  # the half that was written would keep the disk full
     assert path.read_bytes() == b"old" * 1000
     write_bytes(path, b"newer")  # and what the failure left behind is in nobody's way
     assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["w.bin"]

@@ -306,7 +306,7 @@ def test_truncation_keeps_bos_and_the_asked_for_end(mole):
     text = " ".join(str(number) for number in range(113))
     ids = tokenizer.encode(text)
     assert len(ids) > 2 * room
-    with pytest.raises(InputError, match=rf"{len(ids)} tokens, the context {room}: --truncate"):
+    with pytest.raises(InputError, match=rf"{len(ids)} tokens, the context {room}: generate.py --truncate"):
         encode_prompt(mole, text, raw=True)
     assert encode_prompt(mole, text, raw=True, truncate="right") == ids[:room]
     assert encode_prompt(mole, text, raw=True, truncate="left") == [tokenizer.bos_id, *ids[len(ids) - room + 1 :]]

@@ -4,12 +4,14 @@ import gc
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, command, random_adapter, write_adapters
+from conftest import ROOT, assert_refused, command, random_adapter, write_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import write_random_pool
@@ -192,6 +194,16 @@ def test_only_what_a_method_uses_has_to_fit(small_model, folders):
     """selection uses one of the adapters that it finds: two requests fit into two slots."""
     mole = load(small_model, adapters={name: folders[name] for name in NAMES[:4]}, resident=2)
     assert len(answer(mole, ["the fox a1", "the fox a3"], method="selection", k=3, max_new_tokens=2)) == 2
+
+
+def test_bytes_that_are_no_text(small_model):
+    """A prompt loop must survive what a terminal of another encoding sends; JSON may hold half a surrogate pair."""
+    args = ["generate.py", "--model", small_model, "--interactive", "--max_new_tokens", "2", "--method", "base"]
+    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], input=b"caf\xff\nthe fox\n", capture_output=True)
+    assert done.returncode == 0 and done.stderr.count(b"error: the text: character 3 is") == 1, done.stderr
+    assert len(done.stdout.splitlines()) >= 1
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        answer(load(small_model), ["\ud800"], method="base")
 
 
 def test_interactive(small_model, folders):

@@ -149,6 +149,16 @@ def test_an_unfinished_run_is_not_overwritten(small_model, tmp_path, monkeypatch
     assert_same(o, before)
 
 
+def test_a_run_that_died_at_once_is_nothing_to_lose(small_model, tmp_path, monkeypatch):
+    """A mistyped option that fails in the first step must not refuse the corrected command."""
+    o = options("adapters", small_model, tmp_path / "out")
+    with pytest.raises(InputError, match="the gradient is not finite"):
+        run(o, lr=1e30, steps=9, save_every=9)
+    assert not read_json(run_folder(o) / "config.json")["finished"]
+    run(o)
+    assert read_json(run_folder(o) / "config.json")["finished"]
+
+
 def test_a_finished_run_says_so(small_model, tmp_path, monkeypatch, capsys):
     """Without it a recipe that is run twice trains everything again, or fails where there is nothing to do."""
     o = options("adapters", small_model, tmp_path / "out")
