@@ -17,7 +17,8 @@ python train.py gates "${run[@]}" "${gates[@]}" --pool "$out-alone" --adapters_t
 python train.py gates "${run[@]}" "${gates[@]}" --pool "$out" --top_k 2 --steps 300 --beta 2
 # Adapters found for a prompt, and what weighs them: the retriever from 11 of the tasks, the router from all 28.
 python train.py retriever --model "$out" --tasks $tasks --pool "$out" --test
-python train.py router "${run[@]}" --pool "$out" --share 1 --prior 0.07 --divisor 1 --steps 1500
+python train.py router "${run[@]}" --pool "$out" --dtype float32 --share 1 --retrieve 28 --drop 0.3 --r 16 \
+    --prior 0.1 --divisor 1 --steps 1800
 # What they are compared with: one adapter of the same rank, from as many examples, as many of them in composites.
 for joint in lora_f lora_b; do
     python train.py adapters "${run[@]}" --pool "$out" --joint $joint --steps 388 --lr 5e-3 --composite 0.32

@@ -14,31 +14,24 @@ for pool in $out $later; do
     cp -r "$tiny/." $pool
 done
 
-# $1 the pool, $2 the share of its tasks that gates learn from
-gates() {
-    run=(--model "$1" --tasks $tasks --pool "$1" --share "$2" --batch_size 28 --steps 300)
-    for k in 1 3; do
-        python train.py gates "${run[@]}" --kind moe --top_k $k
-    done
-    for kind in soft smear; do
-        python train.py gates "${run[@]}" --kind $kind --clip 1
-    done
-}
-
-gates $out 1
+run=(--model $out --tasks $tasks --pool $out --batch_size 28 --steps 300)
+for k in 1 3; do
+    python train.py gates "${run[@]}" --kind moe --top_k $k
+done
+for kind in soft smear; do
+    python train.py gates "${run[@]}" --kind $kind --clip 1
+done
 for ood in "" --ood; do
     python train.py lorahub --model $out --pool $out --tasks $tasks --max_length 1024 $ood
 done
-methods=base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top1,meteora_top2,soft,moe_top1,moe_top3,\
-smear,arrow,lorahub,uniform
 for setting in "" --ood; do
-    python eval.py --model $out --out "$out-eval$setting" $setting --methods $methods
+    python eval.py --model $out --out "$out-eval$setting" $setting --methods \
+base,oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top1,meteora_top2,soft,moe_top1,moe_top3,smear,\
+arrow,lorahub,uniform
+    python eval.py --model $out --out "$out-eval-28$setting" $setting --retrieve 28 --methods ramole
 done
 
-# Eleven tasks come first, and router and gates are trained on them as the retriever was; the other adapters join later.
-gates $later 0.4
-for k in 1 2; do
-    python train.py gates --model $later --tasks $tasks --pool $later --share 0.4 --top_k $k --batch_size 28 --steps 300
-done
-python train.py router --model $later --tasks $tasks --pool $later --prior 0.07 --divisor 1 --steps 400
-python eval.py --model $later --out "$later-eval" --unseen --methods ${methods/,lorahub/}
+# Retriever and router know 11 tasks; the adapters of the other 17 join after them, and these are asked for.
+python train.py router --model $later --tasks $tasks --pool $later --retrieve 11 --drop 0.3 --r 16 --prior 0.1 \
+    --divisor 1 --steps 400
+python eval.py --model $later --out "$later-eval" --unseen --methods base,oracle,ramole,selection,mixture,fusion,uniform

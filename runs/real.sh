@@ -13,7 +13,16 @@ python train.py adapters "${run[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save
     --only sports_understanding --only common_gen
 python train.py retriever "${run[@]}" --test
 python train.py router "${run[@]}" --steps 60 --batch_size 10 --prior 0.07 --resume
+gates=("${run[@]}" --steps 60 --batch_size 12 --save_dtype bfloat16 --resume)
+for kind in soft smear; do
+    python train.py gates "${gates[@]}" --kind $kind --clip 1
+done
+for k in 1 3; do
+    python train.py gates "${gates[@]}" --kind moe --top_k $k
+done
+python train.py gates "${gates[@]}" --top_k 2
 for setting in "" --ood; do
     python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
-        --methods oracle,ramole,selection,mixture,fusion,adaptersoup,logo,base
+        --methods oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top2,soft,moe_top1,moe_top3,smear,\
+arrow,uniform,base
 done
