@@ -18,10 +18,10 @@ import composites as composing
 import eval as evaluation
 from adapters import TEMPLATE, PoolFolder, write_pool
 from files import read_safetensors, run_script, write_json, write_jsonl, write_safetensors
-from gate_files import save_gates
+from gate_files import save_gates, save_routers
 from generate import answer, load
 from model import load_llama
-from moe_lora import MeteoraGate, attached
+from moe_lora import MeteoraGate, attached, router_loras
 
 NAMES = ["ant", "bee"]
 
@@ -419,3 +419,22 @@ def test_bad_composites_are_one_line(wide, tmp_path, args, words):
     assert (status, out) == (2, "") and not (tmp_path / "out" / "results.json").exists()
     errors = [line for line in re.split(r"[\r\n]+", err) if "error: " in line]
     assert len(errors) == 1 and words in errors[0] and "Traceback" not in err
+
+
+def test_unseen_tasks(wide, tmp_path):
+    """Scored on tasks that something was trained on, or with gates that know the adapters that join, the column would
+    say nothing of a pool that grows."""
+    model, pool = (wide[wide.index(name) + 1] for name in ("--model", "--pool"))
+    shutil.copytree(pool, tmp_path / "pool")
+    mole, seen = load(model, pool), []
+    args = [*wide, "--pool", tmp_path / "pool", "--composite", "", "--out", tmp_path / "out", "--unseen"]
+    args += ["--methods", "base,ramole,meteora_top2"]
+    say = lambda mole, prompts, method, o, exclude: seen.append((method, exclude)) or [""] * len(prompts)  # noqa: E731
+    for tasks, words in (("ant", ""), ("ant\nbee\ncat", "--unseen: router and retriever have seen every task")):
+        save_routers(tmp_path / "pool" / "router.safetensors", router_loras(mole.pool), mole.model, {"tasks": tasks})
+        status, _, err = run_eval(*args, answer_all=say, retrieval=lambda *_: {"1": 0.0, "n": 3})
+        assert (status, words in err) == (2 if words else 0, True), err
+    later = ("bee", "cat")
+    assert seen == [(method, later if method == "meteora_top2" else ())
+                    for method in ("base", "ramole", "meteora_top2") for _ in later]  # fmt: skip
+    assert sorted(results_of(tmp_path / "out")["methods"]["base"]["tasks"]) == ["bee", "cat"]
