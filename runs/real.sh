@@ -12,7 +12,8 @@ python train.py adapters "${run[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save
     --only word_sorting --only last_letters --only arithmetic --only object_counting --only sentiment_multiemo_en \
     --only sports_understanding --only common_gen
 python train.py retriever "${run[@]}" --test
-python train.py router "${run[@]}" --steps 60 --batch_size 10 --prior 0.07 --resume
+python train.py router "${run[@]}" --steps 60 --batch_size 10 --retrieve 5 --drop 0.3 --r 16 --prior 0.1 --divisor 1 \
+    --resume
 gates=("${run[@]}" --steps 60 --batch_size 12 --save_dtype bfloat16 --resume)
 for kind in soft smear; do
     python train.py gates "${gates[@]}" --kind $kind --clip 1
@@ -23,6 +24,8 @@ done
 python train.py gates "${gates[@]}" --top_k 2
 for setting in "" --ood; do
     python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
-        --methods oracle,ramole,selection,mixture,fusion,adaptersoup,logo,meteora_top2,soft,moe_top1,moe_top3,smear,\
+        --methods oracle,selection,mixture,fusion,adaptersoup,logo,meteora_top2,soft,moe_top1,moe_top3,smear,\
 arrow,uniform,base
+    python eval.py "${run[@]}" --out "$out-eval-12$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
+        --retrieve 12 --methods ramole
 done
