@@ -29,3 +29,6 @@ arrow,uniform,base
     python eval.py "${run[@]}" --out "$out-eval-12$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
         --retrieve 12 --methods ramole
 done
+unseen=("${run[@]}" --unseen --limit 15 --max_new_tokens 40 --batch_size 15)
+python eval.py "${unseen[@]}" --out "$out-eval-unseen" --methods oracle,selection,mixture,fusion
+python eval.py "${unseen[@]}" --out "$out-eval-12-unseen" --retrieve 12 --methods ramole
