@@ -6,11 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${3:-out/real}
 run=(--model "$1" --tasks "$2" --pool "$out" --dtype float32)
+only=(--only tatoeba_de --only tatoeba_es --only tatoeba_it --only past_tense --only question_formation
+    --only word_sorting --only last_letters --only arithmetic --only object_counting --only sentiment_multiemo_en
+    --only sports_understanding --only common_gen)
 
-python train.py adapters "${run[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save_dtype bfloat16 --resume \
-    --only tatoeba_de --only tatoeba_es --only tatoeba_it --only past_tense --only question_formation \
-    --only word_sorting --only last_letters --only arithmetic --only object_counting --only sentiment_multiemo_en \
-    --only sports_understanding --only common_gen
+python train.py adapters "${run[@]}" "${only[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save_dtype bfloat16 --resume
 python train.py retriever "${run[@]}" --test
 python train.py router "${run[@]}" --steps 60 --batch_size 10 --retrieve 5 --drop 0.3 --r 16 --prior 0.1 --divisor 1 \
     --resume
@@ -22,6 +22,8 @@ for k in 1 3; do
     python train.py gates "${gates[@]}" --kind moe --top_k $k
 done
 python train.py gates "${gates[@]}" --top_k 2
+python train.py lorahub "${run[@]}" "${only[@]}"
+python eval.py "${run[@]}" --out "$out-eval-lorahub" --limit 15 --max_new_tokens 40 --batch_size 15 --methods lorahub
 for setting in "" --ood; do
     python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
         --methods oracle,selection,mixture,fusion,adaptersoup,logo,meteora_top2,soft,moe_top1,moe_top3,smear,\
