@@ -327,7 +327,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
             raise InputError(f"method {name}: nothing was retrieved for it: retrieve() comes before set_methods()")
         if not mole.pool.members.keys() - set(exclude) and name != "base" and not name.startswith("adapter:"):
             raise InputError(f"method {name}: every adapter is excluded")
-        if name.removeprefix("adapter:") in exclude and name.startswith("adapter:"):
+        if name in [f"adapter:{adapter}" for adapter in exclude]:
             raise InputError(f"method {name}: that adapter is excluded")
         if name in mole.own and exclude:
             raise InputError(f"method {name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")

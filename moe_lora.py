@@ -198,8 +198,8 @@ class RouterLoRA(nn.Module):
         inner = self._inner() if self.inner is None else self.inner
         idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
         q = linear(x, self.A, dtype=inner.dtype)  # (n, r_q)
-        ax = ax(idx)[..., : inner.shape[-1]]  # a rank that has grown since bind() is another adapter's
-        key = (inner[idx] * ax.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
+        a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
+        key = (inner[idx] * a.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
         score = (key * q[:, None]).sum(-1) / self.divisor + bias
         weight = torch.exp(score - score.amax(-1, keepdim=True).clamp(min=-3e38))  # no row is NaN
         return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
