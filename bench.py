@@ -40,6 +40,7 @@ from compiled import FEW, compile_function, of_any_length, possible
 from config import numbers, parse_command
 from files import InputError, run_script, warn
 from kernels import SPELLINGS, lora_mix
+from methods import check_device
 from model import DTYPES, KVCache
 from moe_lora import once
 from peers import PEERS, HfDecoder, LlamaCpp, has
@@ -49,6 +50,7 @@ from products import linear
 @dataclass
 class Bench:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
+    device: str = "cpu"  # or cuda, but for train
     threads: int = 0  # of the CPU, 0 = one a core
     repeats: int = 20  # repetitions of every row
     k: int = 2  # adapters a token uses
@@ -108,11 +110,14 @@ def in_turn(rows, repeats):
     """{name: function} -> {name: [seconds of each repetition]}; each runs twice before, uncounted."""
     for run in (*rows.values(), *rows.values()):
         run()
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     seconds = {name: [] for name in rows}
     for _ in range(repeats):
         for name, run in rows.items():
+            wait()
             begin = time.perf_counter()
             run()
+            wait()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
 
@@ -130,20 +135,20 @@ class Limits(NamedTuple):
     flops: float
 
 
-def bandwidth(dtype):
+def bandwidth(dtype, device):
     """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for most caches."""
-    W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype)
-    x, y = torch.ones(8192, dtype=dtype), torch.empty(len(W), dtype=dtype)
+    W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype, device=device)
+    x, y = W[0].clone(), torch.empty(len(W), dtype=dtype, device=device)
     rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "mv": lambda: torch.mv(W, x, out=y)}
-    if possible(torch.device("cpu")):
+    if possible(W.device):
         sums = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
         rows["compiled"] = lambda: sums(W, x)
     return W.nbytes / min(min(times) for times in in_turn(rows, 9).values())
 
 
-def arithmetic(dtype):
+def arithmetic(dtype, device):
     """Floating-point operations a second of a large product."""
-    a, b = torch.ones(2, 2048, 2048, dtype=dtype)
+    a, b = torch.ones(2, 2048, 2048, dtype=dtype, device=device)
     return 2 * 2048**3 / min(in_turn({"product": lambda: linear(a, b)}, 9)["product"])
 
 
@@ -153,6 +158,7 @@ def card(o):
     if load > 0.5:
         warn(f"the machine is busy (load {load:.1f}): ratios may hold, times don't")
     return {
+        "device": torch.cuda.get_device_name(o.device) if o.device.startswith("cuda") else "cpu",
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": o.dtype,
         "load": round(load, 2), "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", *PEERS) if has(name)},
@@ -183,11 +189,11 @@ def bench_layer(o, limits):
         if k > e:
             continue
         g = torch.Generator().manual_seed(o.seed)
-        W, x = torch.randn(out, i, generator=g).to(dtype), torch.randn(n, i, generator=g).to(dtype)
-        A = torch.randn(e, o.r, i, generator=g).to(dtype)
-        B = torch.randn(e, o.r, out, generator=g).to(dtype).transpose(1, 2)  # laid out as a pool's
-        idx, weight = torch.rand(n, e, generator=g).topk(k).indices, torch.full((n, k), 1 / k)
-        row = layer_row(o, x, W, A, B, torch.ones(e), idx, weight)
+        shapes = (out, i), (n, i), (e, o.r, i), (e, o.r, out)
+        W, x, A, B = (torch.randn(shape, generator=g).to(o.device, dtype) for shape in shapes)
+        idx = torch.rand(n, e, generator=g).topk(k).indices.to(o.device)
+        weight, scale = torch.full((n, k), 1 / k, device=o.device), torch.ones(e, device=o.device)
+        row = layer_row(o, x, W, A, B.transpose(1, 2), scale, idx, weight)  # laid out as a pool's
         table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
         print(json.dumps(table[-1]), file=sys.stderr)
     return table
@@ -268,7 +274,7 @@ def bench_prefill(o, limits):
     def prefill(model):
         @torch.inference_mode()
         def run():
-            cache = KVCache(model.config, *ids.shape, model.model.embed_tokens.weight.dtype)
+            cache = KVCache(model.config, *ids.shape, model.head_weight.dtype, ids.device)
             return model.head(model.model(ids, cache)[:, -1])
 
         return run
@@ -341,8 +347,11 @@ def main():
     if o.threads > os.cpu_count():
         raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(o.threads or os.cpu_count())
-    facts = card(o)
-    limits = once(lambda: Limits(bandwidth(DTYPES[o.dtype]), arithmetic(DTYPES[o.dtype])))  # once all input is read
+    check_device(o.device)
+    if command == "train" and o.device != "cpu":
+        raise InputError(f"--device is {o.device!r}, expected cpu: what is trained here is trained there")
+    facts, about = card(o), (DTYPES[o.dtype], o.device)
+    limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
     table = COMMANDS[command][1](o, limits)
     show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)
 

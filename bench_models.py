@@ -42,8 +42,8 @@ LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 1433
 def load(o):
     """The Llama of --model, or one block of --shape with random weights."""
     if not getattr(o, "shape", ""):
-        return load_llama(o.model or TINY, DTYPES[o.dtype])
-    model = Llama(LlamaConfig(**LLAMA_3_8B)).to(DTYPES[o.dtype])
+        return load_llama(o.model or TINY, DTYPES[o.dtype], o.device)
+    model = Llama(LlamaConfig(**LLAMA_3_8B)).to(o.device, DTYPES[o.dtype])
     return model.requires_grad_(False).eval()
 
 
@@ -63,7 +63,7 @@ def random_adapters(o, e, shapes):
 def random_gates(o, e, shapes):
     """Gates that choose evenly among e adapters."""
     generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
-    weights = {path: torch.randn(e, i, generator=generator).to(dtype) for path, (_, i) in shapes.items()}
+    weights = {path: torch.randn(e, i, generator=generator).to(o.device, dtype) for path, (_, i) in shapes.items()}
     return {path: MeteoraGate(G, o.k).requires_grad_(False) for path, G in weights.items()}
 
 
@@ -72,13 +72,13 @@ def with_adapters(o, e, spelling="auto", folder=""):
     model = load(o)
     shapes, dtype = linear_shapes(model), DTYPES[o.dtype]
     if folder:
-        pool = Pool.load(read_pool(folder).adapters, shapes, dtype)
+        pool = Pool.load(read_pool(folder).adapters, shapes, dtype, o.device)
         gates = load_gates(Path(folder) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=dtype)
     else:
-        pool, gates = Pool.of(random_adapters(o, e, shapes), shapes, dtype), random_gates(o, e, shapes)
+        pool, gates = Pool.of(random_adapters(o, e, shapes), shapes, dtype, o.device), random_gates(o, e, shapes)
     asked = {path: SampleGate(gate) for path, gate in gates.items()}
     for gate in asked.values():  # as methods.py asks gates
-        gate.set(None, None, torch.ones(64, dtype=torch.bool))
+        gate.set(None, None, torch.ones(64, dtype=torch.bool, device=o.device))
     attach(model, pool, asked, spelling)
     return model
 
@@ -94,13 +94,13 @@ def hf_models(o, e):
     if not o.peers or getattr(o, "shape", "") or not has("transformers"):
         return
     folder, dtype = o.model or TINY, DTYPES[o.dtype]
-    yield "transformers", hf_llama(folder, dtype), lambda b: {}
+    yield "transformers", hf_llama(folder, dtype).to(o.device), lambda b: {}
     if has("peft"):
         if o.pool:
             adapters = [load_adapter(path, name) for name, path in read_pool(o.pool).adapters.items()]
         else:
             adapters = random_adapters(o, e, linear_shapes(load(o)))
-        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters)
+        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters).to(o.device)
         yield "peft, one adapter", model, lambda b: {}
         yield "peft, mixed batch", model, lambda b: {"adapter_names": [names[j % e] for j in range(b)]}
 
@@ -108,7 +108,7 @@ def hf_models(o, e):
 def prompts(o, b, t, v):
     """Token ids (b, t): of the tasks' prompts, one after another until t are full, or random."""
     if not o.tasks:
-        return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(o.seed))
+        return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(o.seed)).to(o.device)
     tokenizer, folder = Tokenizer(o.model or TINY), read_pool(o.pool or o.model or TINY)
     tasks, rows = list(load_tasks(o.tasks, sorted(folder.adapters)).values()), []
     for row in range(b):
@@ -116,7 +116,7 @@ def prompts(o, b, t, v):
         for example in examples * (t // len(examples) + 1):
             ids += encode(tokenizer, folder.template, example).ids
         rows.append(ids[:t])
-    return torch.tensor(rows)
+    return torch.tensor(rows, device=o.device)
 
 
 class Decoder:
@@ -124,7 +124,7 @@ class Decoder:
 
     def __init__(self, model, ids, tokens):
         self.model, self.t, self.tokens = model, ids.shape[1], tokens
-        self.cache = KVCache(model.config, len(ids), self.t + tokens, model.model.embed_tokens.weight.dtype)
+        self.cache = KVCache(model.config, len(ids), self.t + tokens, model.head_weight.dtype, ids.device)
         self.cache.steady = True
         with torch.inference_mode():
             self.first = model.head(model.model(ids, self.cache)[:, -1]).argmax(-1)
@@ -145,7 +145,7 @@ def with_requests(o, union):
         raise InputError(f"--union: {o.requests} sets of three adapters aren't {union} adapters together")
     model, rng = load(o), random.Random(o.seed)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype])
+    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype], o.device)
     names = rng.sample(pool.names, union)
     sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
     while len(sets) < o.requests:
@@ -153,14 +153,14 @@ def with_requests(o, union):
             sets.append(more)
     routers = {path: router.eval() for path, router in router_loras(pool, o.r, o.seed).items()}
     for path, router in routers.items():
-        router.B.data.normal_(generator=torch.Generator().manual_seed(o.seed))
+        router.B.data.copy_(torch.randn(router.B.shape, generator=torch.Generator().manual_seed(o.seed)))
         router.to(DTYPES[o.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
     asked = {path: SampleGate(router) for path, router in routers.items()}
     model.model.compile()
-    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3)
+    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3, device=o.device)
     set_candidates(routers.values(), *retrieved, compiled=True)
-    nothing = torch.zeros(o.requests, 1)
-    set_gates(asked.values(), nothing.long(), nothing, torch.ones(o.requests, dtype=torch.bool), compiled=True)
+    nothing = torch.zeros(o.requests, 1, device=o.device)
+    set_gates(asked.values(), nothing.long(), nothing, nothing[:, 0] == 0, compiled=True)
     attach(model, pool, asked)
     return model
 

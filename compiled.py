@@ -10,7 +10,7 @@ an error, for fullgraph is set.
 From one step of a decoding loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
 module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
 processor's caches clean, that takes a third of the step (LOG.md). So for a steady cache (KVCache.steady) one step is
-captured, every kernel with its buffers, and the steps that follow call the kernels alone, as CUDA graphs do.
+captured, every kernel with its buffers, and the steps that follow call the kernels alone; on a GPU as a CUDA graph.
 """
 
 import re
@@ -123,13 +123,14 @@ def compile_for_any_length(function):
     return lambda module, *tensors: run(module, *of_any_length(*tensors))
 
 
-def of_any_length(*tensors, few=False):
-    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where it is `few`
-    those up to SUMS or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
+def of_any_length(*tensors, few=False, axis=0):
+    """Says to the compiler that an axis, where it isn't 1, will have other lengths: any, or where it is `few` those up
+    to SUMS or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
     for x in tensors:
-        if len(x) > 1 and not hasattr(x, "_dynamo_dynamic_indices"):
-            least, most = (None, None) if not few else (2, SUMS) if len(x) <= SUMS else (SUMS + 1, FEW)
-            torch._dynamo.mark_dynamic(x, 0, min=least, max=most)
+        size = x.shape[axis]
+        if size > 1 and axis not in getattr(x, "_dynamo_dynamic_indices", ()):
+            least, most = (None, None) if not few else (2, SUMS) if size <= SUMS else (SUMS + 1, FEW)
+            torch._dynamo.mark_dynamic(x, axis, min=least, max=most)
     return tensors
 
 
@@ -154,13 +155,25 @@ def step_through(run, layers, x, cos, sin, positions, cache, end):
     views, inputs = cache.views(end), (x, cos, sin, positions)
     if cache.captured and cache.captured.views is views:
         return cache.captured(*inputs)
+
+    def through(x, *others):
+        for layer, view in zip(layers, views, strict=True):
+            x = run(layer, *of_any_length(x, *others, few=True), view)
+        return x
+
+    steady = cache.steady and cache.end  # a prompt of one token is no step
     with _capturing:
         _capture.calls = calls = []
         try:
-            for layer, view in zip(layers, views, strict=True):
-                x = run(layer, *of_any_length(x, cos, sin, positions, few=True), view)
+            out = through(*inputs)
         finally:
             _capture.calls = None
-    steady = cache.steady and cache.end and None not in calls  # a prompt of one token is no step
-    cache.captured = Step(views, inputs, calls, x) if steady else None
-    return x
+        if steady and x.is_cuda:
+            kept = out.clone()  # the graph's own memory is another
+            inputs, graph = tuple(y.clone() for y in inputs), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = through(*inputs)
+            cache.captured = Step(views, inputs, [(graph.replay, (), {})], out)
+            return kept
+    cache.captured = Step(views, inputs, calls, out) if steady and None not in calls else None
+    return out

@@ -3,13 +3,15 @@
     y[n] = sum over k of  weight[n, k] * scale[j] * B[j] A[j] x[n],   j = idx[n, k]          (MeteoRA, section 3)
 
 x (n, i), A (e, r, i), B (e, o, r), scale (e,), idx (n, k) int64, weight (n, k) float32; the result is (n, o) in x's
-dtype. Every spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to
+dtype. Where the tokens of a row of the batch share their adapters, idx may be (b, k), one for each n/b tokens. Every spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to
 r, adapters that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two products, scatter-add
     bmm     gather each token's k adapters, two batched products as sums: nothing else is read; memory n*k*r*(i+o), but
             in a compiled block none, where the gathering is joined with the sums
     dense   all adapters for all tokens, two large products with a mask between them; arithmetic n*e*r*(i+o)
+
+and, where idx is (b, k), each row's adapters gathered once, for two products a row: arithmetic n*k*r*(i+o).
 """
 
 import torch
@@ -23,6 +25,9 @@ AMX = torch.cpu._is_amx_tile_supported()
 
 def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
     """The operation; `ax` may be a callable -> (n, e, r), A x for all adapters, where others need that too."""
+    if len(idx) < len(x) and spelling == "auto":
+        return _rows(x, A, B, idx, weight, scale.to(weight.dtype))
+    idx = of_each_token(idx, len(x))
     weight = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if spelling == "auto":
         spelling = choose(x, A, idx.shape[1])
@@ -88,6 +93,21 @@ def _dense(x, A, B, idx, weight, ax):
     mask = ((idx[..., None] == slots) * weight[..., None]).sum(1)  # (n, e)
     ax = (ax * mask[..., None].to(x.dtype)).flatten(1)  # (n, e*r)
     return product(ax, B.transpose(1, 2).reshape(e * r, o).T.to(x.dtype))
+
+
+def _rows(x, A, B, idx, weight, scale):
+    b, k = idx.shape
+    dtype = torch.float32 if widened(x, x.dtype) else x.dtype
+    A = A[idx].flatten(1, 2).to(dtype)  # (b, k*r, i)
+    B = B[idx].transpose(2, 3).flatten(1, 2).to(dtype)  # (b, k*r, o)
+    ax = (x.view(b, -1, x.shape[1]).to(dtype) @ A.mT).unflatten(2, (k, -1))  # (b, t, k, r)
+    weight = weight.view(b, -1, k) * scale[idx][:, None]
+    return ((ax * weight[..., None].to(dtype)).flatten(2) @ B).to(x.dtype).flatten(0, 1)
+
+
+def of_each_token(idx, n):
+    """idx (b, k) -> (n, k)."""
+    return idx.repeat_interleave(n // len(idx), 0) if len(idx) < n else idx
 
 
 def top_k_mixture(logits, k, temperature):

@@ -102,10 +102,7 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    check_device(device)
     base = load_llama(model, None if dtype == "auto" else DTYPES[dtype], device)
     tokenizer = Tokenizer(model)
     folder, shapes = read_pool(pool or model) if pool or is_pool(model) else None, linear_shapes(base)
@@ -121,6 +118,14 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
         mole.pool = Pool.load(dict(folders), shapes, base.model.embed_tokens.weight.dtype, device, resident)
         _check_base_names([member.adapter for member in mole.pool.members.values()], model)
     return mole
+
+
+def check_device(device):
+    """Raises InputError where torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _check_base_names(adapters, model):

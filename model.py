@@ -176,6 +176,7 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(b, dtype=torch.int64, device=device)
+        self.rows = torch.arange(b, device=device)  # kept, as a captured step reads it
         self.capacity, self.end = capacity, 0
         self.steady = False  # a promise: from step to step nothing changes but the tokens (compiled.py)
         self.captured, self._views = None, (None, [])
@@ -350,7 +351,8 @@ class Trunk(nn.Module):
         angle = positions.reshape(-1, 1, 1) * rope_frequencies(self.config, length, ids.device)  # (n, 1, d/2)
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
-        self.rows.sample = torch.arange(b, device=ids.device).repeat_interleave(t)
+        rows = torch.arange(b, device=ids.device) if cache is None else cache.rows
+        self.rows.sample = rows if t == 1 else rows.repeat_interleave(t)
         few = bool(self.compiled_step) and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
             compiled.of_any_length(self.rows.sample, few=few)

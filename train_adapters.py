@@ -164,13 +164,20 @@ def adapters_step(model, pool, gate, picked, o):
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts])
             starts = last * (torch.rand(len(last)) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
-        mixture = slots.clamp(min=0).reshape(-1, 1), on.reshape(-1, 1).float()
-        set_gates([gate], *mixture, each_token=True, compiled=model.model.compiled_step)
+        set_gates([gate], *each_rows(slots, on), each_token=True, compiled=model.model.compiled_step)
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks])[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()
         total += loss.item()
     return {"loss": total / sum(map(bool, tokens.values()))}
+
+
+def each_rows(slots, on):
+    """(b, t) int64, negative for none, and bool -> the adapters of each row idx (b, m), and which of them each token
+    uses, (b*t, m); where a row has fewer of them the rest are anybody's, and nobody's."""
+    used = ((slots[..., None] == torch.arange(slots.max().clamp(min=0) + 1)) & on[..., None]).any(1)  # (b, e)
+    idx = used.int().topk(max(1, int(used.sum(1).max()))).indices
+    return idx, ((slots[..., None] == idx[:, None]) & on[..., None]).float().flatten(0, 1)
 
 
 def clip_each(stacks, limit):

@@ -22,9 +22,10 @@ for k in 1 3; do
     python train.py gates "${gates[@]}" --kind moe --top_k $k
 done
 python train.py gates "${gates[@]}" --top_k 2
-python train.py lorahub "${run[@]}" "${only[@]}"
-python eval.py "${run[@]}" --out "$out-eval-lorahub" --limit 15 --max_new_tokens 40 --batch_size 15 --methods lorahub
 for setting in "" --ood; do
+    python train.py lorahub "${run[@]}" "${only[@]}" $setting
+    python eval.py "${run[@]}" --out "$out-eval-lorahub$setting" $setting --limit 15 --max_new_tokens 40 \
+        --batch_size 15 --methods lorahub
     python eval.py "${run[@]}" --out "$out-eval$setting" $setting --limit 15 --max_new_tokens 40 --batch_size 15 \
         --methods oracle,selection,mixture,fusion,adaptersoup,logo,meteora_top2,soft,moe_top1,moe_top3,smear,\
 arrow,uniform,base

@@ -84,6 +84,17 @@ def test_every_size(data):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(("b", "t", "k"), [(1, 5, 2), (2, 3, 1), (3, 7, 2), (5, 1, 3)])
+def test_rows_that_share_their_adapters(spelling, b, t, k):
+    """Training gives each row its adapters once: rows and tokens taken for one another would train another task's."""
+    x, A, B, scale, idx, weight = problem(n=b * t, e=7, k=k)
+    shared = idx[:b]
+    want = with_gradients(by_hand, x, A, B, scale, shared.repeat_interleave(t, 0), weight)
+    got = with_gradients(lora_mix, x, A, B, scale, shared, weight, spelling=spelling)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_padding_slots_weigh_nothing(spelling):
     """Requests that use fewer adapters than others in the batch are padded with a repeated index of weight 0: written
     with scatter instead of scatter_add, the 0 would overwrite the real weight. Repeats that do weigh something add
@@ -130,11 +141,13 @@ def test_lower_precision(spelling, routing, dtype, limit):
     assert (y.double() - want).norm() <= limit * want.norm()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_stacks_of_another_dtype(spelling):
+def test_stacks_of_another_dtype(spelling, shared):
     """While training, A and B are float32 under a bfloat16 base: the result is in x's dtype, gradients in theirs."""
     x, A, B, scale, idx, weight = problem(dtype=torch.float32)
-    got = with_gradients(lora_mix, x.bfloat16(), A, B, scale, idx, weight, spelling=spelling)
+    idx = idx[:1].expand(len(x), -1) if shared else idx
+    got = with_gradients(lora_mix, x.bfloat16(), A, B, scale, idx[: 1 if shared else None], weight, spelling=spelling)
     want = with_gradients(by_hand, x.bfloat16().float(), A, B, scale, idx, weight)
     assert [y.dtype for y in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
     assert (got[0].float() - want[0]).norm() <= 1e-2 * want[0].norm()

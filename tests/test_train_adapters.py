@@ -117,7 +117,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
             off = math.ceil(0.75 * (part.n_prompt - 1) - 1e-4) if part.n_prompt else 0
             off = len(part.ids) if not part.task else off
             expected += [0.0] * off + [1.0] * (len(part.ids) - off)
-        assert seen["w"].flatten().tolist() == expected
+        assert seen["w"].sum(1).tolist() == expected  # of the context's adapters one at most is a token's
 
 
 def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
@@ -145,7 +145,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     means = [torch.stack(values).mean() for values in losses.values()]
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
-    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
+    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()}, 1e-4)  # as long sums differ
 
 
 def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkeypatch):
