@@ -2,15 +2,17 @@
 
     python bench.py layer|decode|prefill|train [--model DIR] [--dtype float32]
 
-What stands in one table was measured in one run and in turn: a repetition times every row once, so that whatever else
-the machine does hits all of them alike. Shown are the median of the repetitions and the quartiles around it; the last
-line is all of it as JSON. transformers, peft and llama-cpp-python (with --gguf) are measured on the same weights,
-adapters, prompts and threads where they are installed; nothing here needs them.
+What stands in one table was measured in one run and in turn: a repetition times every row once, in an order of its own,
+so that what else the machine does, and what the row before left in its caches, hits all of them alike. Shown are the
+median of the repetitions and the quartiles around it; the last line is all of it as JSON. transformers, peft and
+llama-cpp-python (with --gguf) are measured on the same weights, adapters, prompts and threads where they are installed;
+nothing here needs them.
 """
 
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -40,8 +42,7 @@ from compiled import FEW, compile_function, of_any_length, possible
 from config import numbers, parse_command
 from files import InputError, run_script, warn
 from kernels import SPELLINGS, lora_mix
-from methods import check_device
-from model import DTYPES, KVCache
+from model import DTYPES, KVCache, find_device
 from moe_lora import once
 from peers import PEERS, HfDecoder, LlamaCpp, has
 from products import linear
@@ -50,7 +51,7 @@ from products import linear
 @dataclass
 class Bench:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
-    device: str = "cpu"  # or cuda, but for train
+    device: str = "auto"  # auto = cuda where there is one, else cpu
     threads: int = 0  # of the CPU, 0 = one a core
     repeats: int = 20  # repetitions of every row
     k: int = 2  # adapters a token uses
@@ -106,15 +107,16 @@ class TrainBench(ModelBench):
 # Measuring ----------------------------------------------------------------------------------------------------------
 
 
-def in_turn(rows, repeats):
-    """{name: function} -> {name: [seconds of each repetition]}; each runs twice before, uncounted."""
+def in_turn(rows, repeats, before=lambda: None):
+    """{name: function} -> {name: [seconds of each repetition]}; each runs twice in advance, uncounted, and `before` is
+    called before each repetition."""
     for run in (*rows.values(), *rows.values()):
         run()
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    seconds = {name: [] for name in rows}
+    seconds, rng = {name: [] for name in rows}, random.Random(0)
     for _ in range(repeats):
-        for name, run in rows.items():
-            wait()
+        for name, run in rng.sample(list(rows.items()), len(rows)):
+            before(), wait()
             begin = time.perf_counter()
             run()
             wait()
@@ -200,8 +202,9 @@ def bench_layer(o, limits):
 
 
 def layer_row(o, x, W, A, B, scale, idx, weight):
-    """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind."""
-    n, k = len(x), idx.shape[1]
+    """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
+    weights are in no cache: in a model the layers before have swept it."""
+    n, k, sweep = len(x), idx.shape[1], torch.ones(2**25, device=x.device).sum
     rows = {"Linear": lambda: linear(x, W)}
     for spelling in SPELLINGS:
         if spelling != "bmm" or n * k * o.r * sum(W.shape) * x.element_size() <= 2**31:  # it would gather gigabytes
@@ -215,7 +218,7 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
             )
             rows[f"{spelling}, compiled"] = lambda run=run: run(x, idx, weight)
     with torch.inference_mode():
-        row = {name: spread(times)["ms"] for name, times in in_turn(rows, o.repeats).items()}
+        row = {name: spread(times)["ms"] for name, times in in_turn(rows, o.repeats, sweep).items()}
     for kind in ("", ", compiled") if possible(x.device) else ("",):
         best = min(row[spelling + kind] for spelling in SPELLINGS[1:] if spelling + kind in row)
         row[f"auto / best{kind}"] = row[f"auto{kind}"] / best
@@ -347,9 +350,7 @@ def main():
     if o.threads > os.cpu_count():
         raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(o.threads or os.cpu_count())
-    check_device(o.device)
-    if command == "train" and o.device != "cpu":
-        raise InputError(f"--device is {o.device!r}, expected cpu: what is trained here is trained there")
+    o.device = find_device(o.device)
     facts, about = card(o), (DTYPES[o.dtype], o.device)
     limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
     table = COMMANDS[command][1](o, limits)

@@ -200,7 +200,7 @@ def adapters_trainer(o):
     model = load(o)
     model.model.compile()
     shapes = linear_shapes(model)
-    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes), SampleGate()
+    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device), SampleGate()
     attach(model, pool, gate)
     model.train()
     params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
@@ -211,7 +211,8 @@ def adapters_trainer(o):
 
 def one_adapter_trainer(o):
     model = load(o)
-    ids = torch.tensor([example.ids for example in examples(o, [""], o.e * o.each, model.config.vocab_size)])
+    rows = [example.ids for example in examples(o, [""], o.e * o.each, model.config.vocab_size)]
+    ids = torch.tensor(rows, device=o.device)
     labels = ids.clone()
     labels[:, : o.tokens // 2] = -100
     targets = {path.rpartition(".")[2] for path in linear_shapes(model)}

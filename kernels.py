@@ -3,8 +3,9 @@
     y[n] = sum over k of  weight[n, k] * scale[j] * B[j] A[j] x[n],   j = idx[n, k]          (MeteoRA, section 3)
 
 x (n, i), A (e, r, i), B (e, o, r), scale (e,), idx (n, k) int64, weight (n, k) float32; the result is (n, o) in x's
-dtype. Where the tokens of a row of the batch share their adapters, idx may be (b, k), one for each n/b tokens. Every spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to
-r, adapters that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
+dtype. Where the tokens of a row of the batch share their adapters, idx may be (b, k), one for each n/b tokens. Every
+spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to r, adapters
+that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two products, scatter-add
     bmm     gather each token's k adapters, two batched products as sums: nothing else is read; memory n*k*r*(i+o), but

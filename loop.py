@@ -1,7 +1,8 @@
 """The training loop that base, adapters and gates share: optimizer, warmup and cosine, clipping, logs, checkpoints.
 
 Every step is a pure function of the seed, the step and the weights; a checkpoint holds weights, optimizer and RNG, so a
-resumed run goes on bit for bit as if nothing had happened, whenever it was killed.
+resumed run goes on bit for bit as if nothing had happened, whenever it was killed (on a GPU, whose sums have no fixed
+order, up to rounding).
 """
 
 import csv
@@ -32,6 +33,7 @@ class Run:
     clip: float = 1.0  # largest gradient norm, 0 = no clipping
     seed: int = 0  # of weights, dropout and data order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base, auto = the file's
+    device: str = "auto"  # auto = cuda where there is one, else cpu
     compile: bool | None = None  # the blocks, by torch.compile; default where the run is long enough to pay for it
     save_every: int = 50  # steps between checkpoints
     resume: bool = False  # go on where a killed run stopped
@@ -143,14 +145,19 @@ class Checkpoint:
         for name, param, state in states(params, optimizers):
             parts = (key.partition(".") for key in tensors)
             kinds = [kind for kind, _, rest in parts if rest == name and kind != "param"]
-            state[param] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
+            places = {kind: "cpu" if kind == "step" else param.device for kind in kinds}  # as torch has them
+            state[param] = {kind: tensors[f"{kind}.{name}"].to(place, copy=True) for kind, place in places.items()}
         torch.set_rng_state(tensors["rng"].clone())
+        if "cuda_rng" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda_rng"].clone())
         if (self.folder / "log.csv").exists():
             rows = list(csv.reader(io.StringIO(read_text(self.folder / "log.csv"))))
             self.rows = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= self.step]
 
     def save(self, step, params, optimizers):
         tensors = {"rng": torch.get_rng_state()} | {f"param.{name}": param.data for name, param in params.items()}
+        if torch.cuda.is_initialized():
+            tensors["cuda_rng"] = torch.cuda.get_rng_state()
         for name, param, state in states(params, optimizers):
             tensors |= {f"{kind}.{name}": value for kind, value in state[param].items()}
         write_safetensors(self.file, tensors, {"step": str(step)})

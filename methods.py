@@ -32,7 +32,7 @@ from baselines import (
 from config import nearest
 from files import InputError, read_json, warn
 from gate_files import GateFile, load_routers
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from moe_lora import (
     LogoProbe,
     SampleGate,
@@ -101,8 +101,7 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
     `resident`: how many adapters are in memory at most, 0 = all."""
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    check_device(device)
+    device = find_device(device)
     base = load_llama(model, None if dtype == "auto" else DTYPES[dtype], device)
     tokenizer = Tokenizer(model)
     folder, shapes = read_pool(pool or model) if pool or is_pool(model) else None, linear_shapes(base)
@@ -118,14 +117,6 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
         mole.pool = Pool.load(dict(folders), shapes, base.model.embed_tokens.weight.dtype, device, resident)
         _check_base_names([member.adapter for member in mole.pool.members.values()], model)
     return mole
-
-
-def check_device(device):
-    """Raises InputError where torch has no such device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _check_base_names(adapters, model):

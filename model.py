@@ -452,6 +452,16 @@ def _without_init():
             kind.reset_parameters = reset
 
 
+def find_device(name):
+    """A device's name, auto: cuda where there is one. Raises InputError where torch has no such device here."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def load_llama(folder, dtype=None, device="cpu"):
     """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None keeps the file's.
 

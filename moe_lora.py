@@ -239,8 +239,8 @@ class SampleGate(nn.Module):
 
     idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
     another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
-    Where `inner` is None one SampleGate can serve all Linears. With `each_token` the weight is (b*t, k), idx the same or
-    (b, k), and the mixture is fixed for each token of the next forward.
+    Where `inner` is None one SampleGate can serve all Linears. With `each_token` the weight is (b*t, k), idx the same
+    or (b, k), and the mixture is fixed for each token of the next forward.
     """
 
     def __init__(self, inner=None):

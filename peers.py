@@ -92,5 +92,5 @@ def peft_trainer(folder, dtype, r, targets, ids, labels):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(targets))
-    model = get_peft_model(hf_llama(folder, dtype), config).train()
+    model = get_peft_model(hf_llama(folder, dtype), config).to(ids.device).train()
     return [p for p in model.parameters() if p.requires_grad], lambda: model(ids, labels=labels).loss.backward()

@@ -179,15 +179,16 @@ class Batch:
     @property
     def prompt(self):
         """(b, t): a real token of a prompt."""
-        return self.real & (self.at < torch.tensor([part.n_prompt for part in self.parts])[self.part])
+        lengths = torch.tensor([part.n_prompt for part in self.parts], device=self.at.device)
+        return self.real & (self.at < lengths[self.part])
 
     def slots(self, pool):
         """(b, t) int64: the slot of each token's own adapter, -100 for padding and where there is none."""
-        slots = torch.tensor([pool.slot(task) if task else -100 for task in self.tasks])[self.part]
-        return slots.masked_fill(~self.real, -100)
+        slots = [pool.slot(task) if task else -100 for task in self.tasks]
+        return torch.tensor(slots, device=self.part.device)[self.part].masked_fill(~self.real, -100)
 
 
-def collate(examples):
+def collate(examples, device=None):
     """Examples and Contexts -> Batch."""
     t = max(len(example.ids) for example in examples)
     ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))
@@ -203,4 +204,4 @@ def collate(examples):
             at[row, begin:] = torch.arange(t - begin)
             parts.append(piece)
             begin = end
-    return Batch(ids, real, predicts, part, at, parts)
+    return Batch(*(y.to(device) for y in (ids, real, predicts, part, at)), parts)

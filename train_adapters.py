@@ -30,7 +30,7 @@ from adapters import (
 from composites import check_composite, compose
 from files import InputError
 from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from moe_lora import SampleGate, attach, set_gates
 from tasks import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
 from tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def train_adapters(o):
         raise InputError(
             f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
         )
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     name = o.name or o.joint
     checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), o, [*tasks, f"base {model.fingerprint}"])
@@ -90,7 +90,7 @@ def train_adapters(o):
         learners = [Task(name, "", [row for task in learners for row in task.train], [])]
     if o.joint == "lora_f":
         examples = {name: [x for some in examples.values() for x in some]}
-    pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets)
+    pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets, device=model.head_weight.device)
     gate = SampleGate()
     attach(model, pool, gate, dropout=o.dropout)
     model.train()
@@ -155,17 +155,17 @@ def adapters_step(model, pool, gate, picked, o):
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
-    total = 0.0
+    total, device = 0.0, model.head_weight.device
     for some in micro_batches(picked, o.micro_tokens):
-        batch = collate(some)
+        batch = collate(some, device)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
         if o.late:  # gates can't know the task from a prompt's first words
-            last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts])
-            starts = last * (torch.rand(len(last)) / o.late - 1 / o.late + 1)
+            last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
+            starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
         set_gates([gate], *each_rows(slots, on), each_token=True, compiled=model.model.compiled_step)
-        share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks])[batch.part]
+        share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()
         total += loss.item()
@@ -175,7 +175,8 @@ def adapters_step(model, pool, gate, picked, o):
 def each_rows(slots, on):
     """(b, t) int64, negative for none, and bool -> the adapters of each row idx (b, m), and which of them each token
     uses, (b*t, m); where a row has fewer of them the rest are anybody's, and nobody's."""
-    used = ((slots[..., None] == torch.arange(slots.max().clamp(min=0) + 1)) & on[..., None]).any(1)  # (b, e)
+    e = torch.arange(max(1, int(slots.max()) + 1), device=slots.device)
+    used = ((slots[..., None] == e) & on[..., None]).any(1)  # (b, e)
     idx = used.int().topk(max(1, int(used.sum(1).max()))).indices
     return idx, ((slots[..., None] == idx[:, None]) & on[..., None]).float().flatten(0, 1)
 

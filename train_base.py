@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from files import InputError, read_text, write_bytes, write_json, write_safetensors
 from loop import Checkpoint, Run, finished, fit
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, find_device
 from tokenizer import Tokenizer
 
 
@@ -90,7 +90,8 @@ def train_base(o):
         raise InputError(f"{o.text}: {len(stream)} tokens, expected more than --block_size {o.block_size}")
     config, raw = base_config(o, tokenizer)
     torch.manual_seed(o.seed)
-    model = init_weights(Llama(config))
+    device = find_device(o.device)
+    model = init_weights(Llama(config)).to(device)
     params = dict(model.named_parameters())
     print(f"base: {sum(p.numel() for p in params.values()):,} parameters, {len(stream):,} tokens", file=sys.stderr)
     half = o.dtype == "bfloat16"
@@ -100,9 +101,9 @@ def train_base(o):
     def step_loss(step):
         starts = np.random.default_rng([o.seed, step]).choice(begins, o.batch_size)
         windows = np.stack([stream[s : s + o.block_size + 1] for s in starts]).astype(np.int64)
-        windows, total = torch.from_numpy(windows), 0.0
+        windows, total = torch.from_numpy(windows).to(device), 0.0
         for part in windows.split(max(1, o.micro_tokens // o.block_size)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast(windows.device.type, torch.bfloat16, enabled=half):
                 logits = model(part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * len(part) / len(windows)
             loss.backward()

@@ -24,7 +24,7 @@ from files import InputError
 from gate_files import parameters_of, save_gates
 from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from methods import new_gates
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach
 from tasks import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from tokenizer import Tokenizer
@@ -76,12 +76,12 @@ def train_gates(o):
         raise InputError("--fit trains no adapters: leave out --adapters_too")
     if o.adapters_too and Path(o.adapters_too).resolve() == known.path.resolve():
         raise InputError(f"--adapters_too is {o.adapters_too}, the pool itself: name another folder")
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     dtype = torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype
-    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, dtype)
+    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, dtype, model.head_weight.device)
     kind = f"{o.kind}_top{o.top_k}" if o.kind in ("meteora", "moe") else o.kind
     file = Path(o.adapters_too or known.path) / "gates" / f"{kind}.safetensors"
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
@@ -139,7 +139,7 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     seen = {"lm_loss": 0.0, "gate_loss": 0.0, "right": 0.0}
     for some in micro_batches(picked, o.micro_tokens):
-        batch = collate(some)
+        batch = collate(some, model.head_weight.device)
         labels, prompt.mask = batch.slots(pool).flatten(), batch.prompt
         lm_loss = lm_losses(model, batch).sum() / n_response if use_lm else model.model(batch.ids).new_zeros(())
         loss = o.lm_weight * lm_loss.float()
@@ -201,9 +201,10 @@ def fit_gates(model, pool, examples, o):
     at once, and a small convex problem a Linear, no backward pass. own: every sequence runs through its own adapter, so
     that no gate depends on another. routed: the gates choose, each from when the pass has fitted it."""
     begin, gates = time.perf_counter(), new_gates("meteora", pool, o.top_k, o.gate_temperature)
-    batch = collate([example for step in range(o.steps) for example in pick(examples, step, o)])
+    device = model.head_weight.device
+    batch = collate([example for step in range(o.steps) for example in pick(examples, step, o)], device)
     labels = batch.slots(pool).clamp(min=0).flatten()
-    half = torch.arange(len(batch.tasks)) // len(examples) % 2  # every second round of the tasks
+    half = torch.arange(len(batch.tasks), device=device) // len(examples) % 2  # every second round of the tasks
     shared = {"keep": batch.real.flatten(), "labels": labels, "half": half, "l2": o.l2, "count": 0}
     attach(model, pool, {path: FittingGate(gate, shared, o.fit == "own") for path, gate in gates.items()})
     with torch.no_grad():
@@ -222,7 +223,7 @@ def logistic(x, labels, e, l2, steps=50):
     hold most of a residual stream's variance, and without that L-BFGS, as AdamW, stops far from the optimum (LOG.md).
     """
     whiten = whitening(x)
-    G, x = torch.zeros(e, x.shape[1], requires_grad=True), x @ whiten
+    G, x = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True), x @ whiten
     optimizer = torch.optim.LBFGS([G], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
     def loss():

@@ -12,7 +12,7 @@ from adapters import Pool, linear_shapes, read_pool
 from baselines import lorahub, lorahub_search
 from files import read_json, warn, write_json
 from loop import lm_losses, required
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from moe_lora import SampleGate, attach, fixed_rows
 from tasks import collate, draw, load_tasks, tokenize
 from tokenizer import Tokenizer
@@ -32,6 +32,7 @@ class LorahubRun:
     max_length: int = 512  # longer examples are left out
     seed: int = 0  # of the examples and of the search
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
+    device: str = "auto"  # auto = cuda where there is one, else cpu
 
 
 def train_lorahub(o):
@@ -39,11 +40,12 @@ def train_lorahub(o):
     already, searched with these options over these adapters, are kept (LoraHub, section 2.2)."""
     known = read_pool(required(o, "pool"))
     tasks = load_tasks(required(o, "tasks"), o.only or None)
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
-    pool = Pool.load(dict(sorted(known.adapters.items())), shapes)
+    like = model.head_weight
+    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
     file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * o.ood}.json", sorted(pool.names)
     how = {"shots": o.shots, "steps": o.steps, "l1": o.l1, "seed": o.seed, "max_length": o.max_length}
@@ -55,11 +57,11 @@ def train_lorahub(o):
         warn(f"{file}: made for other adapters or with other options: begins anew")
         known_weights = made
     found = known_weights["weights"]
-    gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, model.model.embed_tokens.weight.dtype)
+    gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, like.dtype, like.device)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
         used = [name for name in names if not (o.ood and name == task)]
-        batch = collate(draw(examples[task], task, 0, min(o.shots, len(examples[task])), o.seed))
+        batch = collate(draw(examples[task], task, 0, min(o.shots, len(examples[task])), o.seed), like.device)
 
         @torch.inference_mode()
         def loss(weights, batch=batch, used=used):
@@ -67,7 +69,7 @@ def train_lorahub(o):
                 slot.remove(name)
             adapter = lorahub(pool, dict(zip(used, weights, strict=True)))
             slot.add(adapter)
-            gate.set(*fixed_rows(slot, [{adapter.name: 1.0}] * len(batch.tasks)))
+            gate.set(*fixed_rows(slot, [{adapter.name: 1.0}] * len(batch.tasks), like.device))
             return float(lm_losses(model, batch).mean())
 
         weights, _ = lorahub_search(loss, len(used), o.steps, o.seed, o.l1)

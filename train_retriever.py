@@ -21,7 +21,7 @@ from adapters import is_pool, load_adapter, read_pool
 from files import InputError, write_text
 from loop import required
 from metrics import mean_score
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from tasks import load_tasks, some_tasks
 from tokenizer import Tokenizer
@@ -43,6 +43,7 @@ class RetrieverRun:
     max_length: int = 160  # tokens of a text that are read, the instruction's among them
     test: bool = False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
+    device: str = "auto"  # auto = cuda where there is one, else cpu
     seed: int = 0  # of the tasks, of the prompts and of their order
 
 
@@ -54,7 +55,7 @@ def train_retriever(o):
     names = some_tasks(tasks, o.share, o.seed)
     if o.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
     layers = model.config.num_hidden_layers
     if o.depth > layers:
         raise InputError(f"--depth is {o.depth}, expected at most {layers}, the base's blocks")

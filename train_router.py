@@ -16,7 +16,7 @@ from files import InputError
 from gate_files import save_routers
 from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from methods import Mole, retriever_of
-from model import DTYPES, load_llama
+from model import DTYPES, find_device, load_llama
 from moe_lora import SampleGate, attach, candidate_rows, router_loras, set_candidates, set_gates
 from tasks import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from tokenizer import Tokenizer
@@ -46,12 +46,13 @@ def train_router(o):
     known = read_pool(required(o, "pool"))
     names = some_tasks(known.adapters, o.share, o.seed)
     tasks = load_tasks(required(o, "tasks"), names)
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype)), Tokenizer(o.model)
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     # Without the other tasks' adapters: as candidates that are never right they would be learnt to be avoided.
-    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, model.model.embed_tokens.weight.dtype)
+    like = model.head_weight
+    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, like.dtype, like.device)
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     file = Path(known.path) / "router.safetensors"
     checkpoint = Checkpoint(file.parent / "runs" / "router", o, [*names, *bound, f"base {model.fingerprint}"])
@@ -104,11 +105,12 @@ def router_step(model, pool, routers, gates, picked, drawn, o):
     """Forward and backward of one step: the mean loss of a response token."""
     n, total = sum(len(example.ids) - example.n_prompt for example in picked), 0.0
     for some in micro_batches(picked, o.micro_tokens):
-        batch, compiled = collate(some), model.model.compiled_step
-        rows = candidate_rows(pool, [drawn[id(example)] for example in some], o.retrieve, o.prior)
+        device, compiled = model.head_weight.device, model.model.compiled_step
+        batch = collate(some, device)
+        rows = candidate_rows(pool, [drawn[id(example)] for example in some], o.retrieve, o.prior, device)
         set_candidates(routers.values(), *rows, compiled=compiled)
-        nothing = torch.zeros(len(some), 1)
-        set_gates(gates, nothing.long(), nothing, torch.ones(len(some), dtype=torch.bool), compiled=compiled)
+        nothing = torch.zeros(len(some), 1, device=device)
+        set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0, compiled=compiled)
         loss = lm_losses(model, batch).sum() / n
         loss.backward()
         total += loss.item()
