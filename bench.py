@@ -207,8 +207,7 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
     n, k, sweep = len(x), idx.shape[1], torch.ones(2**25, device=x.device).sum
     rows = {"Linear": lambda: linear(x, W)}
     for spelling in SPELLINGS:
-        if spelling != "bmm" or n * k * o.r * sum(W.shape) * x.element_size() <= 2**31:  # it would gather gigabytes
-            rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
+        rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
     if possible(x.device):
         torch._dynamo.reset()
         of_any_length(x, idx, weight, few=n <= FEW)

@@ -8,8 +8,8 @@ spelling is differentiable in x, A, B and weight by autograd. Adapters of smalle
 that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two products, scatter-add
-    bmm     gather each token's k adapters, two batched products as sums: nothing else is read; memory n*k*r*(i+o), but
-            in a compiled block none, where the gathering is joined with the sums
+    bmm     gather each token's k adapters, two batched products as sums: nothing else is read; in a compiled block the
+            gathering is joined with the sums, else some tokens' adapters are copied at a time
     dense   all adapters for all tokens, two large products with a mask between them; arithmetic n*e*r*(i+o)
 
 and, where idx is (b, k), each row's adapters gathered once, for two products a row: arithmetic n*k*r*(i+o).
@@ -22,6 +22,7 @@ from products import linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 AMX = torch.cpu._is_amx_tile_supported()
+COPIES = 2**23  # bytes of adapters that bmm copies at a time
 
 
 def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
@@ -38,23 +39,27 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 
 
 def choose(x, A, k):
-    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o). In a compiled block bmm is sums,
-    and the library's products do lead() times as many a second, half that of few tokens, where they cost more to
-    start; of up to 16 adapters, counted for each token, only that matters. Sums that are not compiled copy the
-    adapters, and so does their gradient."""
+    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's products do lead()
+    times as many a second as compiled sums, and cost as much as a few adapters to start. They gain nothing for few
+    tokens, where all is reading. Sums that are not compiled copy the adapters, twelve times as long where there are
+    enough tokens to fill a product, and so does their gradient. The small numbers are measured (LOG.md)."""
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
-        return "bmm" if n * k <= min(16, e / 2) else "dense"
-    least = k * lead(x) / (2 if at_most(n, FEW) else 1)
-    return "bmm" if at_most(n * k, 16) or (e >= least and not A.requires_grad) else "dense"
+        copies = n * k * lead(x) <= 5 * (e + 8) or (12 * k * lead(x) <= e and not A.requires_grad)
+        return "bmm" if k < e and copies else "dense"
+    if at_most(n, FEW):
+        sums = at_most(n * k, 16) or (5 * k <= 2 * (e + 6) and not A.requires_grad)
+    else:
+        sums = k * lead(x) <= e + 4 and not A.requires_grad
+    return "bmm" if sums else "dense"
 
 
 def lead(x):
-    """How many multiply-adds a library's product does in the time of one of a compiled sum: 5 in float32, measured; 10
-    with bf16 products and 20 with AMX or on a GPU, estimated (LOG.md)."""
+    """How many multiply-adds a library's product does in the time of one of a compiled sum: 5 in float32 and 15 with
+    AMX, measured; 10 with other bf16 products and 15 on a GPU, estimated (LOG.md)."""
     if x.dtype == torch.float32 or widened(x, x.dtype):
         return 5
-    return 20 if AMX or x.device.type != "cpu" else 10
+    return 15 if AMX or x.device.type != "cpu" else 10
 
 
 def compute_ax(x, *stacks):
@@ -81,7 +86,12 @@ def _loop(x, A, B, idx, weight, ax):
 
 
 def _bmm(x, A, B, idx, weight, ax):
-    """As sums: a compiler joins them with the gathering, and no copy of an adapter is made."""
+    """As sums: a compiler joins them with the gathering, and no copy of an adapter is made. Without one, of so many
+    tokens at a time that the copies stay in a processor's caches."""
+    step = max(1, COPIES // (idx.shape[1] * (A[0].numel() + B[0].numel()) * x.element_size()))
+    if len(x) > step and not torch.compiler.is_compiling():
+        parts = zip(x.split(step), idx.split(step), weight.split(step), strict=True)
+        return torch.cat([_bmm(some, A, B, *mixture, ax) for some, *mixture in parts])
     ax = (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x)) * weight[..., None]  # (n, k, r)
     b = B[idx].to(x.dtype).transpose(2, 3)  # (n, k, r, o)
     return (b * ax[..., None]).sum((1, 2)).to(x.dtype)
