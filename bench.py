@@ -113,9 +113,9 @@ def in_turn(rows, repeats, before=lambda: None):
     for run in (*rows.values(), *rows.values()):
         run()
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    seconds, rng = {name: [] for name in rows}, random.Random(0)
+    seconds = {name: [] for name in rows}
     for _ in range(repeats):
-        for name, run in rng.sample(list(rows.items()), len(rows)):
+        for name, run in random.sample(list(rows.items()), len(rows)):
             before(), wait()
             begin = time.perf_counter()
             run()
@@ -204,13 +204,12 @@ def bench_layer(o, limits):
 def layer_row(o, x, W, A, B, scale, idx, weight):
     """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
     weights are in no cache: in a model the layers before have swept it."""
-    n, k, sweep = len(x), idx.shape[1], torch.ones(2**25, device=x.device).sum
-    rows = {"Linear": lambda: linear(x, W)}
+    rows, sweep = {"Linear": lambda: linear(x, W)}, torch.ones(2**25, device=x.device).sum
     for spelling in SPELLINGS:
         rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
     if possible(x.device):
         torch._dynamo.reset()
-        of_any_length(x, idx, weight, few=n <= FEW)
+        of_any_length(x, idx, weight, few=len(x) <= FEW)
         for spelling in ("auto", "bmm", "dense"):
             run = compile_function(
                 lambda *inputs, spelling=spelling: lora_mix(inputs[0], A, B, scale, *inputs[1:], spelling)

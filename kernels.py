@@ -39,9 +39,9 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 
 
 def choose(x, A, k):
-    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's products do lead()
-    times as many a second as compiled sums, and cost as much as a few adapters to start. They gain nothing for few
-    tokens, where all is reading. Sums that are not compiled copy the adapters, twelve times as long where there are
+    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's products do
+    lead() times as many a second as compiled sums, and cost as much as a few adapters to start. They gain nothing for
+    few tokens, where all is reading. Sums that are not compiled copy the adapters, twelve times as long where there are
     enough tokens to fill a product, and so does their gradient. The small numbers are measured (LOG.md)."""
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
@@ -89,7 +89,7 @@ def _bmm(x, A, B, idx, weight, ax):
     """As sums: a compiler joins them with the gathering, and no copy of an adapter is made. Without one, of so many
     tokens at a time that the copies stay in a processor's caches."""
     step = max(1, COPIES // (idx.shape[1] * (A[0].numel() + B[0].numel()) * x.element_size()))
-    if len(x) > step and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and len(x) > step:  # a compiled block would be one for so many tokens
         parts = zip(x.split(step), idx.split(step), weight.split(step), strict=True)
         return torch.cat([_bmm(some, A, B, *mixture, ax) for some, *mixture in parts])
     ax = (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x)) * weight[..., None]  # (n, k, r)

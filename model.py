@@ -456,7 +456,7 @@ def find_device(name):
     """A device's name, auto: cuda where there is one. Raises InputError where torch has no such device here."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).tolist()  # of meta there is nothing to read
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     return name

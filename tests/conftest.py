@@ -25,6 +25,12 @@ def pytest_addoption(parser):
     parser.addoption("--real_model", help="folder of a real Llama with its tokenizer, for the tests marked real")
 
 
+def pytest_configure(config):
+    """All tests but those of a GPU are the CPU's, on every machine."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def real_model(request):
     """The folder given as --real_model; asking for real tests without one is an error, not a skip."""

@@ -638,6 +638,7 @@ OPTIONS = {
     "adapter without a name": (["--adapter", "=folder"], ["'=folder'", "NAME=DIR"]),
     "device": (["--device", "nonsense"], ["nonsense"]),
     "device that isn't there": (["--device", "cuda:99"], ["cuda:99"]),
+    "device without data": (["--device", "meta"], ["meta"]),
     "prompt not utf-8": (["--prompt", b"caf\xe9"], ["prompt", "UTF-8"]),
     "html below a file": (["--html", Path(__file__) / "page.html"], [Path(__file__)]),
 }  # fmt: skip
@@ -749,6 +750,7 @@ TRAINING = {
     "composite": training("--composite", -0.5, words=["--composite", "-0.5", "0 to 1"]),
     "muon for adapters": training("--optimizer", "muon", words=["--optimizer muon", "adamw"]),
     "samples": training("--samples", "-1", words=["--samples", "-1"]),
+    "device": training("--device", "toaster", words=["device", "toaster"]),
     "steps": training("--steps", "0", words=["--steps", "0"]),
     "template": training("--template", "no place", words=["--template", "no place", "{prompt}"]),
     "nothing short enough": training("--max_length", "2", words=["toy", "2"]),

@@ -22,6 +22,7 @@ from baselines import Prompt
 from compiled import FEW, SUMS, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
+from kernels import lora_mix
 from model import KVCache, load_llama
 from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
 from products import linear
@@ -111,6 +112,21 @@ def test_few_tokens_and_many(dtype, wide, monkeypatch):
         limit = 1e-5 if dtype == torch.float32 else 1e-2
         assert got.dtype == dtype and (got - want).norm() < limit * want.norm(), n
     assert graphs() == 4, graphs()
+
+
+@torch.inference_mode()
+def test_copies_are_no_guard(monkeypatch):
+    """How many adapters bmm may copy at a time is nothing to a compiled block, which copies none: asked there, it is a
+    graph for each side of that number, or an error."""
+    monkeypatch.setattr("kernels.COPIES", 3 * 2 * 3 * (67 + 11) * 4)  # of three tokens
+    torch._dynamo.reset()
+    counters.clear()
+    A, B, scale = torch.randn(31, 3, 67), torch.randn(31, 11, 3), torch.ones(31)
+    run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
+    for n in (2, 3, 5, 7):
+        x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(31, (n, 2)), torch.rand(n, 2), few=True)
+        torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
+    assert graphs() == 1, graphs()
 
 
 @torch.inference_mode()

@@ -44,7 +44,8 @@ def test_a_step_is_one_graph(monkeypatch):
     )
     mole = load(dtype="bfloat16", device="cuda")
     tokens = list(stream(mole, ["Spell the word: strawberry"], compile=True))
-    assert len(tokens) > 8 and len(replays) >= len(tokens) - 4, (len(tokens), len(replays))
+    # the prompt gives the first token, a step that is captured the second, and one more at a longer view of the cache
+    assert len(tokens) >= 7 and len(tokens) - 3 <= len(replays) <= len(tokens) - 2, (len(tokens), len(replays))
 
 
 @pytest.mark.parametrize("compile", [False, True])
