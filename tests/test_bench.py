@@ -82,7 +82,7 @@ def test_requests(small_model):
 
 
 def test_sets_of_requests(small_model):
-    o = SimpleNamespace(model=str(small_model), dtype="float32", r=3, seed=0, requests=7)
+    o = SimpleNamespace(model=str(small_model), dtype="float32", device="cpu", r=3, seed=0, requests=7)
     model = with_requests(o, 11)
     idx = next(iter(attached(model).values())).gate.inner.idx.tolist()
     assert len({tuple(sorted(row)) for row in idx}) == 7 and set(sum(idx, [])) == set(range(11))
@@ -114,8 +114,11 @@ def test_train(small_model):
 
 
 def test_rows_are_timed_in_turn():
-    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others."""
+    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others; in the same order
+    each time, a row would always find its weights in the caches, or never."""
     calls = []
-    found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert "".join(calls[-6:]) == "ababab" and {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
+    found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 41, lambda: calls.append("-"))
+    assert calls[:4] == ["a", "b", "a", "b"] and calls[4::2] == ["-"] * 82
+    assert {"".join(calls[j : j + 4 : 2]) for j in range(5, 168, 4)} == {"ab", "ba"}
+    assert {name: len(times) for name, times in found.items()} == {"a": 41, "b": 41}
     assert spread([3e-3, 1e-3, 2e-3, 5e-3, 4e-3]) == pytest.approx({"ms": 3, "low": 2, "high": 4})

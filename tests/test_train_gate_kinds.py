@@ -663,7 +663,7 @@ def test_lorahub_refuses_another_base(small_model, tmp_path):
 def test_more_shots_than_examples_are_all_of_them(small_model, tmp_path, monkeypatch):
     """`draw` would begin its second epoch and count some examples twice."""
     sizes, real = [], train_lorahub.collate
-    monkeypatch.setattr(train_lorahub, "collate", lambda picked: sizes.append(len(picked)) or real(picked))
+    monkeypatch.setattr(train_lorahub, "collate", lambda picked, *to: sizes.append(len(picked)) or real(picked, *to))
     run(options("lorahub", small_model, tmp_path / "out", steps=1, shots=40))
     assert sizes == [11, 11]
     assert read_json(lorahub_file(options("lorahub", small_model, tmp_path / "out")))["weights"] == {
