@@ -349,6 +349,8 @@ def main():
         raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(o.threads or os.cpu_count())
     o.device = find_device(o.device)
+    if getattr(o, "gguf", "") and o.device != "cpu":
+        raise InputError(f"--gguf: llama.cpp is timed on the CPU, and --device is {o.device}")
     facts, about = card(o), (DTYPES[o.dtype], o.device)
     limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
     table = COMMANDS[command][1](o, limits)

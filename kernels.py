@@ -107,13 +107,20 @@ def _dense(x, A, B, idx, weight, ax):
 
 
 def _rows(x, A, B, idx, weight, scale):
-    b, k = idx.shape
+    (b, k), n, (e, r, i) = idx.shape, len(x), A.shape
     dtype = torch.float32 if widened(x, x.dtype) else x.dtype
-    A = A[idx].flatten(1, 2).to(dtype)  # (b, k*r, i)
-    B = B[idx].transpose(2, 3).flatten(1, 2).to(dtype)  # (b, k*r, o)
-    ax = (x.view(b, -1, x.shape[1]).to(dtype) @ A.mT).unflatten(2, (k, -1))  # (b, t, k, r)
-    weight = weight.view(b, -1, k) * scale[idx][:, None]
+    picks = one_hot(idx, e, A.dtype).flatten(0, 1)  # (b*k, e)
+    A = (picks @ A.flatten(1)).view(b, k * r, i).to(dtype)
+    B = (picks @ B.transpose(1, 2).flatten(1)).view(b, k * r, -1).to(dtype)
+    ax = (x.view(b, -1, i).to(dtype) @ A.mT).unflatten(2, (k, r))  # (b, t, k, r)
+    weight = weight.view(b, n // b, k) * scale[idx][:, None]
     return ((ax * weight[..., None].to(dtype)).flatten(2) @ B).to(x.dtype).flatten(0, 1)
+
+
+def one_hot(idx, e, dtype):
+    """idx (..., k) -> (..., k, e). A product with it is a gathering whose gradient is a product too: indexing's adds up
+    in whatever order threads come."""
+    return (idx[..., None] == torch.arange(e, device=idx.device)).to(dtype)
 
 
 def of_each_token(idx, n):

@@ -99,6 +99,9 @@ def clip_norm(params, limit):
     return float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
 
 
+NOT_THE_RUN = ("resume", "save_every", "tensorboard", "device")  # options that may differ where a run goes on
+
+
 class Checkpoint:
     """RUN/checkpoint.safetensors: step, trained tensors, optimizer's state, RNG; config.json and log.csv beside it.
 
@@ -108,7 +111,7 @@ class Checkpoint:
     def __init__(self, folder, options, names=()):
         """`names`: the tasks, base and adapters of the run; with the options they say which run it is."""
         self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
-        self.config = {k: v for k, v in asdict(options).items() if k not in ("resume", "save_every", "tensorboard")}
+        self.config = {k: v for k, v in asdict(options).items() if k not in NOT_THE_RUN}
         self.config["names"] = list(names)
         known = self.folder / "config.json"
         self.step, self.finished, self.rows = 0, False, []

@@ -457,8 +457,10 @@ def find_device(name):
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).tolist()  # of meta there is nothing to read
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # graphs, timing and random numbers are the current one's
     return name
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiled import FEW, at_most, of_any_length
-from kernels import accumulate, choose, compute_ax, lora_mix, of_each_token, top_k_mixture
+from kernels import accumulate, choose, compute_ax, lora_mix, of_each_token, one_hot, top_k_mixture
 from products import linear
 
 
@@ -199,7 +199,11 @@ class RouterLoRA(nn.Module):
         idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
         q = linear(x, self.A, dtype=inner.dtype)  # (n, r_q)
         a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
-        key = (inner[idx] * a.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
+        if self.inner is None:  # training
+            inner = (one_hot(idx, len(inner), inner.dtype) @ inner.flatten(1)).unflatten(-1, inner.shape[1:])
+        else:
+            inner = inner[idx]
+        key = (inner * a.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
         score = (key * q[:, None]).sum(-1) / self.divisor + bias
         weight = torch.exp(score - score.amax(-1, keepdim=True).clamp(min=-3e38))  # no row is NaN
         return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
@@ -270,12 +274,13 @@ class SampleGate(nn.Module):
 
 def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
     """SampleGate.set for all gates of a batch. For compiled blocks, which have graphs of their own for a size of 1, one
-    row is given as two, but not `each_token`."""
+    row is given as two; so is idx (1, k) of an even number of tokens where `each_token`."""
     if compiled and not each_token:
         rows = [y if y is None or len(y) > 1 else y.repeat(2, *[1] * (y.dim() - 1)) for y in (idx, weight, routed)]
         of_any_length(*(y for y in rows if y is not None))
         idx, weight, routed = rows
     if compiled and each_token:
+        idx = idx.repeat(2, 1) if len(idx) == 1 < len(weight) else idx
         of_any_length(idx, weight)
         of_any_length(idx, weight, axis=1)
     for gate in gates:

@@ -188,9 +188,10 @@ class Batch:
         return torch.tensor(slots, device=self.part.device)[self.part].masked_fill(~self.real, -100)
 
 
-def collate(examples, device=None):
-    """Examples and Contexts -> Batch."""
+def collate(examples, device=None, even=False):
+    """Examples and Contexts -> Batch, of an `even` number of positions where that is asked for."""
     t = max(len(example.ids) for example in examples)
+    t += t % 2 if even else 0
     ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))
     real, predicts, parts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), []
     for row, example in enumerate(examples):

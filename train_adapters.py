@@ -155,16 +155,17 @@ def adapters_step(model, pool, gate, picked, o):
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
-    total, device = 0.0, model.head_weight.device
+    total, device, compiled = 0.0, model.head_weight.device, model.model.compiled_step
+    least = min(pool.capacity, 1 + any(len(example.parts) > 1 for example in picked))  # a graph for either in a run
     for some in micro_batches(picked, o.micro_tokens):
-        batch = collate(some, device)
+        batch = collate(some, device, even=compiled and len(some) == 1)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
         if o.late:  # gates can't know the task from a prompt's first words
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
             starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
-        set_gates([gate], *each_rows(slots, on), each_token=True, compiled=model.model.compiled_step)
+        set_gates([gate], *each_rows(slots, on, least), each_token=True, compiled=compiled)
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()
@@ -172,12 +173,12 @@ def adapters_step(model, pool, gate, picked, o):
     return {"loss": total / sum(map(bool, tokens.values()))}
 
 
-def each_rows(slots, on):
-    """(b, t) int64, negative for none, and bool -> the adapters of each row idx (b, m), and which of them each token
-    uses, (b*t, m); where a row has fewer of them the rest are anybody's, and nobody's."""
-    e = torch.arange(max(1, int(slots.max()) + 1), device=slots.device)
+def each_rows(slots, on, least=1):
+    """(b, t) int64, negative for none, and bool -> the adapters of each row idx (b, m), `least` of them or more, and
+    which of them each token uses, (b*t, m); where a row has fewer the rest are anybody's, and nobody's."""
+    e = torch.arange(max(least, int(slots.max()) + 1), device=slots.device)
     used = ((slots[..., None] == e) & on[..., None]).any(1)  # (b, e)
-    idx = used.int().topk(max(1, int(used.sum(1).max()))).indices
+    idx = used.int().topk(max(least, int(used.sum(1).max()))).indices
     return idx, ((slots[..., None] == idx[:, None]) & on[..., None]).float().flatten(0, 1)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """All tests but those of a GPU are the CPU's, on every machine."""
-    if config.option.markexpr != "cuda":
+    if not re.search(r"(?<!not )\bcuda", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -639,6 +639,7 @@ OPTIONS = {
     "device": (["--device", "nonsense"], ["nonsense"]),
     "device that isn't there": (["--device", "cuda:99"], ["cuda:99"]),
     "device without data": (["--device", "meta"], ["meta"]),
+    "device without its package": (["--device", "hpu"], ["hpu"]),
     "prompt not utf-8": (["--prompt", b"caf\xe9"], ["prompt", "UTF-8"]),
     "html below a file": (["--html", Path(__file__) / "page.html"], [Path(__file__)]),
 }  # fmt: skip

@@ -101,6 +101,19 @@ def test_rows_that_share_their_adapters(spelling, b, t, k):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_in_a_fixed_order():
+    """Summed as threads happen to come, a resumed run is another run: rows of one adapter, not next to each other,
+    and tensors large enough for torch to share among threads."""
+    x, A, B, scale, idx, weight = problem(n=6 * 5, e=2, k=1, r=7, i=1201, o=1009, dtype=torch.float32)
+    idx, threads = torch.tensor([[0], [1]] * 3), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (with_gradients(lora_mix, x, A, B, scale, idx, weight) for _ in range(9))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_padding_slots_weigh_nothing(spelling):
     """Requests that use fewer adapters than others in the batch are padded with a repeated index of weight 0: written

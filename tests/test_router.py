@@ -60,6 +60,23 @@ def test_weights_from_inner_matrices_are_the_long_way(n, options):
     torch.testing.assert_close(got.weight, by_hand(gate, x, A, B, scale, idx[sample], bias[sample]))
 
 
+def test_gradients_in_a_fixed_order():
+    """Summed as threads happen to come, a resumed run is another run."""
+    A, B, scale = (y.float() for y in stacks())
+    gate, x, sample = router(B, scale).float().train(), torch.randn(1009, 11), torch.arange(1009) % 2
+    gate.bind(B, scale)
+    set_candidates([gate], torch.tensor([[4, 0, 2], [1, 3, 0]]), torch.zeros(2, 3))
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(9):
+            weight = gate(x, sample, ax(x, A)).weight
+            found.append(torch.autograd.grad((weight * torch.arange(1009)[:, None] * torch.arange(3)).sum(), gate.B)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(slope, found[0]) for slope in found)
+
+
 def test_one_candidate_weighs_one_and_none_weighs_nothing():
     """A masked softmax over an empty row is NaN, and NaN times an unused adapter is NaN in every row of the batch."""
     A, B, scale = stacks()

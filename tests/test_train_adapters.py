@@ -64,6 +64,7 @@ def test_adapters_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
 def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tmp_path):
     """Without it the loss could be right in the log and wrong in what is trained: here it is spelled out."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
+    model.double()
     for stack in (*pool.A.values(), *pool.B.values()):
         stack.requires_grad_(True)
     picked = examples(small_model, 3)
@@ -81,7 +82,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     means = [torch.cat(values).mean() for values in losses.values()]
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
-    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()}, 1e-4)  # as long sums differ
+    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
 
 
 def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypatch):
@@ -124,6 +125,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     """Without it an answer's first token, predicted behind another task's text, teaches or weighs as that one's; or the
     line that belongs to no task runs through the adapter in slot 0."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
+    model.double()
     for stack in pool.B.values():
         stack.requires_grad_(True)
     o = SimpleNamespace(micro_tokens=10_000, late=0.0, composite=0.7, max_length=300, seed=0)
@@ -145,7 +147,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     means = [torch.stack(values).mean() for values in losses.values()]
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
-    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()}, 1e-4)  # as long sums differ
+    assert_close(grads, {path: stack.grad for path, stack in pool.B.items()})
 
 
 def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkeypatch):
