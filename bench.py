@@ -338,6 +338,16 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def check_gguf(file, device):
+    """Raises InputError where llama.cpp can't be timed."""
+    if not Path(file).is_file():
+        raise InputError(f"--gguf: {file}: no such file")
+    if not has("llama-cpp-python"):
+        raise InputError("--gguf needs a package that is not here: pip install llama-cpp-python")
+    if device != "cpu":
+        raise InputError(f"--gguf: llama.cpp is timed on the CPU, and --device is {device}")
+
+
 def main():
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
     command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
@@ -349,8 +359,8 @@ def main():
         raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(o.threads or os.cpu_count())
     o.device = find_device(o.device)
-    if getattr(o, "gguf", "") and o.device != "cpu":
-        raise InputError(f"--gguf: llama.cpp is timed on the CPU, and --device is {o.device}")
+    if getattr(o, "gguf", ""):
+        check_gguf(o.gguf, o.device)
     facts, about = card(o), (DTYPES[o.dtype], o.device)
     limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
     table = COMMANDS[command][1](o, limits)

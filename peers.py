@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from adapters import save_adapter
+from files import InputError
 
 PEERS = ("transformers", "peft", "llama-cpp-python")
 
@@ -71,8 +72,11 @@ class LlamaCpp:
 
         threads = torch.get_num_threads()
         self.ids, self.tokens = ids[0].tolist(), tokens
-        self.program = Program(str(file), n_ctx=len(self.ids) + tokens + 8, n_batch=512, n_ubatch=512,
-                               n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip
+        try:
+            self.program = Program(str(file), n_ctx=len(self.ids) + tokens + 8, n_batch=512, n_ubatch=512,
+                                   n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip
+        except ValueError as error:
+            raise InputError(f"--gguf: {error}") from None
         self.prefill()
 
     def prefill(self):

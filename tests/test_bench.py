@@ -48,6 +48,7 @@ def test_layer():
     (["layer", "--n", "1,x"], "--n is '1,x', expected numbers above 0 with ',' between them"),
     (["layer", "--width", "5x7x11"], "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
     (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
+    (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
     (["prefill", "--e", "0"], "--e is '0', expected numbers above 0 with ',' between them"),
 ])  # fmt: skip
 def test_bad_options(args, line):
