@@ -86,15 +86,33 @@ def _loop(x, A, B, idx, weight, ax):
 
 
 def _bmm(x, A, B, idx, weight, ax):
-    """As sums: a compiler joins them with the gathering, and no copy of an adapter is made. Without one, of so many
-    tokens at a time that the copies stay in a processor's caches."""
-    step = max(1, COPIES // (idx.shape[1] * (A[0].numel() + B[0].numel()) * x.element_size()))
-    if not torch.compiler.is_compiling() and len(x) > step:  # a compiled block would be one for so many tokens
-        parts = zip(x.split(step), idx.split(step), weight.split(step), strict=True)
-        return torch.cat([_bmm(some, A, B, *mixture, ax) for some, *mixture in parts])
-    ax = (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x)) * weight[..., None]  # (n, k, r)
-    b = B[idx].to(x.dtype).transpose(2, 3)  # (n, k, r, o)
-    return (b * ax[..., None]).sum((1, 2)).to(x.dtype)
+    """As sums: a compiler joins them with the gathering, and no copy of an adapter is made."""
+
+    def sums(x, idx, weight):
+        ax = ax_of(x, A, idx) * weight[..., None]
+        b = B[idx].to(x.dtype).transpose(2, 3)  # (n, k, r, o)
+        return (b * ax[..., None]).sum((1, 2)).to(x.dtype)
+
+    size = idx.shape[1] * (A.shape[1:].numel() + B.shape[1:].numel()) * x.element_size()
+    return in_pieces(sums, size, x, idx, weight)
+
+
+def ax_of(x, A, idx):
+    """A x of the adapters idx (n, k), as sums: (n, k, r)."""
+
+    def sums(x, idx):
+        return (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x))
+
+    return in_pieces(sums, idx.shape[1] * A.shape[1:].numel() * x.element_size(), x, idx)
+
+
+def in_pieces(function, size, *tensors):
+    """`function` of tensors (n, ...), which copies `size` bytes of adapters for each of n: of so many at a time that
+    the copies stay in a processor's caches. Compiled there are no copies, and one graph for any n."""
+    if torch.compiler.is_compiling() or len(tensors[0]) * size <= COPIES:
+        return function(*tensors)
+    pieces = zip(*(y.split(max(1, COPIES // size)) for y in tensors), strict=True)
+    return torch.cat([function(*some) for some in pieces])
 
 
 def _dense(x, A, B, idx, weight, ax):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiled import FEW, at_most, of_any_length
-from kernels import accumulate, choose, compute_ax, lora_mix, of_each_token, one_hot, top_k_mixture
+from kernels import accumulate, ax_of, choose, compute_ax, lora_mix, of_each_token, one_hot, top_k_mixture
 from products import linear
 
 
@@ -99,7 +99,7 @@ class AX:
         if idx is None:
             return self.every()
         if choose(self.x, self.A, idx.shape[1]) == "bmm":
-            return (self.A[idx].to(self.x.dtype) * self.x[:, None, None]).sum(-1, dtype=accumulate(self.x))
+            return ax_of(self.x, self.A, idx)
         return self.every().gather(1, idx[..., None].expand(-1, -1, self.A.shape[1]))
 
 

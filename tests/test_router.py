@@ -60,6 +60,25 @@ def test_weights_from_inner_matrices_are_the_long_way(n, options):
     torch.testing.assert_close(got.weight, by_hand(gate, x, A, B, scale, idx[sample], bias[sample]))
 
 
+def test_scores_some_tokens_at_a_time(monkeypatch):
+    """A x of the candidates of a long prompt, copied for all tokens at once, takes gigabytes."""
+    A, B, scale = stacks(e=200)
+    gate, x, sample = router(B, scale), torch.randn(29, 11, dtype=torch.float64), torch.arange(29) % 2
+    set_candidates([gate], torch.tensor([[4], [131]]), torch.zeros(2, 1, dtype=torch.float64))
+    largest, real = [0], torch.Tensor.__getitem__
+
+    def looked(self, key):
+        found = real(self, key)
+        largest[0] = max(largest[0], found.numel())
+        return found
+
+    monkeypatch.setattr("kernels.COPIES", 7 * 3 * 11 * 8)  # of seven tokens
+    monkeypatch.setattr(torch.Tensor, "__getitem__", looked)
+    a = ax(x, A)(gate.idx[sample])
+    assert largest[0] == 7 * 3 * 11
+    torch.testing.assert_close(a[:, 0], torch.einsum("nri,ni->nr", A[gate.idx[sample][:, 0]], x))
+
+
 def test_gradients_in_a_fixed_order():
     """Summed as threads happen to come, a resumed run is another run."""
     A, B, scale = (y.float() for y in stacks())
