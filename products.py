@@ -14,16 +14,37 @@ WIDENED = tuple(dtype for dtype, has in _PRODUCTS.items() if not getattr(torch.o
 
 
 def linear(x, weight, bias=None, dtype=None):
-    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. Few tokens in a compiled block are sums of
-    four rows at a time, which read the weights faster than the library's products do (LOG.md)."""
-    dtype = dtype or x.dtype
-    few = compiled.SUMS if dtype == torch.float32 or widened(x, dtype) else 1
+    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. Of few tokens in a compiled block as sums,
+    which read the weights faster than the library's products do and are joined with what is around them (LOG.md)."""
+    dtype, n = dtype or x.dtype, math.prod(x.shape[:-1])
+    summed = x.device.type == "cpu" and (dtype == torch.float32 or widened(x, dtype))
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if compiling and compiled.at_most(math.prod(x.shape[:-1]), few):
-        rows = weight.chunk(4 if len(weight) >= 512 else 1)
-        y = torch.cat([(w[:, None] * x).sum(-1, dtype=torch.float32) for w in rows]).T
+    if compiling and compiled.at_most(n, compiled.FEW if summed else 1):
+        y = _sums_of_one(x, weight) if compiled.at_most(n, 1) else _sums_of_few(x, weight)
         return (y if bias is None else y + bias).to(dtype)
     return product(x.to(dtype), weight.to(dtype), bias)
+
+
+def _sums_of_one(x, weight):
+    """x (1, i) -> (1, o), four rows of the weight at a time."""
+    rows = weight.chunk(4 if len(weight) >= 512 else 1)
+    return torch.cat([(w[:, None] * x).sum(-1, dtype=torch.float32) for w in rows]).T
+
+
+def _sums_of_few(x, weight):
+    """x (n, i) -> (n, o), a weight read once for all tokens. In float32 a vector holds a number of each token, and
+    several rows of the weight are summed at once, as an addition takes cycles, though no more than a set of the cache
+    has lines. In bf16 it holds numbers of one token, so that as many weights are made float32 at once."""
+    n, i, dtype = torch.arange(x.shape[0]), x.shape[1], torch.float32
+    lanes = compiled.SUMS if compiled.at_most(x.shape[0], compiled.SUMS) else compiled.FEW
+    if weight.dtype == dtype or lanes > compiled.SUMS:
+        xt = x.new_empty(i, lanes, dtype=dtype)  # what there is beyond n stays beyond n
+        xt[:, n] = x.to(dtype).T
+        rows = weight.to(dtype).chunk(max(p for p in range(1, 8) if len(weight) % p == 0))
+        return torch.cat([(w[..., None] * xt).sum(1) for w in rows]).T[n]
+    tokens = x.new_empty(lanes, i, dtype=dtype)
+    tokens[n] = x.to(dtype)
+    return torch.stack([(weight.to(dtype) * token).sum(-1) for token in tokens])[n]
 
 
 def product(x, weight, bias=None):
