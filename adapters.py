@@ -28,6 +28,7 @@ from files import (
     write_jsonl,
     write_safetensors,
 )
+from kernels import zero_B
 
 TEMPLATE = "[INST] {prompt} [/INST]\n"  # MeteoRA's
 PREFIX = "base_model.model."
@@ -321,7 +322,7 @@ class Pool:
         self._used = []  # names, those needed longest ago first
         make = {"dtype": dtype, "device": device}
         self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
-        self.B = {path: torch.zeros(capacity, rank, o, **make).transpose(1, 2) for path, (o, _) in shapes.items()}
+        self.B = {path: zero_B(capacity, o, rank, **make) for path, (o, _) in shapes.items()}
         self.scale = {path: torch.zeros(capacity, device=device) for path in shapes}
 
     @classmethod

@@ -41,7 +41,7 @@ from bench_models import (
 from compiled import FEW, compile_function, of_any_length, possible
 from config import numbers, parse_command
 from files import InputError, run_script, warn
-from kernels import SPELLINGS, lora_mix
+from kernels import SPELLINGS, lora_mix, zero_B
 from model import DTYPES, KVCache, find_device
 from moe_lora import once
 from peers import PEERS, HfDecoder, LlamaCpp, has
@@ -191,11 +191,12 @@ def bench_layer(o, limits):
         if k > e:
             continue
         g = torch.Generator().manual_seed(o.seed)
-        shapes = (out, i), (n, i), (e, o.r, i), (e, o.r, out)
+        shapes = (out, i), (n, i), (e, o.r, i), (e, out, o.r)
         W, x, A, B = (torch.randn(shape, generator=g).to(o.device, dtype) for shape in shapes)
         idx = torch.rand(n, e, generator=g).topk(k).indices.to(o.device)
         weight, scale = torch.full((n, k), 1 / k, device=o.device), torch.ones(e, device=o.device)
-        row = layer_row(o, x, W, A, B.transpose(1, 2), scale, idx, weight)  # laid out as a pool's
+        B = zero_B(e, out, o.r, device=o.device, dtype=dtype).copy_(B)  # laid out as a pool's
+        row = layer_row(o, x, W, A, B, scale, idx, weight)
         table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
         print(json.dumps(table[-1]), file=sys.stderr)
     return table

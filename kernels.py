@@ -18,7 +18,7 @@ and, where idx is (b, k), each row's adapters gathered once, for two products a 
 import torch
 
 from compiled import FEW, at_most
-from products import linear, product, widened
+from products import divisor, linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 AMX = torch.cpu._is_amx_tile_supported()
@@ -41,25 +41,31 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 def choose(x, A, k):
     """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's products do
     lead() times as many a second as compiled sums, and cost as much as a few adapters to start. They gain nothing for
-    few tokens, where all is reading. Sums that are not compiled copy the adapters, twelve times as long where there are
-    enough tokens to fill a product, and so does their gradient. The small numbers are measured (LOG.md)."""
+    few tokens, where all is reading. Sums that are not compiled copy the adapters, fifteen times as long where there
+    are enough tokens to fill a product, and so does their gradient. The small numbers are measured (LOG.md)."""
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
-        copies = n * k * lead(x) <= 5 * (e + 8) or (12 * k * lead(x) <= e and not A.requires_grad)
+        copies = n * k * lead(x) <= 4 * (e + 8) or (15 * k * lead(x) <= e and not A.requires_grad)
         return "bmm" if k < e and copies else "dense"
     if at_most(n, FEW):
         sums = at_most(n * k, 16) or (5 * k <= 2 * (e + 6) and not A.requires_grad)
     else:
-        sums = k * lead(x) <= e + 4 and not A.requires_grad
+        sums = k * lead(x) <= e + 6 and not A.requires_grad
     return "bmm" if sums else "dense"
 
 
 def lead(x):
-    """How many multiply-adds a library's product does in the time of one of a compiled sum: 5 in float32 and 15 with
+    """How many multiply-adds a library's product does in the time of one of a compiled sum: 4 in float32 and 15 with
     AMX, measured; 10 with other bf16 products and 15 on a GPU, estimated (LOG.md)."""
     if x.dtype == torch.float32 or widened(x, x.dtype):
-        return 5
+        return 4
     return 15 if AMX or x.device.type != "cpu" else 10
+
+
+def zero_B(e, o, r, **options):
+    """B (e, o, r), zero, as sums read it fastest: rank after rank, 16 numbers further apart than they need be, for rows
+    at a distance of a multiple of 4,096 bytes would all fall into one set of a cache (LOG.md)."""
+    return torch.zeros(e, r, o + 16, **options)[..., :o].transpose(1, 2)
 
 
 def compute_ax(x, *stacks):
@@ -90,18 +96,26 @@ def _bmm(x, A, B, idx, weight, ax):
 
     def sums(x, idx, weight):
         ax = ax_of(x, A, idx) * weight[..., None]
-        b = B[idx].to(x.dtype).transpose(2, 3)  # (n, k, r, o)
-        return (b * ax[..., None]).sum((1, 2)).to(x.dtype)
+        ys = [(b[idx].to(x.dtype).transpose(2, 3) * ax[..., None]).sum((1, 2)) for b in B.chunk(at_once(x, 2), 1)]
+        return torch.cat(ys, -1).to(x.dtype)
 
     size = idx.shape[1] * (A.shape[1:].numel() + B.shape[1:].numel()) * x.element_size()
     return in_pieces(sums, size, x, idx, weight)
 
 
+def at_once(x, most):
+    """How many sums a loop makes side by side, as an addition takes several cycles: of many tokens in a compiled block
+    `most`, else one."""
+    return 1 if not torch.compiler.is_compiling() or at_most(len(x), FEW) else most
+
+
 def ax_of(x, A, idx):
     """A x of the adapters idx (n, k), as sums: (n, k, r)."""
+    ranks = A.unflatten(1, (-1, at_once(x, divisor(A.shape[1], 8)))).unbind(2)
 
     def sums(x, idx):
-        return (A[idx].to(x.dtype) * x[:, None, None]).sum(-1, dtype=accumulate(x))
+        ax = [(a[idx].to(x.dtype) * x[:, None, None]).sum(-1, True, dtype=accumulate(x)) for a in ranks]
+        return torch.cat(ax, -1).flatten(2)
 
     return in_pieces(sums, idx.shape[1] * A.shape[1:].numel() * x.element_size(), x, idx)
 

@@ -40,7 +40,7 @@ def _sums_of_few(x, weight):
     if weight.dtype == dtype or lanes > compiled.SUMS:
         xt = x.new_empty(i, lanes, dtype=dtype)  # what there is beyond n stays beyond n
         xt[:, n] = x.to(dtype).T
-        rows = weight.to(dtype).chunk(max(p for p in range(1, 8) if len(weight) % p == 0))
+        rows = weight.to(dtype).chunk(divisor(len(weight), 7))
         return torch.cat([(w[..., None] * xt).sum(1) for w in rows]).T[n]
     tokens = x.new_empty(lanes, i, dtype=dtype)
     tokens[n] = x.to(dtype)
@@ -59,6 +59,11 @@ def product(x, weight, bias=None):
         y = (weight @ x.T).T.contiguous()
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+def divisor(n, most):
+    """The largest divisor of n up to `most`."""
+    return max(p for p in range(1, most + 1) if n % p == 0)
 
 
 def widened(x, dtype):

@@ -22,7 +22,7 @@ from baselines import Prompt
 from compiled import FEW, SUMS, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
-from kernels import lora_mix
+from kernels import lora_mix, zero_B
 from model import KVCache, load_llama
 from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
 from products import linear
@@ -98,13 +98,15 @@ def test_compiled_is_the_same_in_few_graphs(model, recorded, made):
 
 @pytest.mark.parametrize("wide", [(), (torch.bfloat16,)], ids=["library", "widened"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_tokens_and_many(dtype, wide, monkeypatch):
+@pytest.mark.parametrize("o", [521, 518], ids=["one row at a time", "seven rows"])
+def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
     """Few tokens are sums and many a product, of one weight: taken for each other where the number of tokens is a
-    symbol, either is several times slower, and only a wrong sum is seen in the answers."""
+    symbol, either is several times slower, and only a wrong sum is seen in the answers. So is what a smaller batch
+    leaves in the lanes of a vector that it doesn't fill."""
     monkeypatch.setattr("products.WIDENED", wide)
     torch._dynamo.reset()
     counters.clear()
-    W, run = torch.randn(521, 67).to(dtype), compile_function(linear)
+    W, run = torch.randn(o, 67).to(dtype), compile_function(linear)
     for n in (1, 3, SUMS, 11, 2, FEW, SUMS + 1, FEW + 3):
         (x,) = of_any_length(torch.randn(n, 67).to(dtype), few=n <= FEW)
         with torch.inference_mode():
@@ -125,6 +127,24 @@ def test_copies_are_no_guard(monkeypatch):
     run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
     for n in (2, 3, 5, 7):
         x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(31, (n, 2)), torch.rand(n, 2), few=True)
+        torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
+    assert graphs() == 1, graphs()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("r", [1, 5, 12])
+def test_ranks_side_by_side(r):
+    """A long prompt's sums take several ranks and both halves of an output at once: one left out, or put in another's
+    place, is a wrong answer in compiled blocks alone."""
+    torch._dynamo.reset()
+    counters.clear()
+    A, B = torch.randn(7, r, 67), zero_B(7, 11, r).copy_(torch.randn(7, 11, r))
+    scale, run = (
+        torch.rand(7),
+        compile_function(lambda *tensors: lora_mix(tensors[0], A, B, scale, *tensors[1:], "bmm")),
+    )
+    for n in (FEW + 1, 29, 41):
+        x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(7, (n, 3)), torch.rand(n, 3))
         torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
     assert graphs() == 1, graphs()
 
