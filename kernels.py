@@ -40,12 +40,13 @@ def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
 
 def choose(x, A, k):
     """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's products do
-    lead() times as many a second as compiled sums, and cost as much as a few adapters to start. They gain nothing for
-    few tokens, where all is reading. Sums that are not compiled copy the adapters, fifteen times as long where there
-    are enough tokens to fill a product, and so does their gradient. The small numbers are measured (LOG.md)."""
+    lead() times as many a second as compiled sums, and cost as much as six adapters to start. They gain nothing for few
+    tokens, where all is reading. Sums that are not compiled copy an adapter at each use, in the time in which a product
+    reads one, or fifteen times a sum's where tokens fill a product; their gradient does so too. The numbers are
+    measured (LOG.md)."""
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
-        copies = n * k * lead(x) <= 4 * (e + 8) or (15 * k * lead(x) <= e and not A.requires_grad)
+        copies = n * k * lead(x) <= 4 * e or (15 * k * lead(x) <= e and not A.requires_grad)
         return "bmm" if k < e and copies else "dense"
     if at_most(n, FEW):
         sums = at_most(n * k, 16) or (5 * k <= 2 * (e + 6) and not A.requires_grad)
