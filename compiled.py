@@ -2,7 +2,7 @@
 
 What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
 (model.Block.before, after). For a new token in each of a few rows, a block is compiled whole, attention included
-(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1 (the step two, up to SUMS and up to
+(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1 (the step two, up to LANES and up to
 FEW), and these again while routing is recorded. Another kind of gate, number of adapters a token or gate temperature is
 another block, with graphs of its own; torch keeps them on disk between runs. More than torch's limit of recompiles is
 an error, for fullgraph is set.
@@ -30,7 +30,7 @@ OPTIONS = {
     "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
 FEW = 16  # rows of one new token each that a compiled block takes whole, attention included
-SUMS = 8  # up to so many it has a graph of its own, with sums for products where these are faster
+LANES = 8  # up to so many it has a graph of its own, where a vector has a lane for each (products.py)
 LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
 # All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
 CAPTURED = re.compile(
@@ -125,11 +125,11 @@ def compile_for_any_length(function):
 
 def of_any_length(*tensors, few=False, axis=0):
     """Says to the compiler that an axis, where it isn't 1, will have other lengths: any, or where it is `few` those up
-    to SUMS or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
+    to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
     for x in tensors:
         size = x.shape[axis]
         if size > 1 and axis not in getattr(x, "_dynamo_dynamic_indices", ()):
-            least, most = (None, None) if not few else (2, SUMS) if size <= SUMS else (SUMS + 1, FEW)
+            least, most = (None, None) if not few else (2, LANES) if size <= LANES else (LANES + 1, FEW)
             torch._dynamo.mark_dynamic(x, axis, min=least, max=most)
     return tensors
 

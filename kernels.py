@@ -46,7 +46,7 @@ def choose(x, A, k):
     measured (LOG.md)."""
     n, e = len(x), len(A)
     if not torch.compiler.is_compiling():
-        copies = n * k * lead(x) <= 4 * e or (15 * k * lead(x) <= e and not A.requires_grad)
+        copies = n * k * lead(x) <= 4 * (e + 3) or (15 * k * lead(x) <= e and not A.requires_grad)
         return "bmm" if k < e and copies else "dense"
     if at_most(n, FEW):
         sums = at_most(n * k, 16) or (5 * k <= 2 * (e + 6) and not A.requires_grad)
@@ -64,8 +64,9 @@ def lead(x):
 
 
 def zero_B(e, o, r, **options):
-    """B (e, o, r), zero, as sums read it fastest: rank after rank, 16 numbers further apart than they need be, for rows
-    at a distance of a multiple of 4,096 bytes would all fall into one set of a cache (LOG.md)."""
+    """B (e, o, r), zero, as sums read it fastest: a rank's numbers together, and 16 numbers left out between one rank
+    and the next, a view with gaps. Without these the ranks that are summed side by side are, at most widths, a multiple
+    of 4,096 bytes apart, and put each other out of the cache (LOG.md)."""
     return torch.zeros(e, r, o + 16, **options)[..., :o].transpose(1, 2)
 
 
@@ -105,9 +106,10 @@ def _bmm(x, A, B, idx, weight, ax):
 
 
 def at_once(x, most):
-    """How many sums a loop makes side by side, as an addition takes several cycles: of many tokens in a compiled block
-    `most`, else one."""
-    return 1 if not torch.compiler.is_compiling() or at_most(len(x), FEW) else most
+    """How many sums a loop makes side by side, so that one needn't wait for another's addition: `most` of many tokens
+    in a compiled block on a CPU, elsewhere one."""
+    many = torch.compiler.is_compiling() and not at_most(len(x), FEW)
+    return most if many and x.device.type == "cpu" else 1
 
 
 def ax_of(x, A, idx):
@@ -144,7 +146,7 @@ def _rows(x, A, B, idx, weight, scale):
     dtype = torch.float32 if widened(x, x.dtype) else x.dtype
     picks = one_hot(idx, e, A.dtype).flatten(0, 1)  # (b*k, e)
     A = (picks @ A.flatten(1)).view(b, k * r, i).to(dtype)
-    B = (picks @ B.transpose(1, 2).flatten(1)).view(b, k * r, -1).to(dtype)
+    B = (picks @ B.permute(2, 0, 1)).transpose(0, 1).reshape(b, k * r, -1).to(dtype)  # flatten would copy all of B
     ax = (x.view(b, -1, i).to(dtype) @ A.mT).unflatten(2, (k, r))  # (b, t, k, r)
     weight = weight.view(b, n // b, k) * scale[idx][:, None]
     return ((ax * weight[..., None].to(dtype)).flatten(2) @ B).to(x.dtype).flatten(0, 1)

@@ -258,7 +258,7 @@ def attend_one(q, k, v, cache, positions):
     for past, new in zip(cache, (k, v), strict=True):
         past[rows, :, positions[:, 0]] = new
     k, v = (past[:, :, None].float() for past in cache)  # (b, kv heads, 1, capacity, d)
-    turned = q.new_empty(q.shape)  # without it the compiler computes q anew for each key
+    turned = q.new_empty(q.shape)  # row by row, whatever q is; without it q is computed anew for each key
     turned[rows] = q
     q = turned.view(b, k.shape[1], -1, 1, d).float()  # (b, kv heads, group, 1, d)
     score = (q * k).sum(-1) * d**-0.5  # (b, kv heads, group, capacity)

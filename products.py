@@ -14,8 +14,9 @@ WIDENED = tuple(dtype for dtype, has in _PRODUCTS.items() if not getattr(torch.o
 
 
 def linear(x, weight, bias=None, dtype=None):
-    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. Of few tokens in a compiled block as sums,
-    which read the weights faster than the library's products do and are joined with what is around them (LOG.md)."""
+    """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. In a compiled block without gradients one
+    token's is a sum, on a CPU without a faster product a few tokens' are: these read the weights faster than the
+    library does, and are joined with what is around them (LOG.md)."""
     dtype, n = dtype or x.dtype, math.prod(x.shape[:-1])
     summed = x.device.type == "cpu" and (dtype == torch.float32 or widened(x, dtype))
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
@@ -27,24 +28,25 @@ def linear(x, weight, bias=None, dtype=None):
 
 def _sums_of_one(x, weight):
     """x (1, i) -> (1, o), four rows of the weight at a time."""
-    rows = weight.chunk(4 if len(weight) >= 512 else 1)
-    return torch.cat([(w[:, None] * x).sum(-1, dtype=torch.float32) for w in rows]).T
+    rows, dtype = weight.chunk(4 if len(weight) >= 512 else 1), torch.promote_types(x.dtype, torch.float32)
+    return torch.cat([(w[:, None] * x).sum(-1, dtype=dtype) for w in rows]).T
 
 
 def _sums_of_few(x, weight):
-    """x (n, i) -> (n, o), a weight read once for all tokens. In float32 a vector holds a number of each token, and
-    several rows of the weight are summed at once, as an addition takes cycles, though no more than a set of the cache
-    has lines. In bf16 it holds numbers of one token, so that as many weights are made float32 at once."""
-    n, i, dtype = torch.arange(x.shape[0]), x.shape[1], torch.float32
-    lanes = compiled.SUMS if compiled.at_most(x.shape[0], compiled.SUMS) else compiled.FEW
-    if weight.dtype == dtype or lanes > compiled.SUMS:
-        xt = x.new_empty(i, lanes, dtype=dtype)  # what there is beyond n stays beyond n
-        xt[:, n] = x.to(dtype).T
+    """x (n, i) -> (n, o) float32, a weight read once for all tokens. A vector holds a number of each token, and several
+    rows of the weight are summed at once, as an addition takes cycles, though no more than a set of the cache has
+    lines. Of weights of 16 bits and as many tokens as fill one vector it holds numbers of one token, so that as many
+    weights are made float32 at once."""
+    i, dtype, places = x.shape[1], torch.float32, torch.arange(x.shape[0])  # a slice would be a guard on n
+    lanes = compiled.LANES if compiled.at_most(x.shape[0], compiled.LANES) else compiled.FEW
+    if weight.dtype == dtype or lanes > compiled.LANES:
+        xt = x.new_zeros(i, lanes, dtype=dtype)
+        xt[:, places] = x.to(dtype).T
         rows = weight.to(dtype).chunk(divisor(len(weight), 7))
-        return torch.cat([(w[..., None] * xt).sum(1) for w in rows]).T[n]
-    tokens = x.new_empty(lanes, i, dtype=dtype)
-    tokens[n] = x.to(dtype)
-    return torch.stack([(weight.to(dtype) * token).sum(-1) for token in tokens])[n]
+        return torch.cat([(w[..., None] * xt).sum(1) for w in rows]).T[places]
+    tokens = x.new_zeros(lanes, i, dtype=dtype)
+    tokens[places] = x.to(dtype)
+    return torch.stack([(weight.to(dtype) * token).sum(-1) for token in tokens])[places]
 
 
 def product(x, weight, bias=None):

@@ -19,7 +19,7 @@ from training import examples, pool_in_model
 import tiny_tasks
 from adapters import linear_shapes
 from baselines import Prompt
-from compiled import FEW, SUMS, compile_function, of_any_length
+from compiled import FEW, LANES, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
 from kernels import lora_mix, zero_B
@@ -106,11 +106,11 @@ def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
     monkeypatch.setattr("products.WIDENED", wide)
     torch._dynamo.reset()
     counters.clear()
-    W, run = torch.randn(o, 67).to(dtype), compile_function(linear)
-    for n in (1, 3, SUMS, 11, 2, FEW, SUMS + 1, FEW + 3):
+    W, bias, run = torch.randn(o, 67).to(dtype), torch.randn(o).to(dtype), compile_function(linear)
+    for n in (1, 3, LANES, 11, 2, FEW, LANES + 1, FEW + 3):
         (x,) = of_any_length(torch.randn(n, 67).to(dtype), few=n <= FEW)
         with torch.inference_mode():
-            got, want = run(x, W), F.linear(x.double(), W.double())
+            got, want = run(x, W, bias), F.linear(*(y.double() for y in (x, W, bias)))
         limit = 1e-5 if dtype == torch.float32 else 1e-2
         assert got.dtype == dtype and (got - want).norm() < limit * want.norm(), n
     assert graphs() == 4, graphs()
@@ -139,10 +139,8 @@ def test_ranks_side_by_side(r):
     torch._dynamo.reset()
     counters.clear()
     A, B = torch.randn(7, r, 67), zero_B(7, 11, r).copy_(torch.randn(7, 11, r))
-    scale, run = (
-        torch.rand(7),
-        compile_function(lambda *tensors: lora_mix(tensors[0], A, B, scale, *tensors[1:], "bmm")),
-    )
+    scale = torch.rand(7)
+    run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
     for n in (FEW + 1, 29, 41):
         x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(7, (n, 3)), torch.rand(n, 3))
         torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
@@ -154,7 +152,7 @@ def test_head_of_few_rows(model):
     """The head is a fifth of a small model's weights: left out, it alone would run at half the speed. The last hidden
     states of a prompt are no contiguous tensor, which must not be a graph of its own."""
     hidden = torch.randn(FEW + 3, 3, 44)
-    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:SUMS, 1], hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
+    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:LANES, 1], hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
     want = [model.head(x) for x in cases]
     model.model.compile()
     for x, y in zip(cases, want, strict=True):
