@@ -143,7 +143,8 @@ def test_ranks_side_by_side(r):
     run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
     for n in (FEW + 1, 29, 41):
         x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(7, (n, 3)), torch.rand(n, 3))
-        torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
+        got, want = run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop")
+        assert (got - want).abs().max() < 1e-5 * want.abs().max(), n
     assert graphs() == 1, graphs()
 
 
