@@ -107,7 +107,7 @@ def _bmm(x, A, B, idx, weight, ax):
 
 def at_once(x, most):
     """How many sums a loop makes side by side, so that one needn't wait for another's addition: `most` of many tokens
-    in a compiled block on a CPU, elsewhere one; with gradients too, whose sums would be split as well."""
+    in a compiled block on a CPU, elsewhere one. One too where gradients are recorded: these took longer (LOG.md)."""
     many = torch.compiler.is_compiling() and not torch.is_grad_enabled() and not at_most(len(x), FEW)
     return most if many and x.device.type == "cpu" else 1
 
