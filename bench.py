@@ -101,6 +101,7 @@ class TrainBench(ModelBench):
     e: int = 8  # adapters trained at once
     gated: int = 28  # adapters under the gates that are trained
     tokens: int = 128  # of an example, half of them the response's
+    tasks: str = ""  # task folders: real examples, of 512 tokens at most, instead of random ones of one length
     each: int = 1  # examples a step and adapter
 
 
@@ -304,15 +305,19 @@ def bench_prefill(o, limits):
 
 
 def bench_train(o, limits):
-    """Milliseconds of an optimizer step on random tokens, half of them a response's: `e` adapters at once, then the
-    gates of `gated` adapters by the LM term and the gate term. peft trains one adapter on as many examples."""
-    rows, tokens = {f"{o.e} adapters": adapters_trainer(o)}, o.e * o.each * o.tokens
+    """Milliseconds of an optimizer step, and tokens a second without the padding: `e` adapters at once, then the gates
+    of `gated` adapters by the LM term and the gate term. peft trains one adapter after another, on as many examples a
+    step."""
+    rows = {f"{o.e} adapters": adapters_trainer(o)}
     if o.peers and has("peft"):
-        rows["transformers + peft, one adapter"] = one_adapter_trainer(o)
+        rows["transformers + peft, one by one"] = one_adapter_trainer(o)
     for spelling in ("auto", "loop"):
         rows[f"gates of {o.gated}, {spelling}"] = gates_trainer(o, spelling)
-    return [{"row": name, **spread(times), "tokens/s": tokens / statistics.median(times)}
-            for name, times in in_turn(rows, o.repeats).items()]  # fmt: skip
+    table = []
+    for name, times in in_turn(rows, o.repeats).items():
+        rates = [rows[name].tokens(number) / seconds for number, seconds in enumerate(times, 2)]
+        table.append({"row": name, **spread(times), "tokens/s": statistics.median(rates)})
+    return table
 
 
 # The command --------------------------------------------------------------------------------------------------------

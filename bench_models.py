@@ -3,6 +3,7 @@
 `o` are the options of a command of bench.py.
 """
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -10,8 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from adapters import Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
-from baselines import Prompt
+from adapters import TEMPLATE, Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
 from config import numbers
 from files import InputError
 from gate_files import load_gates, parameters_of
@@ -20,6 +20,7 @@ from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
 from moe_lora import (
     GateLoss,
     MeteoraGate,
+    OwnGate,
     RouterLoRA,
     SampleGate,
     attach,
@@ -30,7 +31,7 @@ from moe_lora import (
     set_gates,
 )
 from peers import has, hf_llama, peft_llama, peft_trainer
-from tasks import Example, encode, load_tasks
+from tasks import Example, collate, encode, encode_all, load_tasks
 from tokenizer import Tokenizer
 from train_adapters import AdaptersRun, adapters_step
 from train_gates import GatesRun, gates_step
@@ -177,46 +178,63 @@ def bytes_read(model):
     return total
 
 
-def examples(o, names, count, v):
-    """`count` examples of random tokens, of the tasks `names` in turn."""
-    g = torch.Generator().manual_seed(o.seed)
-    rows = torch.randint(3, v, (count, o.tokens), generator=g).tolist()
-    return [Example(ids, o.tokens // 2, names[j % len(names)]) for j, ids in enumerate(rows)]
+def examples(o, names, v):
+    """{name: Examples that an adapter of that name learns}: random tokens, or each the prompts of one of --tasks."""
+    if not o.tasks:
+        generator, half = torch.Generator().manual_seed(o.seed), o.tokens // 2
+        draw = lambda: torch.randint(3, v, (o.tokens,), generator=generator).tolist()  # noqa: E731
+        return {name: [Example(draw(), half, name) for _ in range(o.e * o.each)] for name in names}
+    tokenizer, tasks = Tokenizer(o.model or TINY), load_tasks(o.tasks).values()
+    pairs = zip(names, itertools.cycle(tasks))  # noqa: B905
+    return {name: encode_all(tokenizer, TEMPLATE, task.train[:64], name, 512)[0] for name, task in pairs}
 
 
-def trainer(params, step):
-    """One optimizer step with `step`'s gradients of `params`."""
-    optimizer = torch.optim.AdamW(params, lr=1e-4)
+def steps_of(o, learnt):
+    """The examples of eight steps, o.e * o.each of them in each, {name: Examples} in turn."""
+    names, count = list(learnt), o.e * o.each
+    turns = [divmod(j, len(names)) for j in range(8 * count)]
+    picked = [learnt[names[j]][turn % len(learnt[names[j]])] for turn, j in turns]
+    return [picked[j : j + count] for j in range(0, 8 * count, count)]
 
-    def run():
-        optimizer.zero_grad()
-        step()
-        optimizer.step()
 
-    return run
+class Trainer:
+    """Optimizer steps of `params` with the gradients of step(examples), called once for each of `batches` in turn."""
+
+    def __init__(self, params, step, batches):
+        self.params, self.step, self.batches, self.turn = params, step, batches, itertools.cycle(batches)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-4)
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        self.step(next(self.turn))
+        self.optimizer.step()
+
+    def tokens(self, number):
+        """How many tokens, without padding, the call of that number sees."""
+        return sum(len(example.ids) for example in self.batches[number % len(self.batches)])
 
 
 def adapters_trainer(o):
     model = load(o)
     model.model.compile()
     shapes = linear_shapes(model)
-    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device), SampleGate()
+    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device), OwnGate()
     attach(model, pool, gate)
     model.train()
     params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
-    picked = examples(o, pool.names, o.e * o.each, model.config.vocab_size)
+    batches = steps_of(o, examples(o, pool.names, model.config.vocab_size))
     run = AdaptersRun(model="", tasks="", pool="")
-    return trainer(params, lambda: adapters_step(model, pool, gate, picked, run))
+    return Trainer(params, lambda picked: adapters_step(model, pool, gate, picked, run), batches)
 
 
 def one_adapter_trainer(o):
+    """peft's adapter, for which one adapter's examples come after another's: as many in a step, padded."""
     model = load(o)
-    rows = [example.ids for example in examples(o, [""], o.e * o.each, model.config.vocab_size)]
-    ids = torch.tensor(rows, device=o.device)
-    labels = ids.clone()
-    labels[:, : o.tokens // 2] = -100
     targets = {path.rpartition(".")[2] for path in linear_shapes(model)}
-    return trainer(*peft_trainer(o.model or TINY, DTYPES[o.dtype], o.r, targets, ids, labels))
+    params, step = peft_trainer(o.model or TINY, DTYPES[o.dtype], o.r, targets, o.device)
+    learnt = examples(o, [f"random{j}" for j in range(o.e)], model.config.vocab_size)
+    batches = [steps_of(o, {name: some})[0] for name, some in learnt.items()]
+    return Trainer(params, lambda picked: step(collate(picked, o.device)), batches)
 
 
 def gates_trainer(o, spelling):
@@ -225,7 +243,7 @@ def gates_trainer(o, spelling):
         model.model.compile()
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
-    picked = examples(o, [f"random{j}" for j in range(o.gated)], o.e * o.each, model.config.vocab_size)
+    batches = steps_of(o, examples(o, [f"random{j}" for j in range(o.gated)], model.config.vocab_size))
     run, loss = GatesRun(model="", tasks="", pool="", top_k=o.k), GateLoss(gates)
     params = list(parameters_of(gates).values())
-    return trainer(params, lambda: gates_step(model, pool, loss, Prompt(), picked, run))
+    return Trainer(params, lambda picked: gates_step(model, pool, loss, None, picked, run), batches)

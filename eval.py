@@ -100,7 +100,7 @@ def gate_accuracy(mole, tasks, method, o):
     loss, right, n = GateLoss(gates), 0, 0
     examples = [encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test]
     check_ids([index for example in examples for index in example.ids], mole.model.config.vocab_size)
-    for part in micro_batches(examples, 4096):
+    for part in micro_batches(examples, 4096, padded=True):
         batch = collate(part)
         set_methods(mole, [method] * len(part), o.top_k, o.gate_temperature)
         labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)

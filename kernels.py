@@ -3,17 +3,18 @@
     y[n] = sum over k of  weight[n, k] * scale[j] * B[j] A[j] x[n],   j = idx[n, k]          (MeteoRA, section 3)
 
 x (n, i), A (e, r, i), B (e, o, r), scale (e,), idx (n, k) int64, weight (n, k) float32; the result is (n, o) in x's
-dtype. Where the tokens of a row of the batch share their adapters, idx may be (b, k), one for each n/b tokens. Every
-spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to r, adapters
-that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
+dtype. Every spelling is differentiable in x, A, B and weight by autograd. Adapters of smaller rank are zero-padded to
+r, adapters that a module lacks are zero: both exact. A and B are cast to x's dtype, products accumulate in float32.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two products, scatter-add
     bmm     gather each token's k adapters, two batched products as sums: nothing else is read; in a compiled block the
             gathering is joined with the sums, else some tokens' adapters are copied at a time
     dense   all adapters for all tokens, two large products with a mask between them; arithmetic n*e*r*(i+o)
 
-and, where idx is (b, k), each row's adapters gathered once, for two products a row: arithmetic n*k*r*(i+o).
+Where each token's one adapter is known in advance, as in training, lora_own has the least arithmetic, n*r*(i+o).
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -22,14 +23,12 @@ from products import divisor, linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 AMX = torch.cpu._is_amx_tile_supported()
+CHUNK = 64  # tokens of one adapter that lora_own takes together
 COPIES = 2**23  # bytes of adapters that bmm copies at a time
 
 
 def lora_mix(x, A, B, scale, idx, weight, spelling="auto", ax=None):
     """The operation; `ax` may be a callable -> (n, e, r), A x for all adapters, where others need that too."""
-    if len(idx) < len(x) and spelling == "auto":
-        return _rows(x, A, B, idx, weight, scale.to(weight.dtype))
-    idx = of_each_token(idx, len(x))
     weight = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if spelling == "auto":
         spelling = choose(x, A, idx.shape[1])
@@ -141,26 +140,68 @@ def _dense(x, A, B, idx, weight, ax):
     return product(ax, B.transpose(1, 2).reshape(e * r, o).T.to(x.dtype))
 
 
-def _rows(x, A, B, idx, weight, scale):
-    (b, k), n, (e, r, i) = idx.shape, len(x), A.shape
+class Own(NamedTuple):
+    """The one adapter of each of n tokens: these sorted by adapter, in m chunks of CHUNK places, each chunk of one."""
+
+    slot: torch.Tensor  # (m,) int64, of each chunk
+    weight: torch.Tensor  # (m, CHUNK) float32, of the token at each place, 0 where there is none
+    token: torch.Tensor  # (m * CHUNK,) int64, at each place, any where there is none
+    place: torch.Tensor  # (n,) int64, of each token
+
+    @classmethod
+    def of(cls, slots, weight):
+        """slots (n,) int64, weight (n,) float32."""
+        count = torch.bincount(slots)
+        chunks = -(-count // CHUNK)  # (e,)
+        before = CHUNK * (chunks.cumsum(0) - chunks) - (count.cumsum(0) - count)  # places left empty in other chunks
+        order, tokens = slots.argsort(stable=True), torch.arange(len(slots), device=slots.device)
+        slot = torch.arange(len(count), device=slots.device).repeat_interleave(chunks)
+        slot = slot if len(slot) > 1 else slot.repeat(2)  # to a compiler a size of 1 is a graph of its own
+        place, token = torch.empty_like(slots), slots.new_zeros(len(slot) * CHUNK)
+        place[order] = tokens + before[slots[order]]
+        token[place] = tokens
+        return cls(slot, weight.new_zeros(len(token)).index_copy(0, place, weight).view(-1, CHUNK), token, place)
+
+    def of_each_token(self):
+        """idx (n, 1), weight (n, 1)."""
+        return self.slot[self.place // CHUNK, None], self.weight.flatten()[self.place, None]
+
+
+def lora_own(x, A, B, scale, own):
+    """The operation where each token uses one adapter, `own`: two products a chunk."""
+    e, r, i = A.shape
     dtype = torch.float32 if widened(x, x.dtype) else x.dtype
-    picks = one_hot(idx, e, A.dtype).flatten(0, 1)  # (b*k, e)
-    A = (picks @ A.flatten(1)).view(b, k * r, i).to(dtype)
-    B = (picks @ B.permute(2, 0, 1)).transpose(0, 1).reshape(b, k * r, -1).to(dtype)  # flatten would copy all of B
-    ax = (x.view(b, -1, i).to(dtype) @ A.mT).unflatten(2, (k, r))  # (b, t, k, r)
-    weight = weight.view(b, n // b, k) * scale[idx][:, None]
-    return ((ax * weight[..., None].to(dtype)).flatten(2) @ B).to(x.dtype).flatten(0, 1)
+    picks = one_hot(own.slot, e, A.dtype)  # (m, e)
+    A = (picks @ A.flatten(1)).view(-1, r, i).to(dtype)
+    B = (picks @ B.permute(2, 0, 1)).transpose(0, 1).to(dtype)  # (m, r, o); flatten would copy all of B
+    weight = (own.weight * scale[own.slot, None].to(own.weight.dtype)).to(dtype)[..., None]  # (m, CHUNK, 1)
+    return _Chunks.apply(x, A, B, weight, own.token, own.place)
+
+
+class _Chunks(torch.autograd.Function):
+    """A[j] x, weighted, times B[j] for the tokens of each chunk j, and the gradients by the products that are fastest.
+    That of reading rows of x in another order would be sums, as rows may be read twice: here it is reading too."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, weight, token, place):
+        rows = x[token].view(len(A), CHUNK, -1).to(A.dtype)  # (m, CHUNK, i)
+        ax = (rows @ A.mT) * weight  # (m, CHUNK, r)
+        ctx.save_for_backward(x, A, B, weight, token, place, ax)
+        return (ax @ B).flatten(0, 1)[place].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B, weight, token, place, ax = ctx.saved_tensors
+        rows, dy = (y[token].view(len(A), CHUNK, -1).to(A.dtype) for y in (x, dy))
+        da = (dy @ B.mT) * weight  # (m, CHUNK, r)
+        dx = (da @ A).flatten(0, 1)[place].to(x.dtype)
+        return dx, da.mT @ rows, ax.mT @ dy, None, None, None
 
 
 def one_hot(idx, e, dtype):
     """idx (..., k) -> (..., k, e). A product with it is a gathering whose gradient is a product too: indexing's adds up
     in whatever order threads come."""
     return (idx[..., None] == torch.arange(e, device=idx.device)).to(dtype)
-
-
-def of_each_token(idx, n):
-    """idx (b, k) -> (n, k)."""
-    return idx.repeat_interleave(n // len(idx), 0) if len(idx) < n else idx
 
 
 def top_k_mixture(logits, k, temperature):

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from files import InputError, read_json, read_safetensors, read_text, warn, write_json, write_safetensors, write_text
 from products import linear
 
+BLOCK = 2048  # words of the vocabulary at a time: their logits and weights stay in a processor's caches
+
 
 @dataclass
 class Run:
@@ -68,19 +70,26 @@ def learning_rate(step, o):
 
 
 class _Losses(torch.autograd.Function):
-    """Cross-entropy of hidden states (n, h) under a frozen head, some tokens at a time, each with its gradient at once:
-    the (n, v) logits, which would be written and read seven times, stay in the processor's caches."""
+    """Cross-entropy of hidden states (n, h) under a frozen head and its gradient, a block of the vocabulary at a time,
+    as flash attention does: no (n, v) logits, and each weight of the head is read once. Target and rest are kept apart:
+    of a token that is nearly certain the gradient is a small difference, which rounding would swallow."""
 
     @staticmethod
     def forward(ctx, hidden, W, targets):
-        losses, slopes = [], []
-        for h, target in zip(hidden.split(64), targets[:, None].split(64), strict=True):
-            p = linear(h, W).float().log_softmax(-1)  # (64, v)
-            losses.append(-p.gather(1, target)[:, 0])
-            p = p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-            slopes.append(linear(p.to(W.dtype), W.T))
-        ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(losses)
+        own = W[targets].float()  # (n, h)
+        logit = (hidden.float() * own).sum(-1, True)  # (n, 1), the target's
+        top, rest, pull = logit, torch.zeros_like(logit), torch.zeros_like(own)
+        for first, block in zip(range(0, len(W), BLOCK), W.split(BLOCK), strict=True):
+            logits = linear(hidden, block).float()  # (n, BLOCK)
+            words = torch.arange(first, first + len(block), device=W.device)
+            logits.masked_fill_(words == targets[:, None], float("-inf"))
+            highest = torch.maximum(top, logits.amax(-1, True))
+            kept, p = (top - highest).exp(), logits.sub_(highest).exp_()
+            rest, top = rest * kept + p.sum(-1, True), highest
+            pull = pull * kept + linear(p.to(W.dtype), block.T)  # the other words' weights, each by its p
+        total = rest + (logit - top).exp()
+        ctx.save_for_backward(((pull - rest * own) / total).to(hidden.dtype))
+        return (total.log() + top - logit)[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -88,9 +97,17 @@ class _Losses(torch.autograd.Function):
         return (grad[:, None] * slopes).to(slopes.dtype), None, None
 
 
-def lm_losses(model, batch):
-    """Cross-entropy of each response token (in the order of batch.predicts): the head sees only those positions."""
-    hidden = model.model(batch.ids)[batch.predicts]
+def hidden_states(model, batch, padded=False):
+    """(n, h) of the tokens before a response's, in the order of batch.predicts. Blocks compute real tokens alone, but
+    for what needs rows that are `padded` to one length."""
+    if padded:
+        return model.model(batch.ids)[batch.predicts]
+    return model.model(batch.ids[batch.real][None], lengths=batch.lengths)[0, batch.predicts[batch.real]]
+
+
+def lm_losses(model, batch, padded=False):
+    """Cross-entropy of each response token: the head sees only those positions."""
+    hidden = hidden_states(model, batch, padded)
     return _Losses.apply(hidden, model.head_weight, batch.ids.roll(-1, 1)[batch.predicts])
 
 

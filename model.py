@@ -11,6 +11,7 @@ h hidden size, d head_dim, v vocabulary.
 
 import contextlib
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,6 +252,14 @@ def attend(q, k, v, b, cache=None, positions=None, mask=None):
     return y.transpose(1, 2).reshape(n, heads * d).to(dtype)
 
 
+def attend_apart(q, k, v, lengths):
+    """attend() for sequences of these lengths, one behind the other, without a cache; neighbours of one length go
+    together."""
+    runs = [(t, len(list(some))) for t, some in itertools.groupby(lengths)]
+    parts = (y.split([t * b for t, b in runs]) for y in (q, k, v))
+    return torch.cat([attend(*part, b) for part, (_, b) in zip(zip(*parts, strict=True), runs, strict=True)])
+
+
 def attend_one(q, k, v, cache, positions):
     """attend() for one token a row, t = 1, written as sums, which a compiler joins with what is around them."""
     b, heads, d = q.shape
@@ -332,13 +341,15 @@ class Trunk(nn.Module):
         """compile() undone."""
         self.before, self.after, self.compiled_step, self.compiled_head = Block.before, Block.after, None, None
 
-    def forward(self, ids, cache=None, counts=None, depth=None):
+    def forward(self, ids, cache=None, counts=None, depth=None, lengths=None):
         """ids (b, t) -> (b, t, h). With a cache, row j's ids follow its cached tokens and counts[j] of them are real
-        (default: all); the cache then holds them. `depth`: how many blocks to run, without a cache; default all. Raises
-        ValueError where the cache is too small."""
+        (default: all); the cache then holds them. `depth`: how many blocks to run, without a cache; default all. With
+        `lengths`, a list, ids (1, n) are sequences of these lengths, one behind the other, and there is no cache.
+        Raises ValueError where the cache is too small."""
         b, t = ids.shape
-        step = torch.arange(t, device=ids.device)
-        positions, mask, end = step.expand(b, t), None, t
+        end = max(lengths or [t])
+        step = torch.arange(end, device=ids.device)
+        positions, mask = torch.cat([step[:some] for some in lengths]) if lengths else step.expand(b, t), None
         if cache is not None:
             end = cache.end + t
             if end > cache.capacity:
@@ -351,8 +362,8 @@ class Trunk(nn.Module):
         angle = positions.reshape(-1, 1, 1) * rope_frequencies(self.config, length, ids.device)  # (n, 1, d/2)
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
-        rows = torch.arange(b, device=ids.device) if cache is None else cache.rows
-        self.rows.sample = rows if t == 1 else rows.repeat_interleave(t)
+        rows = torch.arange(len(lengths or ids), device=ids.device) if cache is None else cache.rows
+        self.rows.sample = rows if t == 1 else rows.repeat_interleave(torch.tensor(lengths or t, device=ids.device))
         few = bool(self.compiled_step) and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
             compiled.of_any_length(self.rows.sample, few=few)
@@ -363,7 +374,8 @@ class Trunk(nn.Module):
                 mask = torch.arange(end, device=ids.device) <= positions[:, None, :, None]  # (b, 1, t, end)
             for index, layer in enumerate(self.layers[:depth]):
                 past = None if cache is None else (cache.k[index], cache.v[index])
-                y = attend(*self.before(layer, x, cos, sin), b, past, positions, mask)
+                qkv = self.before(layer, x, cos, sin)
+                y = attend_apart(*qkv, lengths) if lengths else attend(*qkv, b, past, positions, mask)
                 x = self.after(layer, x, y)
         if cache is not None:
             cache.lengths += counts

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiled import FEW, at_most, of_any_length
-from kernels import accumulate, ax_of, choose, compute_ax, lora_mix, of_each_token, one_hot, top_k_mixture
+from kernels import Own, accumulate, ax_of, choose, compute_ax, lora_mix, lora_own, one_hot, top_k_mixture
 from products import linear
 
 
 class Mixture(NamedTuple):
-    idx: torch.Tensor  # (n, k) int64, or (b, k) where the tokens of a row share their adapters
+    idx: torch.Tensor  # (n, k) int64
     weight: torch.Tensor  # (n, k) float32
 
 
@@ -50,11 +50,14 @@ class MultiLoRALinear(nn.Module):
 
     def add(self, y, x, ax, mixture):
         """y and what the chosen adapters make of x."""
-        idx, weight = mixture
+        own = isinstance(mixture, Own)
+        idx, weight = mixture.of_each_token() if own else mixture
         if self.trace is not None:
-            self.trace[: len(x)].zero_().scatter_add_(1, of_each_token(idx, len(x)), weight.detach())
+            self.trace[: len(x)].zero_().scatter_add_(1, idx, weight.detach())
         if self.dropout and self.training:  # LoRA dropout sees only what the adapters see
             x, ax = dropout(x, self.dropout), None
+        if own and self.spelling == "auto":
+            return y + lora_own(x, self.A, self.B, self.scale, mixture).view(y.shape)
         return y + lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax).view(y.shape)
 
     @staticmethod
@@ -243,8 +246,8 @@ class SampleGate(nn.Module):
 
     idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
     another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
-    Where `inner` is None one SampleGate can serve all Linears. With `each_token` the weight is (b*t, k), idx the same
-    or (b, k), and the mixture is fixed for each token of the next forward.
+    Where `inner` is None one SampleGate can serve all Linears. With `each_token` idx and weight are (b*t, k), and the
+    mixture is fixed for each token of the next forward.
     """
 
     def __init__(self, inner=None):
@@ -272,15 +275,31 @@ class SampleGate(nn.Module):
         return Mixture(*(torch.where(routed, c, f) for c, f in zip(chosen, fixed, strict=True)))
 
 
+class OwnGate(nn.Module):
+    """Sends each token to one adapter that is known in advance, in training: set() for each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = None
+
+    def set(self, slots, weight, compiled=None):
+        """slots (n,) int64, weight (n,) float32; see set_gates for `compiled`."""
+        self.own = Own.of(slots, weight)
+        if compiled:
+            of_any_length(*self.own)
+
+    def forward(self, x, sample, ax):
+        return self.own
+
+
 def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
     """SampleGate.set for all gates of a batch. For compiled blocks, which have graphs of their own for a size of 1, one
-    row is given as two; so is idx (1, k) of an even number of tokens where `each_token`."""
+    row is given as two."""
     if compiled and not each_token:
         rows = [y if y is None or len(y) > 1 else y.repeat(2, *[1] * (y.dim() - 1)) for y in (idx, weight, routed)]
         of_any_length(*(y for y in rows if y is not None))
         idx, weight, routed = rows
     if compiled and each_token:
-        idx = idx.repeat(2, 1) if len(idx) == 1 < len(weight) else idx
         of_any_length(idx, weight)
         of_any_length(idx, weight, axis=1)
     for gate in gates:

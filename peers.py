@@ -90,11 +90,16 @@ class LlamaCpp:
             self.program.eval([int(logits.argmax())])
 
 
-def peft_trainer(folder, dtype, r, targets, ids, labels):
-    """(parameters, step): forward and backward of one adapter of rank r on the Linears `targets`; ids, labels (b, t),
-    -100 where nothing is to be learnt."""
+def peft_trainer(folder, dtype, r, targets, device):
+    """(parameters, step): forward and backward of one adapter of rank r on the Linears `targets`, of a tasks.Batch. No
+    mask, which padding at the end does not need, and which takes longer."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(targets))
-    model = get_peft_model(hf_llama(folder, dtype), config).to(ids.device).train()
-    return [p for p in model.parameters() if p.requires_grad], lambda: model(ids, labels=labels).loss.backward()
+    model = get_peft_model(hf_llama(folder, dtype), config).to(device).train()
+
+    def step(batch):
+        labels = batch.ids.masked_fill(~batch.predicts.roll(1, 1), -100)
+        model(batch.ids, labels=labels).loss.backward()
+
+    return [p for p in model.parameters() if p.requires_grad], step

@@ -146,16 +146,18 @@ def _order(seed, name, epoch, n):
     return random.Random(f"{seed}/{name}/{epoch}").sample(range(n), n)
 
 
-def micro_batches(examples, max_tokens):
-    """Splits a step's examples into length buckets of at most `max_tokens` padded tokens each, shortest first; in a
-    bucket no example is over 1.5 times (and 16 tokens) longer than another, so that padding stays a small part."""
-    batches, current = [], []
+def micro_batches(examples, max_tokens, padded=False):
+    """Splits a step's examples, shortest first, into batches of at most `max_tokens` tokens each. Where rows are
+    `padded`, that is with the padding, and in a batch no example is over 1.5 times (and 16 tokens) longer than another,
+    so that padding stays a small part."""
+    batches, current, total = [], [], 0
     for example in sorted(examples, key=lambda e: len(e.ids)):
         length = len(example.ids)
         shortest = len(current[0].ids) if current else length
-        if current and ((len(current) + 1) * length > max_tokens or length > max(1.5 * shortest, shortest + 16)):
+        total = (len(current) + 1) * length if padded else total + length
+        if current and (total > max_tokens or padded and length > max(1.5 * shortest, shortest + 16)):
             batches.append(current)
-            current = []
+            current, total = [], length
         current.append(example)
     return [*batches, current] if current else batches
 
@@ -163,7 +165,8 @@ def micro_batches(examples, max_tokens):
 @dataclass
 class Batch:
     """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is of a response;
-    part (b, t) int64: which of `parts` (Examples) a token belongs to, at (b, t) int64: its place in it."""
+    part (b, t) int64: which of `parts` (Examples) a token belongs to, at (b, t) int64: its place in it. lengths: how
+    many tokens of each row are real."""
 
     ids: torch.Tensor
     real: torch.Tensor
@@ -171,6 +174,7 @@ class Batch:
     part: torch.Tensor
     at: torch.Tensor
     parts: list
+    lengths: list
 
     @property
     def tasks(self):
@@ -188,10 +192,10 @@ class Batch:
         return torch.tensor(slots, device=self.part.device)[self.part].masked_fill(~self.real, -100)
 
 
-def collate(examples, device=None, even=False):
-    """Examples and Contexts -> Batch, of an `even` number of positions where that is asked for."""
-    t = max(len(example.ids) for example in examples)
-    t += t % 2 if even else 0
+def collate(examples, device=None):
+    """Examples and Contexts -> Batch."""
+    lengths = [len(example.ids) for example in examples]
+    t = max(lengths)
     ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))
     real, predicts, parts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), []
     for row, example in enumerate(examples):
@@ -205,4 +209,4 @@ def collate(examples, device=None, even=False):
             at[row, begin:] = torch.arange(t - begin)
             parts.append(piece)
             begin = end
-    return Batch(*(y.to(device) for y in (ids, real, predicts, part, at)), parts)
+    return Batch(*(y.to(device) for y in (ids, real, predicts, part, at)), parts, lengths)

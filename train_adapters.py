@@ -31,7 +31,7 @@ from composites import check_composite, compose
 from files import InputError
 from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
 from model import DTYPES, find_device, load_llama
-from moe_lora import SampleGate, attach, set_gates
+from moe_lora import OwnGate, attach
 from tasks import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
 from tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ def train_adapters(o):
     if o.joint == "lora_f":
         examples = {name: [x for some in examples.values() for x in some]}
     pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets, device=model.head_weight.device)
-    gate = SampleGate()
+    gate = OwnGate()
     attach(model, pool, gate, dropout=o.dropout)
     model.train()
     params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
@@ -155,31 +155,21 @@ def adapters_step(model, pool, gate, picked, o):
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
-    total, device, compiled = 0.0, model.head_weight.device, model.model.compiled_step
-    least = min(pool.capacity, 1 + any(len(example.parts) > 1 for example in picked))  # a graph for either in a run
+    total, device = 0.0, model.head_weight.device
     for some in micro_batches(picked, o.micro_tokens):
-        batch = collate(some, device, even=compiled and len(some) == 1)
+        batch = collate(some, device)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
         if o.late:  # gates can't know the task from a prompt's first words
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
             starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
-        set_gates([gate], *each_rows(slots, on, least), each_token=True, compiled=compiled)
+        gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float(), model.model.compiled_step)
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()
         total += loss.item()
     return {"loss": total / sum(map(bool, tokens.values()))}
-
-
-def each_rows(slots, on, least=1):
-    """(b, t) int64, negative for none, and bool -> the adapters of each row idx (b, m), `least` of them or more, and
-    which of them each token uses, (b*t, m); where a row has fewer the rest are anybody's, and nobody's."""
-    e = torch.arange(max(least, int(slots.max()) + 1), device=slots.device)
-    used = ((slots[..., None] == e) & on[..., None]).any(1)  # (b, e)
-    idx = used.int().topk(max(least, int(used.sum(1).max()))).indices
-    return idx, ((slots[..., None] == idx[:, None]) & on[..., None]).float().flatten(0, 1)
 
 
 def clip_each(stacks, limit):

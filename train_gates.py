@@ -22,7 +22,7 @@ from baselines import Prompt, SmearLinear, smear_routers
 from composites import check_composite, compose
 from files import InputError
 from gate_files import parameters_of, save_gates
-from loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
+from loop import Checkpoint, Run, compile_blocks, finished, fit, hidden_states, lm_losses, required
 from methods import new_gates
 from model import DTYPES, find_device, load_llama
 from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach
@@ -105,8 +105,9 @@ def train_gates(o):
 
 def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
     """Trains gates by gradient steps; returns {module path: gate}."""
-    prompt, gate_loss = Prompt(), None
+    prompt, gate_loss = None, None
     if o.kind == "smear":
+        prompt = Prompt()
         gates = smear_routers(pool, prompt)
         attach(model, pool, gates, make=SmearLinear)
     else:
@@ -132,18 +133,25 @@ def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
 
 
 def gates_step(model, pool, gate_loss, prompt, picked, o):
-    """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy over all tokens."""
+    """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy over all tokens.
+    `prompt` is SMEAR's, which needs whole rows, else None."""
     use_lm = gate_loss is None or (o.lm_weight > 0 and (o.top_k > 1 or o.adapters_too != ""))
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     seen = {"lm_loss": 0.0, "gate_loss": 0.0, "right": 0.0}
-    for some in micro_batches(picked, o.micro_tokens):
+    padded = prompt is not None
+    for some in micro_batches(picked, o.micro_tokens, padded):
         batch = collate(some, model.head_weight.device)
-        labels, prompt.mask = batch.slots(pool).flatten(), batch.prompt
-        lm_loss = lm_losses(model, batch).sum() / n_response if use_lm else model.model(batch.ids).new_zeros(())
+        if padded:
+            prompt.mask = batch.prompt
+        if use_lm:
+            lm_loss = lm_losses(model, batch, padded).sum() / n_response
+        else:
+            lm_loss = hidden_states(model, batch, padded).new_zeros(())
         loss = o.lm_weight * lm_loss.float()
         if gate_loss:
+            labels = batch.slots(pool)[batch.real]
             mean, right = gate_loss(labels)
             gate_term = mean * (labels >= 0).sum() / n
             loss = loss + o.beta * gate_term

@@ -18,7 +18,6 @@ from training import examples, pool_in_model
 
 import tiny_tasks
 from adapters import linear_shapes
-from baselines import Prompt
 from compiled import FEW, LANES, compile_function, of_any_length
 from gate_files import parameters_of
 from generate import load, stream
@@ -239,7 +238,7 @@ def test_gradients(what, small_model, tmp_path):
         loss = GateLoss(gates) if what == "gates" else None
         for picked in (examples(small_model, 2), examples(small_model, 3), examples(small_model, 1)[1:]):
             if loss:
-                logged = gates_step(model, pool, loss, Prompt(), picked, o)
+                logged = gates_step(model, pool, loss, None, picked, o)
             else:
                 logged = adapters_step(model, pool, gates, picked, o)
             found.append((logged, {name: param.grad.clone() for name, param in params.items()}))

@@ -1,12 +1,14 @@
 """The kernel: every spelling equals a loop over tokens written out here, forward and backward, for any routing."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import SPELLINGS, choose, compute_ax, lora_mix, top_k_mixture
+from kernels import CHUNK, SPELLINGS, Own, choose, compute_ax, lora_mix, lora_own, top_k_mixture
 
 ROUTINGS = ("alike", "uniform", "zipf", "distinct")
 
@@ -90,25 +92,34 @@ def test_some_tokens_at_a_time(bytes, monkeypatch):
     assert_same("bmm", problem(n=7, e=5, k=2))
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize(("b", "t", "k"), [(1, 5, 2), (2, 3, 1), (3, 7, 2), (5, 1, 3)])
-def test_rows_that_share_their_adapters(spelling, b, t, k):
-    """Training gives each row its adapters once: rows and tokens taken for one another would train another task's."""
-    x, A, B, scale, idx, weight = problem(n=b * t, e=7, k=k)
-    shared = idx[:b]
-    want = with_gradients(by_hand, x, A, B, scale, shared.repeat_interleave(t, 0), weight)
-    got = with_gradients(lora_mix, x, A, B, scale, shared, weight, spelling=spelling)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+def by_chunks(x, A, B, scale, idx, weight):
+    """lora_own, which has no gradient for weights."""
+    return lora_own(x, A, B, scale, Own.of(idx[:, 0], weight[:, 0].detach())) + 0 * weight.sum().to(x.dtype)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=3 * CHUNK), st.integers(0, 2**16))
+def test_one_adapter_a_token(slots, seed):
+    """Training sorts tokens by adapter into chunks: a token in another's place, an empty place that counts, or a chunk
+    of another adapter would train another task's."""
+    x, A, B, scale, _, weight = problem(n=len(slots), e=7, k=1, seed=seed)
+    weight[::5] = 0  # tokens that train no adapter
+    idx = torch.tensor(slots)[:, None]
+    own = Own.of(idx[:, 0], weight[:, 0])
+    assert len(own.slot) > 1 and own.weight.shape == (len(own.slot), CHUNK)
+    assert all(torch.equal(a, b) for a, b in zip(own.of_each_token(), (idx, weight), strict=True))
+    got, want = (with_gradients(f, x, A, B, scale, idx, weight) for f in (by_chunks, by_hand))
+    torch.testing.assert_close(got[:-1], want[:-1], rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_in_a_fixed_order():
     """Summed as threads happen to come, a resumed run is another run: rows of one adapter, not next to each other,
     and tensors large enough for torch to share among threads."""
-    x, A, B, scale, idx, weight = problem(n=6 * 5, e=2, k=1, r=7, i=1201, o=1009, dtype=torch.float32)
-    idx, threads = torch.tensor([[0], [1]] * 3), torch.get_num_threads()
+    x, A, B, scale, _, weight = problem(n=6 * 71, e=2, k=1, r=7, i=1201, o=1009, dtype=torch.float32)
+    idx, threads = torch.tensor([0, 1] * 3).repeat_interleave(71)[:, None], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, *others = (with_gradients(lora_mix, x, A, B, scale, idx, weight) for _ in range(9))
+        first, *others = (with_gradients(by_chunks, x, A, B, scale, idx, weight) for _ in range(9))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -161,13 +172,12 @@ def test_lower_precision(spelling, routing, dtype, limit):
     assert (y.double() - want).norm() <= limit * want.norm()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_stacks_of_another_dtype(spelling, shared):
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "own"])
+def test_stacks_of_another_dtype(spelling):
     """While training, A and B are float32 under a bfloat16 base: the result is in x's dtype, gradients in theirs."""
-    x, A, B, scale, idx, weight = problem(dtype=torch.float32)
-    idx = idx[:1].expand(len(x), -1) if shared else idx
-    got = with_gradients(lora_mix, x.bfloat16(), A, B, scale, idx[: 1 if shared else None], weight, spelling=spelling)
+    x, A, B, scale, idx, weight = problem(dtype=torch.float32, k=1 if spelling == "own" else 3)
+    run = by_chunks if spelling == "own" else functools.partial(lora_mix, spelling=spelling)
+    got = with_gradients(run, x.bfloat16(), A, B, scale, idx, weight)
     want = with_gradients(by_hand, x.bfloat16().float(), A, B, scale, idx, weight)
     assert [y.dtype for y in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
     assert (got[0].float() - want[0]).norm() <= 1e-2 * want[0].norm()

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, write_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from files import read_safetensors, write_safetensors
 from generate import load, stream
@@ -232,6 +234,17 @@ def test_padded_rows_equal_each_row_alone(model):
         assert cache.lengths.tolist() == at.tolist()
     for row, pieces in enumerate(got):
         close(torch.cat(pieces), model(rows[row : row + 1, : at[row]])[0])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=7))
+def test_rows_behind_each_other_equal_each_row_alone(model, lengths):
+    """Training computes no padding: a row that sees the one before it, or whose positions go on from there, learns
+    another text than it will answer."""
+    rows = [random_ids(1, n, seed=j) for j, n in enumerate(lengths)]
+    hidden = model.model(torch.cat(rows, 1), lengths=lengths)
+    assert hidden.shape[:2] == (1, sum(lengths))
+    close(hidden, torch.cat([model.model(row) for row in rows], 1))
 
 
 def test_a_full_cache_is_an_error(model):

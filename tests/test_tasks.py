@@ -71,26 +71,32 @@ def test_seeds_names_and_epochs_shuffle_differently():
 # Batches ------------------------------------------------------------------------------------------------------------
 
 
-@given(lengths, st.integers(1, 150))
-def test_micro_batches_keep_every_example_within_the_limit(sizes, max_tokens):
+@given(lengths, st.integers(1, 150), st.booleans())
+def test_micro_batches_keep_every_example_within_the_limit(sizes, max_tokens, padded):
     """Without it an example is lost or doubled between parts, or a part is larger than the memory it was cut for."""
     examples = make_examples(sizes)
-    parts = micro_batches(examples, max_tokens)
+    parts = micro_batches(examples, max_tokens, padded)
     kept = [example.ids[0] for part in parts for example in part]
     assert sorted(kept) == sorted(example.ids[0] for example in examples)
-    for part in parts:
-        widths = [len(example.ids) for example in part]
-        assert len(part) == 1 or len(part) * max(widths) <= max_tokens
-        assert max(widths) <= max(1.5 * min(widths), min(widths) + 16)
+    widths = [[len(example.ids) for example in part] for part in parts]
+    for some in widths:
+        assert len(some) == 1 or (len(some) * max(some) if padded else sum(some)) <= max_tokens
+        assert not padded or max(some) <= max(1.5 * min(some), min(some) + 16)
+    for some, after in zip(widths, widths[1:], strict=False):  # no part ends where the next example had room
+        room = (len(some) + 1) * after[0] if padded else sum(some) + after[0]
+        assert room > max_tokens or padded and after[0] > max(1.5 * min(some), min(some) + 16)
 
 
 def test_micro_batches_fill_their_limit_and_repeat():
     """Without it one example a part would pass for batching; and a resumed step would be cut in another way."""
     examples = make_examples([7, 5, 7, 5, 6])
     assert [len(part) for part in micro_batches(examples, 100)] == [5]
-    parts = micro_batches(examples, 15)
-    assert [[len(e.ids) for e in part] for part in parts] == [[5, 5], [6, 7], [7]]
-    assert micro_batches(examples, 15) == parts
+    cut = {padded: micro_batches(examples, 17, padded) for padded in (False, True)}
+    assert {padded: [[len(e.ids) for e in part] for part in parts] for padded, parts in cut.items()} == {
+        False: [[5, 5, 6], [7, 7]],
+        True: [[5, 5], [6, 7], [7]],
+    }
+    assert micro_batches(examples, 17) == cut[False]
     assert micro_batches([], 15) == []
 
 

@@ -73,8 +73,10 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
         stack.grad = None
-    losses = {name: [] for name in ANSWERS}
-    for example in picked:  # one at a time, no padding
+    losses, gate = {name: [] for name in ANSWERS}, SampleGate()
+    detach(model)
+    attach(model, pool, gate)
+    for example in picked:  # one at a time, by adapters that each row names
         gate.set(*fixed_rows(pool, [{example.task: 1.0}]))
         logits = model(torch.tensor([example.ids]))[0]
         target = torch.tensor(example.ids[example.n_prompt :])
@@ -91,14 +93,14 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
     model, pool, gate = pool_in_model(small_model, tmp_path)
     next(iter(pool.B.values())).requires_grad_(True)
     picked, seen = sorted(examples(small_model, 4), key=lambda x: len(x.ids)), {}
-    model.model.register_forward_pre_hook(lambda module, args: seen.update(w=gate.weight, shape=args[0].shape))
+    model.model.register_forward_pre_hook(lambda *_: seen.update(own=gate.own))
     for late, drawn, start in ((0.4, 0.9, 0.75), (0.4, 0.61, 0.025), (0.4, 0.3, 0.0), (1.0, 0.999, 0.999)):
         monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
         adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late=late))
-        for example, weights in zip(picked, seen["w"].view(seen["shape"]), strict=True):
+        weights = seen["own"].of_each_token()[1].flatten().split([len(example.ids) for example in picked])
+        for example, row in zip(picked, weights, strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
-            weights = weights[: len(example.ids)].tolist()
-            assert off < example.n_prompt and weights == [0.0] * off + [1.0] * (len(weights) - off)
+            assert off < example.n_prompt and row.tolist() == [0.0] * off + [1.0] * (len(row) - off)
 
 
 def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_model, tmp_path, monkeypatch):
@@ -109,7 +111,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
     contexts = [
         x for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o) if len(x.parts) > 1
     ]
-    model.model.register_forward_pre_hook(lambda module, args: seen.update(w=gate.weight, shape=args[0].shape))
+    model.model.register_forward_pre_hook(lambda *_: seen.update(own=gate.own))
     monkeypatch.setattr(torch, "rand", lambda n: torch.full((n,), 0.9))  # late by 3/4 of the question
     for context in contexts:
         adapters_step(model, pool, gate, [context], o)
@@ -118,7 +120,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
             off = math.ceil(0.75 * (part.n_prompt - 1) - 1e-4) if part.n_prompt else 0
             off = len(part.ids) if not part.task else off
             expected += [0.0] * off + [1.0] * (len(part.ids) - off)
-        assert seen["w"].sum(1).tolist() == expected  # of the context's adapters one at most is a token's
+        assert seen["own"].of_each_token()[1].flatten().tolist() == expected
 
 
 def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
@@ -135,7 +137,9 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
         stack.grad = None
-    losses = {name: [] for name in ANSWERS}
+    losses, gate = {name: [] for name in ANSWERS}, SampleGate()
+    detach(model)
+    attach(model, pool, gate)
     for example in picked:  # one at a time, token by token
         own = [(part.task, j >= part.n_prompt) for part in example.parts for j in range(len(part.ids))]
         idx = torch.tensor([[pool.slot(task) if task else 0] for task, _ in own])

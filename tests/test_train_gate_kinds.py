@@ -92,7 +92,7 @@ def test_a_kind_learns_and_answers_as_it_was_trained(kind, trained, tmp_path, mo
     run(o)
     rows = log_of(o.pool, f"gates_{kind}")
     assert list(rows[0]) == ["step", "lr", "norm", "lm_loss"]
-    assert sum(float(row["lm_loss"]) for row in rows[-3:]) / 3 < 0.5 * float(rows[0]["lm_loss"])
+    assert sum(float(row["lm_loss"]) for row in rows[-3:]) / 3 < 0.6 * float(rows[0]["lm_loss"])
     assert {f.name for f in (Path(o.pool) / "gates").iterdir()} == {f"{kind}.safetensors"}
 
     ids, n_prompt = torch.tensor([examples(o.model, 1)[0].ids]), 9

@@ -24,7 +24,6 @@ from training import (
 
 import train_gates
 from adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
-from baselines import Prompt
 from composites import compose
 from files import InputError
 from gate_files import load_gates
@@ -55,7 +54,7 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
     o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="")
     loss = GateLoss(gates)
-    logged = gates_step(model, pool, loss, Prompt(), picked, o)
+    logged = gates_step(model, pool, loss, None, picked, o)
     loss.remove()
     assert logged.keys() == {"gate_loss", "right"}
     grads = {path: gate.weight.grad.clone() for path, gate in gates.items()}
@@ -84,7 +83,7 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     for micro_tokens in (40, 10_000):
         model.zero_grad()
         o = SimpleNamespace(top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="")
-        logged = gates_step(model, pool, loss, Prompt(), picked, o)
+        logged = gates_step(model, pool, loss, None, picked, o)
         found.append((logged, {path: gate.weight.grad.clone() for path, gate in gates.items()}))
     (parts, part_grads), (whole, whole_grads) = found
     assert parts.keys() == {"lm_loss", "gate_loss", "right"}
@@ -100,7 +99,7 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
         seen = []
         model.model.register_forward_hook(lambda module, args, hidden: seen.append(hidden.requires_grad))
         o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="")
-        logged = gates_step(model, pool, GateLoss(gates), Prompt(), examples(small_model, 2), o)
+        logged = gates_step(model, pool, GateLoss(gates), None, examples(small_model, 2), o)
         assert ("lm_loss" in logged) == (k > 1)  # nor is the head computed
         assert all(gate.weight.grad.abs().max() > 0 for gate in gates.values())
         graph[k] = any(seen)

@@ -13,7 +13,7 @@ import train
 from adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
 from files import read_safetensors, write_json, write_jsonl
 from model import load_llama
-from moe_lora import SampleGate, attach
+from moe_lora import OwnGate, attach
 from tasks import encode
 from tokenizer import Tokenizer
 from train_adapters import AdaptersRun, train_adapters
@@ -146,12 +146,12 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 def pool_in_model(small_model, tmp_path, gates=None):
-    """A model with two random adapters behind a SampleGate or the given gates (a function of the pool)."""
+    """A model with two random adapters behind an OwnGate or the given gates (a function of the pool)."""
     model = load_llama(small_model)
     shapes = linear_shapes(model)
     folders = write_adapters(tmp_path / "random", model, tuple(ANSWERS))
     pool = Pool.of([load_adapter(f, name, shapes) for name, f in folders.items()], shapes)
-    gate = gates(pool) if gates else SampleGate()
+    gate = gates(pool) if gates else OwnGate()
     attach(model, pool, gate)
     return model, pool, gate
 
