@@ -179,14 +179,16 @@ def bytes_read(model):
 
 
 def examples(o, names, v):
-    """{name: Examples that an adapter of that name learns}: random tokens, or each the prompts of one of --tasks."""
+    """{name: Examples that an adapter of that name learns}: random tokens, or for each those of one of --tasks."""
     if not o.tasks:
-        generator, half = torch.Generator().manual_seed(o.seed), o.tokens // 2
-        draw = lambda: torch.randint(3, v, (o.tokens,), generator=generator).tolist()  # noqa: E731
-        return {name: [Example(draw(), half, name) for _ in range(o.e * o.each)] for name in names}
-    tokenizer, tasks = Tokenizer(o.model or TINY), load_tasks(o.tasks).values()
-    pairs = zip(names, itertools.cycle(tasks))  # noqa: B905
-    return {name: encode_all(tokenizer, TEMPLATE, task.train[:64], name, 512)[0] for name, task in pairs}
+        generator, shape = torch.Generator().manual_seed(o.seed), (len(names), o.e * o.each, o.tokens)
+        rows = torch.randint(3, v, shape, generator=generator).tolist()
+        return {
+            name: [Example(ids, o.tokens // 2, name) for ids in some] for name, some in zip(names, rows, strict=True)
+        }
+    tokenizer, tasks = Tokenizer(o.model or TINY), list(load_tasks(o.tasks).values())
+    rows = {name: tasks[j % len(tasks)].train[:64] for j, name in enumerate(names)}
+    return {name: encode_all(tokenizer, TEMPLATE, some, name, 512)[0] for name, some in rows.items()}
 
 
 def steps_of(o, learnt):

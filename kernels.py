@@ -168,7 +168,7 @@ class Own(NamedTuple):
 
 
 def lora_own(x, A, B, scale, own):
-    """The operation where each token uses one adapter, `own`: two products a chunk."""
+    """The operation where each token uses one adapter, its `own`: x (n, i) -> (n, o), two products a chunk."""
     e, r, i = A.shape
     dtype = torch.float32 if widened(x, x.dtype) else x.dtype
     picks = one_hot(own.slot, e, A.dtype)  # (m, e)

@@ -5,8 +5,9 @@ attention with rotary positions and a SwiGLU MLP. Module names and config fields
 is a strict load_state_dict and adapter keys map by stripping a prefix.
 
 Batches are right-padded: row j holds counts[j] real tokens, then anything. Padding needs no mask: causal attention
-never looks at what comes later, and in the cache the next real tokens overwrite it. Letters: b batch, t positions,
-h hidden size, d head_dim, v vocabulary.
+never looks at what comes later, and in the cache the next real tokens overwrite it. In training rows stand one behind
+the other, without padding: only attention knows where one ends. Letters: b batch, t positions, h hidden size, d
+head_dim, v vocabulary.
 """
 
 import contextlib
@@ -363,7 +364,8 @@ class Trunk(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         rows = torch.arange(len(lengths or ids), device=ids.device) if cache is None else cache.rows
-        self.rows.sample = rows if t == 1 else rows.repeat_interleave(torch.tensor(lengths or t, device=ids.device))
+        repeats = torch.tensor(lengths, device=ids.device) if lengths else t
+        self.rows.sample = rows if t == 1 else rows.repeat_interleave(repeats)
         few = bool(self.compiled_step) and cache is not None and t == 1 and b <= compiled.FEW
         if self.compiled_step:
             compiled.of_any_length(self.rows.sample, few=few)
