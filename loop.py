@@ -27,7 +27,7 @@ class Run:
     model: str  # model folder
     steps: int = 300  # optimizer steps
     batch_size: int = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
-    micro_tokens: int = 4096  # padded tokens in one forward; a step of more accumulates gradients
+    micro_tokens: int = 4096  # tokens in one forward; a step of more accumulates gradients
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, evens out the directions of a step

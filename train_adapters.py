@@ -1,7 +1,7 @@
 """`train.py adapters`: a LoRA for each task, all in one run; or one adapter over all tasks, to compare with.
 
 The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every sample, or every
-question and answer of a composite, runs through its own adapter by the same kernel that serves requests.
+question and answer of a composite, runs through its own adapter.
 """
 
 import hashlib
