@@ -9,7 +9,8 @@ operation and one small protocol for whatever chooses:
 
 `sample` is the row of the batch that a token belongs to, `ax()` gives A x of all adapters, computed once and shared
 with the dense kernel, `ax(idx)` that of k adapters a token, (n, k, r). Unused slots weigh 0. To try a gate of your own,
-write an nn.Module with that forward and attach it.
+write an nn.Module with that forward and attach it. Only where adapters are trained each token's one adapter is known in
+advance: there the gate gives a kernels.Own.
 
 Letters, here and everywhere: b batch, t positions, n tokens (b*t, flattened), e adapter slots in the pool, k adapters
 a token uses, r rank, i/o in/out features of a Linear, v vocabulary, m gated Linears. W base weight (o, i), A (e, r, i),
