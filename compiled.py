@@ -38,8 +38,8 @@ CAPTURED = re.compile(
     + "|".join(LIBRARY)
 )
 # `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be. One at a time, as
-# graphs and their kernels are everybody's.
-_capture, _capturing = threading.local(), threading.Lock()
+# graphs and their kernels are everybody's; nor does torch.compile bear two threads in its checks.
+_capture, _one_at_a_time = threading.local(), threading.RLock()
 
 
 def _inductor(graph, inputs):
@@ -103,7 +103,8 @@ def compile_function(function):
 
     def call(*inputs):
         try:
-            return run(*inputs)
+            with _one_at_a_time:
+                return run(*inputs)
         except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise InputError(f"torch.compile: {str(error).splitlines()[0]}; --no-compile goes without") from error
 
@@ -162,7 +163,7 @@ def step_through(run, layers, x, cos, sin, positions, cache, end):
         return x
 
     steady = cache.steady and cache.end  # a prompt of one token is no step
-    with _capturing:
+    with _one_at_a_time:
         _capture.calls = calls = []
         try:
             out = through(*inputs)
