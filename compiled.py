@@ -38,7 +38,7 @@ CAPTURED = re.compile(
     + "|".join(LIBRARY)
 )
 # `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be. One at a time, as
-# graphs and their kernels are everybody's; nor does torch.compile bear two threads in its checks.
+# graphs and their kernels are everybody's; and two threads in torch.compile's checks at once have failed.
 _capture, _one_at_a_time = threading.local(), threading.RLock()
 
 
@@ -124,14 +124,14 @@ def compile_for_any_length(function):
     return lambda module, *tensors: run(module, *of_any_length(*tensors))
 
 
-def of_any_length(*tensors, few=False, axis=0):
-    """Says to the compiler that an axis, where it isn't 1, will have other lengths: any, or where it is `few` those up
-    to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
+def of_any_length(*tensors, few=False):
+    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where it is `few`
+    those up to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
     for x in tensors:
-        size = x.shape[axis]
-        if size > 1 and axis not in getattr(x, "_dynamo_dynamic_indices", ()):
+        size = len(x)
+        if size > 1 and 0 not in getattr(x, "_dynamo_dynamic_indices", ()):
             least, most = (None, None) if not few else (2, LANES) if size <= LANES else (LANES + 1, FEW)
-            torch._dynamo.mark_dynamic(x, axis, min=least, max=most)
+            torch._dynamo.mark_dynamic(x, 0, min=least, max=most)
     return tensors
 
 

@@ -302,7 +302,6 @@ def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
         idx, weight, routed = rows
     if compiled and each_token:
         of_any_length(idx, weight)
-        of_any_length(idx, weight, axis=1)
     for gate in gates:
         gate.set(idx, weight, routed, each_token)
 
@@ -425,7 +424,7 @@ class GateLoss:
             gate.keep_logits = True
 
     def __call__(self, labels):
-        """labels (n,) int64 (slot, or -100 for padding) of the last forward's tokens -> the loss, and for each gate in
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and for each gate in
         module order how many labelled tokens have their label as top-1: (m,)."""
         logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
         total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
