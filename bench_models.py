@@ -128,14 +128,15 @@ class Decoder:
         self.cache = KVCache(model.config, len(ids), self.t + tokens, model.head_weight.dtype, ids.device)
         self.cache.steady = True
         with torch.inference_mode():
-            self.first = model.head(model.model(ids, self.cache)[:, -1]).argmax(-1)
+            self.first = model.head(model.model(ids, self.cache)[:, -1]).float().argmax(-1)
 
     @torch.inference_mode()
     def __call__(self):
         self.cache.lengths.fill_(self.t)
         self.cache.end, ids = self.t, self.first
         for _ in range(self.tokens):
-            ids = self.model.head(self.model.model(ids[:, None], self.cache)[:, -1]).argmax(-1)
+            logits = self.model.head(self.model.model(ids[:, None], self.cache)[:, -1])
+            ids = logits.float().argmax(-1)
         return ids
 
 

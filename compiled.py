@@ -126,12 +126,15 @@ def compile_for_any_length(function):
 
 def of_any_length(*tensors, few=False):
     """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where it is `few`
-    those up to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector)."""
+    those up to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector).
+    On a CPU it is told that few are three: it shares a loop among threads by its first axis alone where it believes
+    that longer, and then goes through eight tokens in one turn, in one thread (LOG.md)."""
     for x in tensors:
         size = len(x)
         if size > 1 and 0 not in getattr(x, "_dynamo_dynamic_indices", ()):
             least, most = (None, None) if not few else (2, LANES) if size <= LANES else (LANES + 1, FEW)
-            torch._dynamo.mark_dynamic(x, 0, min=least, max=most)
+            told = max(least, 3) if few and x.device.type == "cpu" else None
+            torch._dynamo.mark_dynamic(x, 0, min=least, max=most, hint_override=told)
     return tensors
 
 

@@ -213,11 +213,10 @@ def top_k_mixture(logits, k, temperature):
     slots, rest, chosen, top = torch.arange(logits.shape[-1], device=logits.device), logits, [], []
     for _ in range(k):
         chosen.append(rest.argmax(-1, keepdim=True))  # (..., 1)
-        top.append(rest.gather(-1, chosen[-1]))  # -inf where none is left
+        top.append(rest.amax(-1, keepdim=True))  # -inf where none is left
         rest = rest.masked_fill(slots == chosen[-1], float("-inf"))
-    odds = [((y - top[0]) / temperature).exp() for y in top]
-    total = sum(odds)
-    return torch.cat(chosen, -1), torch.cat([p / total for p in odds], -1)
+    odds = ((torch.cat(top, -1) - top[0]) / temperature).exp()
+    return torch.cat(chosen, -1), odds / odds.sum(-1, keepdim=True)
 
 
 MIXES = {"loop": _loop, "bmm": _bmm, "dense": _dense}

@@ -23,7 +23,7 @@ from torch import nn
 
 import compiled
 from files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
-from products import Linear, linear, widened
+from products import Linear, divisor, linear, widened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -190,8 +190,7 @@ class KVCache:
             self._views = end, [(k[:, :, :end], v[:, :, :end]) for k, v in zip(self.k, self.v, strict=True)]
             for view in (view for pair in self._views[1] for view in pair):
                 torch._dynamo.mark_dynamic(view, 2)
-                if view.shape[0] > 1:
-                    torch._dynamo.mark_dynamic(view, 0)
+                compiled.of_any_length(view, few=len(view) <= compiled.FEW)
         return self._views[1]
 
 
@@ -274,7 +273,9 @@ def attend_one(q, k, v, cache, positions):
     score = (q * k).sum(-1) * d**-0.5  # (b, kv heads, group, capacity)
     seen = torch.arange(k.shape[3], device=q.device) <= positions  # (b, capacity)
     p = score.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-    return (p[..., None] * v).sum(-2).reshape(b, heads * d).to(cache[0].dtype)
+    parts = v.chunk(divisor(d, 4) if v.device.type == "cpu" else 1, -1)  # side by side, as in kernels.at_once
+    y = torch.cat([(p[..., None] * part).sum(-2) for part in parts], -1)
+    return y.reshape(b, heads * d).to(cache[0].dtype)
 
 
 class MLP(nn.Module):

@@ -56,11 +56,12 @@ class HfDecoder:
 
     @torch.inference_mode()
     def __call__(self):
-        cache, ids = self.out.past_key_values, self.out.logits[:, -1:].argmax(-1)
+        cache, ids = self.out.past_key_values, self.out.logits[:, -1:].float().argmax(-1)
         if beyond := cache.get_seq_length() - self.ids.shape[1]:
             cache.crop(-beyond)
         for _ in range(self.tokens):
-            ids = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[:, -1:].argmax(-1)
+            logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits
+            ids = logits[:, -1:].float().argmax(-1)
         return ids
 
 

@@ -16,18 +16,20 @@ WIDENED = tuple(dtype for dtype, has in _PRODUCTS.items() if not getattr(torch.o
 def linear(x, weight, bias=None, dtype=None):
     """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. In a compiled block without gradients one
     token's is a sum, on a CPU without a faster product a few tokens' are: these read the weights faster than the
-    library does, and are joined with what is around them (LOG.md)."""
+    library does, and are joined with what is around them (LOG.md). So is a few tokens' on a GPU where the weight, which
+    is small then, would be converted by itself."""
     dtype, n = dtype or x.dtype, math.prod(x.shape[:-1])
-    summed = x.device.type == "cpu" and (dtype == torch.float32 or widened(x, dtype))
+    cpu = x.device.type == "cpu"
+    summed = dtype == torch.float32 or widened(x, dtype) if cpu else dtype != x.dtype
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if compiling and compiled.at_most(n, compiled.FEW if summed else 1):
-        y = _sums_of_one(x, weight) if compiled.at_most(n, 1) else _sums_of_few(x, weight)
+        y = _sums_of_few(x, weight) if cpu and not compiled.at_most(n, 1) else _sums(x, weight)
         return (y if bias is None else y + bias).to(dtype)
     return product(x.to(dtype), weight.to(dtype), bias)
 
 
-def _sums_of_one(x, weight):
-    """x (1, i) -> (1, o), four rows of the weight at a time."""
+def _sums(x, weight):
+    """x (n, i) -> (n, o), four rows of the weight at a time."""
     rows, dtype = weight.chunk(4 if len(weight) >= 512 else 1), torch.promote_types(x.dtype, torch.float32)
     return torch.cat([(w[:, None] * x).sum(-1, dtype=dtype) for w in rows]).T
 
@@ -40,11 +42,11 @@ def _sums_of_few(x, weight):
     i, dtype, places = x.shape[1], torch.float32, torch.arange(x.shape[0])  # a slice would be a guard on n
     lanes = compiled.LANES if compiled.at_most(x.shape[0], compiled.LANES) else compiled.FEW
     if weight.dtype == dtype or lanes > compiled.LANES:
-        xt = x.new_zeros(i, lanes, dtype=dtype)
+        xt = x.new_empty(i, lanes, dtype=dtype)
         xt[:, places] = x.to(dtype).T
         rows = weight.to(dtype).chunk(divisor(len(weight), 7))
         return torch.cat([(w[..., None] * xt).sum(1) for w in rows]).T[places]
-    tokens = x.new_zeros(lanes, i, dtype=dtype)
+    tokens = x.new_empty(lanes, i, dtype=dtype)
     tokens[places] = x.to(dtype)
     return torch.stack([(weight.to(dtype) * token).sum(-1) for token in tokens])[places]
 
