@@ -27,6 +27,7 @@ import torch
 
 from adapters import linear_shapes
 from bench_models import (
+    Apart,
     Decoder,
     adapters_trainer,
     bytes_read,
@@ -314,11 +315,13 @@ def bench_train(o, limits):
         learners["transformers + peft, one by one"] = one_adapter_trainer
     gates = {f"gates of {o.gated}, {name}": partial(gates_trainer, spelling=name) for name in ("auto", "loop")}
     table = []
-    for group in (learners, gates):  # by themselves: loop leaves memory so scattered that others take a tenth longer
-        rows = {name: make(o) for name, make in group.items()}
+    for group in (learners, gates):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
+        rows = {name: Apart(make, o) for name, make in group.items()}
         for name, times in in_turn(rows, o.repeats).items():
-            rates = [rows[name].tokens(number) / seconds for number, seconds in enumerate(times, 2)]
+            rates = [tokens / seconds for tokens, seconds in zip(rows[name].results[2:], times, strict=True)]
             table.append({"row": name, **spread(times), "tokens/s": statistics.median(rates)})
+        for row in rows.values():
+            row.pipe.close()
     return table
 
 

@@ -5,7 +5,10 @@
 
 import itertools
 import math
+import multiprocessing
+import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,20 +204,64 @@ def steps_of(o, learnt):
 
 
 class Trainer:
-    """Optimizer steps of `params` with the gradients of step(examples), called once for each of `batches` in turn."""
+    """Optimizer steps of `params` with the gradients of step(examples), called once for each of `batches` in turn:
+    gives how many tokens, without padding, it saw."""
 
     def __init__(self, params, step, batches):
-        self.params, self.step, self.batches, self.turn = params, step, batches, itertools.cycle(batches)
+        self.step, self.turn = step, itertools.cycle(batches)
         self.optimizer = torch.optim.AdamW(params, lr=1e-4)
 
     def __call__(self):
+        picked = next(self.turn)
         self.optimizer.zero_grad()
-        self.step(next(self.turn))
+        self.step(picked)
         self.optimizer.step()
+        return sum(len(example.ids) for example in picked)
 
-    def tokens(self, number):
-        """How many tokens, without padding, the call of that number sees."""
-        return sum(len(example.ids) for example in self.batches[number % len(self.batches)])
+
+class Apart:
+    """make(o) in a process of its own, whose memory no other row of a table scatters; called, it runs there once, and
+    `results` are what came of it."""
+
+    def __init__(self, make, o):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, make, SimpleNamespace(**vars(o))), daemon=True)
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process that waits
+        process.start()
+        signal.signal(signal.SIGINT, heard)
+        theirs.close()  # so that its end is heard of
+        self.results = []
+        self._take()  # it is made
+
+    def _take(self):
+        try:
+            result = self.pipe.recv()
+        except EOFError:
+            raise InputError("a process that was to be timed has ended; was there too little memory?") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def __call__(self):
+        self.pipe.send(None)
+        self.results.append(self._take())
+
+
+def _serve(pipe, make, o):
+    torch.set_num_threads(o.threads or os.cpu_count())
+    try:
+        run, result = make(o), None
+        while True:
+            pipe.send(result)
+            pipe.recv()
+            result = run()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+    except EOFError:
+        pass  # nobody asks any more
+    except Exception as error:
+        pipe.send(error)
 
 
 def adapters_trainer(o):

@@ -1,6 +1,7 @@
 """The bench runs, on small sizes: its tables have the rows and the figures that people quote from them."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import command
 from training import write_tasks
 
 from bench import TrainBench, in_turn, spread
-from bench_models import adapters_trainer, with_requests
+from bench_models import Apart, adapters_trainer, examples, steps_of, with_requests
 from files import InputError
 from moe_lora import attached
 from tasks import collate
@@ -113,17 +114,31 @@ def test_train(small_model, tmp_path):
     """Padding counted as tokens, or an adapter's steps counted for all, would make the slower program the faster."""
     tasks = write_tasks(tmp_path / "tasks", count=9)
     o = TrainBench(model=str(small_model), dtype="float32", device="cpu", r=3, e=3, each=2, tasks=str(tasks))
-    trainer = adapters_trainer(o)
-    sizes = [len(collate(batch).real.nonzero()) for batch in trainer.batches]
-    assert len(sizes) == 8 and len(set(sizes)) > 1 and [trainer.tokens(j) for j in range(16)] == sizes * 2
-    for batch in trainer.batches:
-        assert [example.task for example in batch] == ["random0", "random1", "random2"] * 2
+    names = ["random0", "random1", "random2"]
+    batches = steps_of(o, examples(o, names, 0))
+    sizes, trainer = [len(collate(batch).real.nonzero()) for batch in batches], adapters_trainer(o)
+    assert len(sizes) == 8 and len(set(sizes)) > 1 and [trainer() for _ in range(11)] == sizes + sizes[:3]
+    for batch in batches:
+        assert [example.task for example in batch] == names * 2
     args = ["--e", "3", "--each", "2", "--gated", "5", "--tasks", tasks, "--no-peers"]
     table = run("train", "--model", small_model, *args)
     assert [row["row"] for row in table] == ["3 adapters", "gates of 5, auto", "gates of 5, loop"]
     for row in table:
         low, high = min(sizes) / row["high"], max(sizes) / row["low"]
         assert low <= row["tokens/s"] / 1e3 <= high, row
+
+
+def dies(o):
+    os._exit(3)
+
+
+def test_a_row_apart_that_fails(tmp_path):
+    """Waiting for ever for a process that has ended, or a traceback for an input error in it."""
+    o = TrainBench(model=str(tmp_path / "none"), device="cpu")
+    with pytest.raises(InputError, match="none: no such model folder"):
+        Apart(adapters_trainer, o)
+    with pytest.raises(InputError, match="has ended"):
+        Apart(dies, o)
 
 
 def test_rows_are_timed_in_turn():
