@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,7 @@ class Apart:
 
 
 def _serve(pipe, make, o):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # with the end of its locks
     torch.set_num_threads(o.threads or os.cpu_count())
     try:
         run, result = make(o), None
