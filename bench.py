@@ -2,11 +2,11 @@
 
     python bench.py layer|decode|prefill|train [--model DIR] [--dtype float32]
 
-What stands in one table was measured in one run and in turn: a repetition times every row once, in an order of its own,
-so that what else the machine does, and what the row before left in its caches, hits all of them alike. Shown are the
-median of the repetitions and the quartiles around it; the last line is all of it as JSON. transformers, peft and
-llama-cpp-python (with --gguf) are measured on the same weights, adapters, prompts and threads where they are installed;
-nothing here needs them.
+What stands in one table was measured in one run and in turn (of `train` adapters, then gates, each row in a process of
+its own): a repetition times every row once, in an order of its own, so that what else the machine does, and what the
+row before left in its caches, hits all of them alike. Shown are the median of the repetitions and the quartiles around
+it; the last line is all of it as JSON. transformers, peft and llama-cpp-python (with --gguf) are measured on the same
+weights, adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
 import json

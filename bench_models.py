@@ -1,5 +1,7 @@
 """What bench.py times: Llamas with many adapters and gates that choose evenly among them, decoding, training steps.
 
+Also what runs one of these in a process of its own (Apart), which has to import it from a module, not from the script.
+
 `o` are the options of a command of bench.py.
 """
 
@@ -20,7 +22,7 @@ from config import numbers
 from files import InputError
 from gate_files import load_gates, parameters_of
 from generate import TINY
-from model import DTYPES, KVCache, Llama, LlamaConfig, load_llama
+from model import DTYPES, KVCache, Llama, LlamaConfig, find_device, load_llama
 from moe_lora import (
     GateLoss,
     MeteoraGate,
@@ -253,6 +255,7 @@ def _serve(pipe, make, o):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # with the end of its locks
     torch.set_num_threads(o.threads or os.cpu_count())
     try:
+        find_device(o.device)  # torch's current one is each process's own
         run, result = make(o), None
         while True:
             pipe.send(result)

@@ -184,13 +184,13 @@ class KVCache:
         self.captured, self._views = None, (None, [])
 
     def views(self, end):
-        """[(k, v) of each layer] up to the position `end` and a bit, of a length that seldom changes."""
+        """For a compiled step: [(k, v) of each layer] up to `end` and a bit, of a length that seldom changes."""
         end = min(self.capacity, -(-end // 64) * 64)
         if self._views[0] != end:
             self._views = end, [(k[:, :, :end], v[:, :, :end]) for k, v in zip(self.k, self.v, strict=True)]
             for view in (view for pair in self._views[1] for view in pair):
                 torch._dynamo.mark_dynamic(view, 2)
-                compiled.of_any_length(view, few=len(view) <= compiled.FEW)
+                compiled.of_any_length(view, few=True)
         return self._views[1]
 
 

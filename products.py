@@ -16,11 +16,11 @@ WIDENED = tuple(dtype for dtype, has in _PRODUCTS.items() if not getattr(torch.o
 def linear(x, weight, bias=None, dtype=None):
     """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another. In a compiled block without gradients one
     token's is a sum, on a CPU without a faster product a few tokens' are: these read the weights faster than the
-    library does, and are joined with what is around them (LOG.md). So is a few tokens' on a GPU where the weight, which
-    is small then, would be converted by itself."""
+    library does, and are joined with what is around them (LOG.md). On a GPU a few tokens' are where another dtype is
+    asked for: else the weight, a gate's few rows, would be converted by a kernel of its own."""
     dtype, n = dtype or x.dtype, math.prod(x.shape[:-1])
     cpu = x.device.type == "cpu"
-    summed = dtype == torch.float32 or widened(x, dtype) if cpu else dtype != x.dtype
+    summed = (dtype == torch.float32 or widened(x, dtype)) if cpu else dtype != x.dtype
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if compiling and compiled.at_most(n, compiled.FEW if summed else 1):
         y = _sums_of_few(x, weight) if cpu and not compiled.at_most(n, 1) else _sums(x, weight)

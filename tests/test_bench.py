@@ -128,6 +128,16 @@ def test_train(small_model, tmp_path):
         assert low <= row["tokens/s"] / 1e3 <= high, row
 
 
+def test_random_examples():
+    """A step of fewer examples, or of shorter ones, than it is said to have would make any rate."""
+    names = ["random0", "random1", "random2"]
+    o = TrainBench(e=3, each=2, tokens=7)
+    batches = steps_of(o, examples(o, names, 11))
+    assert len(batches) == 8
+    for batch in batches:
+        assert [(x.task, len(x.ids), x.n_prompt) for x in batch] == [(name, 7, 3) for name in names * 2]
+
+
 def dies(o):
     os._exit(3)
 
