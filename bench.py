@@ -25,8 +25,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from adapters import linear_shapes
-from bench_models import (
+from common.files import InputError, run_script, warn
+from common.options import numbers, parse_command
+from evaluation.peers import PEERS, HfDecoder, LlamaCpp, has
+from evaluation.timed import (
     Apart,
     Decoder,
     adapters_trainer,
@@ -40,14 +42,12 @@ from bench_models import (
     with_adapters,
     with_requests,
 )
-from compiled import FEW, compile_function, of_any_length, possible
-from config import numbers, parse_command
-from files import InputError, run_script, warn
+from fast.compiled import FEW, compile_function, of_any_length, possible
+from fast.matmul import linear
 from kernels import SPELLINGS, lora_mix, zero_B
 from model import DTYPES, KVCache, find_device
 from moe_lora import once
-from peers import PEERS, HfDecoder, LlamaCpp, has
-from products import linear
+from pool.adapters import linear_shapes
 
 
 @dataclass

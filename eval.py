@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tiny_tasks
-from composites import (
+from common.files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
+from common.options import numbers, parse_args
+from common.tokenizer import check_ids
+from evaluation.composites import (
     answer_composites,
     choose_temperature,
     composites,
@@ -34,15 +36,13 @@ from composites import (
     encode_spans,
     score_composites,
 )
-from config import numbers, parse_args
-from files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
 from generate import TINY, Sampling, by_length, check_values, decode, encode_prompt
-from methods import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
-from metrics import score, score_meteora, signature
+from methods.session import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
 from moe_lora import GateLoss, attached
-from retriever import sentence_encoder
-from tasks import Task, collate, encode, load_tasks, micro_batches
-from tokenizer import check_ids
+from pool.retriever import sentence_encoder
+from tasks import tiny as tiny_tasks
+from tasks.folders import Task, collate, encode, load_tasks, micro_batches
+from tasks.metrics import score, score_meteora, signature
 
 
 @dataclass

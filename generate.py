@@ -19,9 +19,11 @@ from typing import Literal
 
 import torch
 
-from config import parse_args
-from files import InputError, read_jsonl, run_script, write_text
-from methods import (
+from common.files import InputError, read_jsonl, run_script, write_text
+from common.options import parse_args
+from common.pictures import Printer, html_page
+from common.tokenizer import TextStream, check_ids
+from methods.session import (
     Mole,
     add_adapter,
     check_method,
@@ -32,10 +34,8 @@ from methods import (
 )
 from model import KVCache
 from moe_lora import Recorder
-from retriever import sentence_encoder
-from tasks import fill
-from tokenizer import TextStream, check_ids
-from viz import Printer, html_page
+from pool.retriever import sentence_encoder
+from tasks.folders import fill
 
 TINY = Path(__file__).parent / "tiny"
 

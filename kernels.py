@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from compiled import FEW, at_most
-from products import divisor, linear, product, widened
+from fast.compiled import FEW, at_most
+from fast.matmul import divisor, linear, product, widened
 
 SPELLINGS = ("auto", "loop", "bmm", "dense")
 AMX = torch.cpu._is_amx_tile_supported()

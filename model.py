@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import compiled
-from files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
-from products import Linear, divisor, linear, widened
+from common.files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
+from fast import compiled
+from fast.matmul import Linear, divisor, linear, widened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")

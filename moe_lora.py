@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compiled import FEW, at_most, of_any_length
+from fast.compiled import FEW, at_most, of_any_length
+from fast.matmul import linear
 from kernels import Own, accumulate, ax_of, choose, compute_ax, lora_mix, lora_own, one_hot, top_k_mixture
-from products import linear
 
 
 class Mixture(NamedTuple):

@@ -17,14 +17,14 @@ import math
 import sys
 from dataclasses import asdict
 
-from config import parse_command
-from files import InputError, run_script
-from train_adapters import AdaptersRun, check_adapter_options, train_adapters
-from train_base import BASE_SIZES, BaseRun, check_heads, train_base
-from train_gates import GatesRun, train_gates
-from train_lorahub import LorahubRun, train_lorahub
-from train_retriever import RetrieverRun, train_retriever
-from train_router import RouterRun, check_router_options, train_router
+from common.files import InputError, run_script
+from common.options import parse_command
+from methods.gates import GatesRun, train_gates
+from methods.lora_retriever import RetrieverRun, train_retriever
+from methods.lorahub import LorahubRun, train_lorahub
+from methods.ramole import RouterRun, check_router_options, train_router
+from training.adapters import AdaptersRun, check_adapter_options, train_adapters
+from training.base import BASE_SIZES, BaseRun, check_heads, train_base
 
 COMMANDS = {
     "base": (BaseRun, train_base), "adapters": (AdaptersRun, train_adapters), "gates": (GatesRun, train_gates),

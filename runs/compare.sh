@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-out/tiny}
 tasks=out/tiny_tasks
 
-python tiny_tasks.py --out $tasks
+python -m tasks.tiny --out $tasks
 run=(--model "$out" --tasks $tasks --save_dtype bfloat16 --max_length 1024 --resume)
 for joint in lora_f lora_b; do # as many parameters as the 28 adapters
     python train.py adapters "${run[@]}" --pool "$out" --joint $joint --name ${joint}_224 --r 224 --alpha 448 \

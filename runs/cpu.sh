@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${1:-out/tiny}
 tasks=out/tiny_tasks
 
-python tiny_tasks.py --out $tasks
+python -m tasks.tiny --out $tasks
 python train.py base --text $tasks/corpus.txt --model "$out" --dtype bfloat16 --resume
 run=(--model "$out" --tasks $tasks --save_dtype bfloat16 --max_length 1024 --resume)
 # Adapters as they come, each trained on its task alone; then gates, and the adapters with them, on composites too.

@@ -8,7 +8,7 @@ tiny=${1:-tiny}
 out=out/ramole
 later=out/ramole-later
 tasks=out/tiny_tasks
-python tiny_tasks.py --out $tasks
+python -m tasks.tiny --out $tasks
 for pool in $out $later; do
     mkdir -p $pool
     cp -r "$tiny/." $pool

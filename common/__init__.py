@@ -1,0 +1,1 @@
+"""Options, files and errors, tokenizers, pictures: what every room stands on."""

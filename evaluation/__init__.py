@@ -1,0 +1,1 @@
+"""Answering composites, and what bench.py times."""

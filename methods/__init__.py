@@ -1,0 +1,1 @@
+"""The ways to choose adapters, and the training of what chooses."""

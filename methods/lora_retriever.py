@@ -1,0 +1,165 @@
+"""`train.py retriever`: tunes LoraRetriever's encoder contrastively on a share of the tasks.
+
+The base stays as it is, so every prompt runs through it once; what is tuned is the projection behind it. It starts as
+the whitening of what varies within a task, which makes prompts of one task alike, and goes on by InfoNCE: m prompts of
+each task are averaged as an adapter's samples are, and other prompts have to find their own task's mean.
+"""
+
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from common.files import InputError, write_text
+from common.tokenizer import Tokenizer
+from model import DTYPES, find_device, load_llama
+from pool.adapters import is_pool, load_adapter, read_pool
+from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
+from tasks.folders import load_tasks, some_tasks
+from tasks.metrics import mean_score
+from training.loop import required
+
+SAMPLES = 20  # m, at most: the paper's
+
+
+@dataclass
+class RetrieverRun:
+    model: str  # model folder
+    tasks: str = ""  # folder of task folders
+    pool: str = ""  # pool folder; its adapters' samples get their vectors, and their tasks alone are used
+    share: float = 0.4  # of the tasks: the others are never seen
+    depth: int = 0  # the block whose hidden states are used, 0 = two thirds of the way up
+    prompts: int = 60  # of each task, as they are and without what they share
+    steps: int = 100  # of InfoNCE, 0 = the whitening alone
+    lr: float = 1e-4  # learning rate
+    temperature: float = 0.02  # of the cosines
+    max_length: int = 160  # tokens of a text that are read, the instruction's among them
+    test: bool = False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    seed: int = 0  # of the tasks, of the prompts and of their order
+
+
+def train_retriever(o):
+    """Tunes the projection and writes POOL/retriever.safetensors."""
+    folder = Path(required(o, "pool"))
+    known = read_pool(folder) if is_pool(folder) else None
+    tasks = load_tasks(required(o, "tasks"), sorted(known.adapters) if known else None)
+    names = some_tasks(tasks, o.share, o.seed)
+    if o.test and len(names) == len(tasks):
+        raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    layers = model.config.num_hidden_layers
+    if o.depth > layers:
+        raise InputError(f"--depth is {o.depth}, expected at most {layers}, the base's blocks")
+    untuned = LlamaEncoder(model, tokenizer, o.depth or max(1, layers * 2 // 3), max_length=o.max_length)
+    least = min(o.prompts, *(len(tasks[name].train) for name in names))
+    texts = [[row for name in names for row in draw_prompts(tasks[name], least, o.seed, bare)] for bare in (0, 1)]
+    views = [F.normalize(untuned.pooled(some), dim=-1).view(len(names), least, -1) for some in texts]
+    mean, projection = whiten_within(views)
+    projection = info_nce([view - mean for view in views], projection, o)
+    encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, o.max_length)
+    retriever = Retriever(encoder)
+    for name, path in sorted(known.adapters.items()) if known else ():
+        retriever.add(name, load_adapter(path, name, header=True).samples)
+    file = folder / "retriever.safetensors"
+    save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
+    print(f"wrote {file}", file=sys.stderr)
+    if o.test:
+        pooled = cache(untuned.pooled)  # what both project, a forward pass of every text
+        encoders = {"untuned": lambda texts: untuned.project(pooled(tuple(texts))),
+                    "tuned": lambda texts: encoder.project(pooled(tuple(texts)))}  # fmt: skip
+        table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, o.seed)
+        write_text(folder / "runs" / "retriever.md", table)
+        print(table, end="")
+
+
+def draw_prompts(task, count, seed, bare=False, split="train"):
+    """`count` of a task's prompts at most; `bare` without what the task's prompts share."""
+    prompts = [row["prompt"] for row in getattr(task, split)]
+    if bare:
+        more = [row["prompt"] for row in task.train] if split != "train" else []
+        prompts = strip_shared(prompts + more)[: len(prompts)]
+    return random.Random(f"{seed}/{task.name}").sample(prompts, min(count, len(prompts)))
+
+
+def whiten_within(views, shrink=0.3):
+    """Pooled prompts, (tasks, n, h) for each view -> mean (h,) and the projection (h, h) that gives what varies within
+    a task and view unit variance; `shrink` mean variances are added, or directions with hardly any would be blown up.
+    """
+    rest = torch.cat([(view - view.mean(1, keepdim=True)).flatten(0, 1) for view in views])
+    values, vectors = torch.linalg.eigh(rest.T @ rest / len(rest))
+    projection = (vectors * (values.clamp(min=0) + shrink * values.mean()).rsqrt()).T
+    return torch.cat(views).mean((0, 1)), projection / projection.norm() * len(projection) ** 0.5
+
+
+def info_nce(views, projection, o):
+    """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns the tuned one."""
+    W = projection.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([W], lr=o.lr, weight_decay=0.0)
+    generator, (k, n, h) = torch.Generator().manual_seed(o.seed), views[0].shape
+    labels = torch.arange(k)[:, None]
+    for step in range(o.steps):
+        m = min(int(SAMPLES ** torch.rand((), generator=generator)), n - 1)
+        order = torch.rand(k, n, generator=generator).argsort(1)[..., None].expand(-1, -1, h)
+        drawn = F.normalize(F.linear(views[step % 2].gather(1, order[:, : m + 8]), W), dim=-1)
+        adapters = F.normalize(drawn[:, :m].mean(1), dim=-1)  # (tasks, d)
+        scores = drawn[:, m:] @ adapters.T / o.temperature  # (tasks, others, tasks)
+        loss = F.cross_entropy(scores.flatten(0, 1), labels.expand(scores.shape[:2]).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return W.detach()
+
+
+# The test -----------------------------------------------------------------------------------------------------------
+
+
+def bag_of_words(texts, d=4096):
+    """Texts -> counts of words and signs (n, d), by hash: what retrieval has to beat."""
+    counts = torch.zeros(len(texts), d)
+    for row, text in enumerate(texts):
+        for word, count in Counter(re.findall(r"\w+|[^\w\s]", text.lower())).items():
+            counts[row, int.from_bytes(word.encode(), "big") % 4093] += count
+    return counts
+
+
+def compare(encoders, tasks, tuned_on, seed):
+    """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all tasks, by m samples
+    of their train prompts, with 95 % intervals. As Markdown."""
+    names, lines = sorted(tasks), ["| encoder | prompts | m = 1 | m = 5 | m = 20 |", "|---|---|---|---|---|"]
+    others = [name for name in names if name not in tuned_on]
+    for title, embed in encoders.items():
+        for bare, kind in ((False, "as they are"), (True, "without what a task's share")):
+            known = [F.normalize(embed(draw_prompts(tasks[n], 60, seed, bare)), dim=-1) for n in names]
+            asked = [F.normalize(embed(draw_prompts(tasks[n], 50, seed, bare, "test")), dim=-1) for n in others]
+            labels = [torch.full((len(some),), names.index(n)) for n, some in zip(others, asked, strict=True)]
+            hits = [top_1(known, torch.cat(asked), torch.cat(labels), m) for m in (1, 5, SAMPLES)]
+            scores = [mean_score("top-1", one.tolist(), seed) for one in hits]
+            cells = [f"{s.score:.1f} [{s.low:.1f}, {s.high:.1f}]" for s in scores]
+            lines.append(f"| {title} | {kind} | " + " | ".join(cells) + " |")
+    lines.append(
+        f"\n{scores[0].n} prompts of {len(others)} tasks among {len(names)}, tuned on the other {len(tuned_on)}; "
+        "intervals are over the prompts"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def top_1(known, asked, labels, m, repeats=5):
+    """How often each of `asked` (q, d) is nearest to the mean of m of its own task's `known` [(n, d)]: (q,), over
+    `repeats` draws of those m."""
+    hits = torch.zeros(len(asked))
+    for repeat in range(repeats):
+        draws = [
+            random.Random(f"{repeat}/{j}").sample(range(len(some)), min(m, len(some))) for j, some in enumerate(known)
+        ]
+        means = torch.stack([some[rows].mean(0) for some, rows in zip(known, draws, strict=True)])
+        hits += ((asked @ F.normalize(means, dim=-1).T).argmax(-1) == labels) / repeats
+    return hits

@@ -1,0 +1,1 @@
+"""Task folders, the embedded tasks, metrics."""

@@ -1,0 +1,162 @@
+"""The bench runs, on small sizes: its tables have the rows and the figures that people quote from them."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from bench import TrainBench, in_turn, spread
+from common.files import InputError
+from evaluation.timed import Apart, adapters_trainer, examples, steps_of, with_requests
+from helpers_commands import command
+from helpers_training import write_tasks
+from moe_lora import attached
+from tasks.folders import collate
+
+SPELLED = ["3 adapters, auto, not compiled", "3 adapters, loop, not compiled"]
+SMALL = ["--repeats", "2", "--threads", "1", "--r", "3", "--dtype", "float32"]
+
+
+def run(*args):
+    """The JSON object that `bench.py` prints last, its Markdown rows checked against it."""
+    done = command("bench.py", *map(str, args), *SMALL)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(found["table"])  # and the heading
+    assert {"processor", "threads", "dtype", "versions", "GB/s", "GFLOP/s", "load"} <= found.keys()
+    return found["table"]
+
+
+@pytest.mark.slow
+def test_layer():
+    """auto's distance from the best spelling is what the cost model is judged by."""
+    table = run("layer", "--n", "1,5", "--width", "13x17", "--e", "3,7", "--k", "2,5")
+    assert [(row["e"], row["n"], row["k"]) for row in table] == [
+        (3, 1, 2),
+        (3, 5, 2),
+        (7, 1, 2),
+        (7, 1, 5),
+        (7, 5, 2),
+        (7, 5, 5),
+    ]
+    for row in table:
+        for kind, spellings in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
+            best = min(row[spelling + kind] for spelling in spellings)
+            assert row["auto / best" + kind] == pytest.approx(row["auto" + kind] / best)
+
+
+@pytest.mark.parametrize(("args", "line"), [
+    (["layer", "--n", "1,x"], "--n is '1,x', expected numbers above 0 with ',' between them"),
+    (["layer", "--width", "5x7x11"], "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
+    (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
+    (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
+    (["prefill", "--e", "0"], "--e is '0', expected numbers above 0 with ',' between them"),
+])  # fmt: skip
+def test_bad_options(args, line):
+    done = command("bench.py", *args)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {line}", done.stderr
+
+
+@pytest.mark.slow
+def test_peers(small_model):
+    """A peer that decoded other tokens, or without its adapters, would be no measure."""
+    table = run("decode", "--model", small_model, "--e", "3", "--tokens", "7", "--context", "5", "--batch_size", "3")
+    names = [row["row"] for row in table]
+    assert names[-6:] == [peer + batch for peer in ("transformers", "peft, one adapter", "peft, mixed batch")
+                          for batch in ("", ", batch")]  # fmt: skip
+    table = run("train", "--model", small_model, "--e", "3", "--gated", "5", "--tokens", "7")
+    assert table[1]["row"] == "transformers + peft, one by one"
+
+
+@pytest.mark.slow
+def test_requests(small_model):
+    """Requests that shared adapters would be no proof for a batch of different ones."""
+    args = ["--requests", "7", "--union", "5,11", "--tokens", "3", "--context", "5", "--batch_size", "3"]
+    table = run("decode", "--model", small_model, "--e", "3", "--no-peers", *args)
+    assert [row["row"] for row in table[-3:]] == [
+        "7 requests, base",
+        "7 requests, 5 adapters",
+        "7 requests, 11 adapters",
+    ]
+    assert all(row["batch"] == 7 for row in table[-3:])
+    read = [row["of the limit"] * row["ms"] for row in table[-3:]]  # in proportion to the bytes
+    assert read[0] < read[1] < read[2]
+
+
+def test_sets_of_requests(small_model):
+    o = SimpleNamespace(model=str(small_model), dtype="float32", device="cpu", r=3, seed=0, requests=7)
+    model = with_requests(o, 11)
+    idx = next(iter(attached(model).values())).gate.inner.idx.tolist()
+    assert len({tuple(sorted(row)) for row in idx}) == 7 and set(sum(idx, [])) == set(range(11))
+    with pytest.raises(InputError, match="7 sets of three adapters aren't 29 adapters together"):
+        with_requests(o, 29)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "rows"), [
+    ("decode", ["base", "base, batch", "3 adapters", "3 adapters, batch", *SPELLED]),
+    ("prefill", ["base", "3 adapters", *SPELLED]),
+])  # fmt: skip
+def test_a_model(small_model, what, rows):
+    """Rows of other work than their names say would make any ratio."""
+    more = ["--context", "5", "--batch_size", "3"] if what == "decode" else []
+    table = run(what, "--model", small_model, "--e", "3", "--no-peers", "--tokens", "7", *more)
+    assert [row["row"] for row in table] == rows
+    for row in table:
+        tokens = row["batch"] if what == "decode" else 7
+        assert row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"]) and row["low"] <= row["ms"] <= row["high"]
+
+
+@pytest.mark.slow
+def test_train(small_model, tmp_path):
+    """Padding counted as tokens, or an adapter's steps counted for all, would make the slower program the faster."""
+    tasks = write_tasks(tmp_path / "tasks", count=9)
+    o = TrainBench(model=str(small_model), dtype="float32", device="cpu", r=3, e=3, each=2, tasks=str(tasks))
+    names = ["random0", "random1", "random2"]
+    batches = steps_of(o, examples(o, names, 0))
+    sizes, trainer = [len(collate(batch).real.nonzero()) for batch in batches], adapters_trainer(o)
+    assert len(sizes) == 8 and len(set(sizes)) > 1 and [trainer() for _ in range(11)] == sizes + sizes[:3]
+    for batch in batches:
+        assert [example.task for example in batch] == names * 2
+    args = ["--e", "3", "--each", "2", "--gated", "5", "--tasks", tasks, "--no-peers"]
+    table = run("train", "--model", small_model, *args)
+    assert [row["row"] for row in table] == ["3 adapters", "gates of 5, auto", "gates of 5, loop"]
+    for row in table:
+        low, high = min(sizes) / row["high"], max(sizes) / row["low"]
+        assert low <= row["tokens/s"] / 1e3 <= high, row
+
+
+def test_random_examples():
+    """A step of fewer examples, or of shorter ones, than it is said to have would make any rate."""
+    names = ["random0", "random1", "random2"]
+    o = TrainBench(e=3, each=2, tokens=7)
+    batches = steps_of(o, examples(o, names, 11))
+    assert len(batches) == 8
+    for batch in batches:
+        assert [(x.task, len(x.ids), x.n_prompt) for x in batch] == [(name, 7, 3) for name in names * 2]
+
+
+def dies(o):
+    os._exit(3)
+
+
+def test_a_row_apart_that_fails(tmp_path):
+    """Waiting for ever for a process that has ended, or a traceback for an input error in it."""
+    o = TrainBench(model=str(tmp_path / "none"), device="cpu")
+    with pytest.raises(InputError, match="none: no such model folder"):
+        Apart(adapters_trainer, o)
+    with pytest.raises(InputError, match="has ended"):
+        Apart(dies, o)
+
+
+def test_rows_are_timed_in_turn():
+    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others; in the same order
+    each time, a row would always find its weights in the caches, or never."""
+    calls = []
+    found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 41, lambda: calls.append("-"))
+    assert calls[:4] == ["a", "b", "a", "b"] and calls[4::2] == ["-"] * 82
+    assert {"".join(calls[j : j + 4 : 2]) for j in range(5, 168, 4)} == {"ab", "ba"}
+    assert {name: len(times) for name, times in found.items()} == {"a": 41, "b": 41}
+    assert spread([3e-3, 1e-3, 2e-3, 5e-3, 4e-3]) == pytest.approx({"ms": 3, "low": 2, "high": 4})

@@ -1,0 +1,157 @@
+"""Routing in colour: the heaviest adapter's, nothing of the text lost, a page that needs nothing else."""
+
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.pictures import COLOURS, Palette, html_page, legend, paint, svg_picture
+
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+colours = st.sampled_from([None, *COLOURS])
+mixtures = st.lists(st.tuples(st.sampled_from("abcdefg"), st.floats(0, 1)), max_size=4, unique_by=lambda pair: pair[0])
+
+
+class Page(HTMLParser):
+    """Collects a page's tags, the spans' text by class, and the tips."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.tips, self.span = [], [], {"prompt": "", "answer": ""}, [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attributes]
+        if tag == "span":
+            self.span = dict(attributes)["class"]
+            self.tips.append(dict(attributes)["title"])
+
+    def handle_endtag(self, tag):
+        self.span = None if tag == "span" else self.span
+
+    def handle_data(self, text):
+        if self.span:
+            self.text[self.span] += text
+
+
+def test_a_token_has_the_colour_of_its_heaviest_adapter():
+    """Without it the picture shows another adapter than the one that worked."""
+    palette = Palette()
+    plural, roman = palette.colour([["plural", 1.0]]), palette.colour([["roman", 1.0]])
+    assert plural != roman and {plural, roman} <= set(COLOURS)
+    assert palette.colour([["plural", 0.3], ["roman", 0.7]]) == roman
+    assert palette.colour([["roman", 0.3], ["plural", 0.7]]) == plural
+    assert palette.colour([["roman", 0.2], ["sort", 0.5], ["plural", 0.3]]) not in (plural, roman)
+    assert palette.colour([["plural", 1.0]]) == plural  # a name keeps its colour
+
+
+def test_no_adapter_no_colour():
+    """Without it the base's own tokens look like an adapter's."""
+    palette = Palette()
+    assert palette.colour([]) is None
+    assert palette.colour([["plural", 0.0], ["roman", 0.0]]) is None
+    assert paint("text", None) == "text"
+
+
+def test_what_carries_most_of_a_known_text_has_colours_of_its_own():
+    """With more adapters than colours those that answer would look alike, for a trace's first tokens name them all."""
+    names = [f"a{j}" for j in range(2 * len(COLOURS))]
+    begin = ("1", [[name, 1 / len(names)] for name in names])
+    heavy = [names[j] for j in (0, len(COLOURS), 1, len(COLOURS) + 1)]
+    palette = Palette.of([[begin, *((name, [[name, 1.0]]) for name in heavy)]])
+    assert palette.shares()[0][2] == 0.0 and len({palette.colour([[name, 1.0]]) for name in heavy}) == 4
+    for draw in (svg_picture([begin], [(n, [[n, 1.0]]) for n in heavy]),
+                 html_page([([begin], [(n, [[n, 1.0]]) for n in heavy])], "")):  # fmt: skip
+        found = [re.search(rf'(?:fill="|--c:rgb)([^"]+)"[^>]*>{name}<', draw).group(1) for name in heavy]
+        assert len(set(found)) == 4
+
+
+def test_more_adapters_than_colours():
+    """Without it the fifteenth adapter is an IndexError."""
+    palette = Palette()
+    names = [f"task {j}" for j in range(2 * len(COLOURS) + 1)]
+    assert [palette.colour([[name, 1.0]]) for name in names] == [*COLOURS, *COLOURS, COLOURS[0]]
+    assert len(set(COLOURS)) == len(COLOURS)
+
+
+@given(st.lists(mixtures, max_size=12))
+def test_shares_sum_to_one(tokens):
+    """Without it the legend's shares are those of something else than all that was routed."""
+    palette = Palette()
+    for token in tokens:
+        palette.colour(token)
+    shares = palette.shares()
+    total = sum(weight for token in tokens for _, weight in token)
+    assert sum(share for *_, share in shares) == pytest.approx(1.0 if total else 0.0)
+    assert [share for *_, share in shares] == sorted((share for *_, share in shares), reverse=True)
+    for name, _, share in shares:
+        assert share * total == pytest.approx(sum(w for token in tokens for n, w in token if n == name))
+
+
+def test_a_legend_names_the_heaviest():
+    """Without it the adapters that carried the text are cut off, and nothing says so."""
+    palette = Palette()
+    for j in range(10):
+        palette.colour([[f"task {j}", 1.0 + j]])
+    line = ESCAPE.sub("", legend(palette, most=3))
+    assert line == "■ task 9 18%  ■ task 8 16%  ■ task 7 15%  and 7 more"
+    assert "more" not in legend(palette, most=10)
+    assert legend(Palette()) == ""
+
+
+@given(st.text(alphabet=st.one_of(st.characters(exclude_characters="\x1b"), st.just("\n"))), colours, st.booleans())
+def test_painting_changes_no_character(text, colour, faint):
+    """Without it an answer copied from the terminal is not what the model said."""
+    painted = paint(text, colour, faint)
+    assert ESCAPE.sub("", painted) == text
+    if colour is None:
+        assert painted == text
+
+
+def test_a_colour_ends_with_its_line():
+    """Without it a pager or a prompt after the answer stays coloured."""
+    red = (214, 60, 70)
+    assert paint("a\n\nb\n", red) == "\x1b[38;2;214;60;70ma\x1b[0m\n\n\x1b[38;2;214;60;70mb\x1b[0m\n"
+    assert paint("a", red, faint=True) == "\x1b[2;38;2;214;60;70ma\x1b[0m"
+    assert paint("", red) == ""
+
+
+def test_html_is_escaped_and_self_contained():
+    """Without it a model's answer runs as a script in the reader's browser, or the page needs the network."""
+    evil = "<script>alert('x')</script> & <img src=x>\n"
+    page = html_page([([(evil, [])], [(evil, [['"><b>', 0.5], ["x", 0.25]])])], "</title><script>1</script>")
+    parsed = Page(page)
+    assert set(parsed.tags) == {"html", "meta", "title", "style", "h1", "pre", "span", "p", "b"}
+    assert parsed.tags.count("b") == 2  # the legend's
+    assert parsed.text == {"prompt": evil, "answer": evil}
+    assert parsed.tips == ["", '"><b> 0.50, x 0.25']
+    assert set(parsed.attributes) <= {"lang", "charset", "class", "style", "title"}  # no src, no href
+    assert not re.search(r"https?:|url\(|@import", page)
+
+
+texts = st.text(alphabet=st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=12)
+traces = st.lists(st.tuples(texts, mixtures), max_size=4)
+
+
+@given(st.lists(st.tuples(traces, traces), max_size=3), texts)
+def test_the_page_holds_the_whole_text(pairs, title):
+    """Without it tokens are lost or swallowed as markup; prompt and answer can't be told apart."""
+    page = html_page(pairs, title)
+    parsed = Page(page)
+    assert parsed.text["prompt"] == "".join(text for prompt, _ in pairs for text, _ in prompt)
+    assert parsed.text["answer"] == "".join(text for _, answer in pairs for text, _ in answer)
+    assert f"<title>{html.escape(title)}</title>" in page
+    assert parsed.tags.count("pre") == len(pairs)
+
+
+def test_html_colours_are_the_legend_s():
+    """Without it the page's legend explains other colours than its text has; uncoloured text is grey."""
+    page = html_page([([("p", [])], [("a", [["plural", 1.0]]), ("b", [["roman", 0.6], ["plural", 0.4]])])], "t")
+    spans = re.findall(r'<span class="(\w+)" style="--c:rgb(\([^)]*\))"', page)
+    keys = dict((name, colour) for colour, name in re.findall(r'<b style="--c:rgb(\([^)]*\))">■ (\w+) ', page))
+    assert spans == [("prompt", "(128, 128, 128)"), ("answer", keys["plural"]), ("answer", keys["roman"])]
+    assert "plural 70%" in page and "roman 30%" in page

@@ -1,0 +1,171 @@
+"""What the tests of training share: two small tasks, a small run of each kind, and what a run left behind."""
+
+import dataclasses
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+from common.files import read_safetensors, write_json, write_jsonl
+from common.tokenizer import Tokenizer
+from helpers_models import write_adapters
+from methods.gates import GatesRun, train_gates
+from methods.lora_retriever import RetrieverRun, train_retriever
+from methods.lorahub import LorahubRun, train_lorahub
+from methods.ramole import RouterRun, train_router
+from model import load_llama
+from moe_lora import MeteoraGate, OwnGate, attach
+from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
+from tasks.folders import encode
+from training.adapters import AdaptersRun, train_adapters
+from training.base import BaseRun, train_base
+
+# Two tasks that a random base can learn: each always gives one answer, on words that the other never sees.
+ANSWERS = {"animals": "the lazy dog", "plurals": "mouse"}
+WORDS = {
+    "animals": ["quick", "brown", "fox", "jumps", "over", "lazy"],
+    "plurals": ["what", "is", "plural", "sort", "these", "words"],
+}
+KINDS = ("adapters", "top1", "top2", "base")
+PAIRS = list(itertools.product(WORDS["animals"], WORDS["plurals"]))
+TEXT = "\n\n".join(f"[{b}] the {a} fox [/{b}]\njumps over the {b} dog, {a} and {b}." for a, b in PAIRS) + "\n"
+COMMANDS = {
+    AdaptersRun: ("adapters", train_adapters), GatesRun: ("gates", train_gates), BaseRun: ("base", train_base),
+    LorahubRun: ("lorahub", train_lorahub), RetrieverRun: ("retriever", train_retriever),
+    RouterRun: ("router", train_router),
+}  # fmt: skip
+
+
+def prompts(name, count, seed=0):
+    rng = random.Random(f"{seed}/{name}")
+    return [" ".join(rng.choices(WORDS[name], k=rng.randint(2, 7))) for _ in range(count)]
+
+
+def write_tasks(folder, names=tuple(ANSWERS), count=11):
+    """Task folders of `count` training examples and five held-out ones."""
+    for name in names:
+        rows = [{"prompt": p, "response": ANSWERS[name]} for p in prompts(name, count + 5)]
+        write_json(folder / name / "task.json", {"metric": "exact_match"})
+        write_jsonl(folder / name / "train.jsonl", rows[:count])
+        write_jsonl(folder / name / "test.jsonl", rows[count:])
+    return folder
+
+
+def write_random_pool(folder, model, names=tuple(ANSWERS)):
+    llama = load_llama(model)
+    adapters = write_adapters(folder / "adapters", llama, names)
+    write_pool(PoolFolder(folder, adapters, llama.fingerprint, TEMPLATE))
+    return folder
+
+
+def options(kind, model, out, **more):
+    """A small run of each kind that writes into `out`; its tasks and text lie beside it."""
+    out = Path(out)
+    tasks = write_tasks(out.parent / "tasks")
+    paths = {"model": str(model), "tasks": str(tasks), "pool": str(out)}
+    shared = paths | {"steps": 5, "save_every": 2, "lr": 1e-2}
+    if kind == "adapters":
+        return AdaptersRun(**shared | {"batch_size": 2, "r": 3, "alpha": 5.0, "dropout": 0.25} | more)
+    if kind == "base":
+        (out.parent / "text.txt").write_text(TEXT)
+        sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 307, "block_size": 13, "batch_size": 5, "compile": False}
+        paths = {"model": str(out), "text": str(out.parent / "text.txt")}
+        return BaseRun(**paths | sizes | {"steps": 5, "save_every": 2} | more)
+    write_random_pool(out, model)
+    if kind == "lorahub":
+        return LorahubRun(**paths | {"steps": 4} | more)
+    return GatesRun(**shared | {"top_k": int(kind[-1]), "batch_size": 3} | more)
+
+
+def run(o, **more):
+    o = dataclasses.replace(o, **more)
+    COMMANDS[type(o)][1](o)
+
+
+def run_folder(o):
+    if isinstance(o, GatesRun):
+        return Path(o.pool) / "runs" / f"gates_top{o.top_k}"
+    return Path(o.model) / "runs" / "base" if isinstance(o, BaseRun) else Path(o.pool) / "runs" / "adapters"
+
+
+def contents(o):
+    """{path: what is in it} of all that a run left, but the options (which name the folder itself)."""
+    home = Path(o.model if isinstance(o, BaseRun) else o.pool)
+    files = [f for f in sorted(home.rglob("*")) if f.is_file() and f != run_folder(o) / "config.json"]
+    return {str(f.relative_to(home)): file_contents(f) for f in files}
+
+
+def file_contents(file):
+    """Bytes; of safetensors every tensor's bytes and the metadata, which the library writes in any order."""
+    if file.suffix != ".safetensors":
+        return file.read_bytes()
+    tensors, metadata = read_safetensors(file)
+    raw = {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return metadata | {name: (t.dtype, tuple(t.shape), raw[name]) for name, t in tensors.items()}
+
+
+def assert_same(o, expected):
+    found = contents(o)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def argv(o):
+    """The command line of a run."""
+    args = [COMMANDS[type(o)][0]]
+    for name, value in dataclasses.asdict(o).items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            args.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            args += [f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
+    return args
+
+
+def main(monkeypatch, *args):
+    """train.py's main() in this process: InputError is what the command would print as one line."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    train.main()
+
+
+def tensors_of(folder, name):
+    return read_safetensors(Path(folder) / "adapters" / name / "adapter_model.safetensors")[0]
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
+
+
+def pool_in_model(small_model, tmp_path, gates=None):
+    """A model with two random adapters behind an OwnGate or the given gates (a function of the pool)."""
+    model = load_llama(small_model)
+    shapes = linear_shapes(model)
+    folders = write_adapters(tmp_path / "random", model, tuple(ANSWERS))
+    pool = Pool.of([load_adapter(f, name, shapes) for name, f in folders.items()], shapes)
+    gate = gates(pool) if gates else OwnGate()
+    attach(model, pool, gate)
+    return model, pool, gate
+
+
+def examples(model, count, held_out=False):
+    tokenizer = Tokenizer(model)
+    rows = [(n, {"prompt": p, "response": ANSWERS[n]}) for n in ANSWERS for p in prompts(n, count, seed=int(held_out))]
+    return [encode(tokenizer, TEMPLATE, row, name) for name, row in rows]
+
+
+def meteora_gates_of(k):
+    def make(pool):
+        generator = torch.Generator().manual_seed(3)
+        weights = {p: torch.randn(pool.capacity, A.shape[2], generator=generator) * 0.2 for p, A in pool.A.items()}
+        return {p: MeteoraGate(G, k) for p, G in weights.items()}
+
+    return make

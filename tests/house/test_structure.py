@@ -1,0 +1,200 @@
+"""The shape of the project: who may import whom, nothing at import, help for every option, honest requirements."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+
+from common.options import build_parser
+from helpers_commands import ROOT, command
+
+# From the bottom up: a module imports only modules above it in this list.
+ORDER = [
+    *("common.files", "common.options", "fast.compiled", "fast.matmul", "model", "common.tokenizer", "kernels"),
+    *("tasks.metrics", "common.pictures", "pool.adapters", "moe_lora", "pool.gate_files", "pool.retriever"),
+    *("tasks.tiny", "tasks.folders", "methods.baselines", "methods.session", "generate", "evaluation.composites"),
+    *("training.loop", "training.base", "training.adapters", "methods.gates", "methods.lorahub"),
+    *("methods.lora_retriever", "methods.ramole", "train", "eval", "evaluation.peers", "evaluation.timed", "bench"),
+]
+ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
+MODULES = sorted(
+    [file.stem for file in ROOT.glob("*.py")]
+    + [f"{room}.{file.stem}" for room in ROOMS for file in (ROOT / room).glob("*.py") if file.stem != "__init__"]
+)
+PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through evaluation/peers.py
+OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub", "sentence_transformers", *PEERS}
+ORACLES = {"transformers", "peft", "accelerate", "datasets"}
+# Dataclasses that are command lines: script and command -> class.
+COMMANDS = {
+    ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
+    ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
+    ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
+    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench", ("bench.py", "decode"): "DecodeBench",
+    ("bench.py", "prefill"): "PrefillBench", ("bench.py", "train"): "TrainBench",
+}  # fmt: skip
+
+
+def path_of(module):
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def tree(module):
+    return ast.parse(path_of(module).read_text("utf-8"))
+
+
+def imports(nodes):
+    """What the nodes import: modules of ours as {"common.files", ...}, of others the top-level name {"torch", ...}."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {ours_or_top(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "no relative imports: a file can be read alone"
+            found |= {ours_or_top(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def ours_or_top(module, name=""):
+    """("common", "files") -> "common.files", ("pool.adapters", "Pool") -> "pool.adapters", ("torch",) -> "torch"."""
+    known = [path for path in (f"{module}.{name}", module) if path in MODULES]
+    return known[0] if known else module.partition(".")[0]
+
+
+def all_imports(module):
+    """Also those inside functions and those by importlib.import_module("...")."""
+    nodes = list(ast.walk(tree(module)))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "import_module"]
+    texts = {ours_or_top(a.value) for c in calls for a in c.args if isinstance(a, ast.Constant)}
+    return imports(nodes) | texts
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_upwards(module):
+    """Without it model.py comes to know of LoRA, two files need each other, and none can be read alone."""
+    assert module in ORDER, f"{module}: a new file needs a place in ORDER: which files may it build on?"
+    below = all_imports(module) & set(ORDER[ORDER.index(module) :])
+    assert not below, f"{module} imports {sorted(below)}, which stand below it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_written_from_scratch(module):
+    """Without it a convenient import makes the project a wrapper of the libraries that its tests compare it with.
+    evaluation/peers.py is there to time them."""
+    assert not all_imports(module) & ORACLES or module == "evaluation.peers"
+
+
+def test_oracles_are_not_needed(small_model):
+    """Without it a library that torch or tokenizers would import in passing could become needed unseen."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(ORACLES)!r}))\n"
+        f"import generate; mole = generate.load({str(small_model)!r}); print(len(generate.answer(mole, 'the fox')))"
+    )
+    done = python(code)
+    assert done.returncode == 0 and done.stdout.strip().isdigit(), done.stderr
+
+
+def python(code):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+
+
+def test_no_file_shadows_a_library():
+    """Without it a file beside the scripts hides a library of its name: a script's folder comes first on sys.path."""
+    libraries = {"tokenizers", "peft", "datasets", "evaluate"} | set(sys.stdlib_module_names) | requirements().keys()
+    assert not {*ROOMS, *(file.stem for file in ROOT.glob("*.py"))} & libraries
+
+
+IMPORT_ALL = """
+import contextlib, io, os, random, signal, sys, threading
+import numpy, torch
+def state():
+    return {"threads": threading.active_count(), "folder": os.getcwd(), "environment": dict(os.environ),
+            "files": sorted(os.listdir()), "path": list(sys.path), "argv": list(sys.argv),
+            "random": random.getstate(), "torch random": torch.get_rng_state().tolist(),
+            "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
+            "torch threads": torch.get_num_threads(), "matmul": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]}
+for name in sys.argv[1:]:
+    before = state()
+    __import__(name)
+    for key, value in state().items():
+        if value != before[key]:
+            print(name, "changes", key)
+"""
+
+
+def test_importing_has_no_effects(tmp_path):
+    """Without it `import generate` in somebody's notebook reads the command line, seeds or prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *MODULES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+def test_help_explains_every_option(line):
+    """Without it --help is a traceback, or an option stands there without a word on what it does."""
+    cls = getattr(import_module(line[0].removesuffix(".py").replace("/", ".")), COMMANDS[line])
+    done = command(*line, "--help")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    shown = re.sub(r"\s+", "", done.stdout)
+    actions = {action.dest: action for action in build_parser(cls, "test")._actions}
+    for field in fields(cls):
+        text = actions[field.name].help.replace("%%", "%")
+        assert re.sub(r"\s*\(default: .*\)$", "", text), f"{cls.__name__}.{field.name} has no comment beside it"
+        assert (
+            f"--{field.name.rstrip('_')}" in done.stdout.split()
+            or f"--{field.name.rstrip('_')}," in done.stdout.split()
+        )
+        assert re.sub(r"\s+", "", text) in shown, field.name
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *MODULES,
+        *(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sorted((ROOT / "tests").rglob("*.py"))),
+    ],
+)
+def test_first_line_says_what_it_is(module):
+    """Without it a reader opens a file and has to infer from its code what it is for."""
+    assert (ast.get_docstring(tree(module)) or "").strip()
+    first = path_of(module).read_text("utf-8").splitlines()[0]
+    assert re.fullmatch(r'""".{20,}', first), first
+
+
+def requirements():
+    """{package: the rest of its line} of requirements.txt."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    found = [re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line) for line in lines if line and not line.startswith("-")]
+    return {m[1].lower().replace("-", "_"): m[2] for m in found}
+
+
+def test_requirements_name_what_is_imported():
+    """Without it a fresh environment fails at the first import, or installs what nobody uses."""
+    named = requirements().keys()
+    ours, standard = {*MODULES, *ROOMS}, set(sys.stdlib_module_names)
+    needed = set().union(*(imports(tree(module).body) for module in MODULES)) - ours - standard
+    inside = set().union(*(all_imports(module) for module in MODULES)) - ours - standard
+    assert needed <= named, f"imported at the top of a file but not named: {sorted(needed - named)}"
+    assert needed.isdisjoint(OPTIONAL), "optional libraries are imported where they are used"
+    assert inside <= named | OPTIONAL | {"jinja2"}, sorted(inside - named - OPTIONAL)  # torch brings jinja2
+    assert named <= inside | {"jinja2"}, f"named but not imported: {sorted(named - inside)}"
+
+
+def test_requirements_bound_torch():
+    """Without it pip takes a torch that nobody tried these files with."""
+    assert re.search(r">=\s*2\.\d+", requirements()["torch"]) and "<" in requirements()["torch"]

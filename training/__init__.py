@@ -1,0 +1,1 @@
+"""What trainers share, and the training of a base and of adapters."""

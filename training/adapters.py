@@ -1,0 +1,206 @@
+"""`train.py adapters`: a LoRA for each task, all in one run; or one adapter over all tasks, to compare with.
+
+The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every sample, or every
+question and answer of a composite, runs through its own adapter.
+"""
+
+import hashlib
+import math
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.files import InputError
+from common.tokenizer import Tokenizer
+from evaluation.composites import check_composite, compose
+from model import DTYPES, find_device, load_llama
+from moe_lora import OwnGate, attach
+from pool.adapters import (
+    TEMPLATE,
+    Adapter,
+    Pool,
+    PoolFolder,
+    is_pool,
+    linear_shapes,
+    peft_config,
+    read_pool,
+    save_adapter,
+    write_pool,
+)
+from tasks.folders import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
+from training.loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class AdaptersRun(Run):
+    tasks: str = ""  # folder of task folders
+    pool: str = ""  # pool folder to write or add to
+    only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
+    joint: Literal["", "lora_f", "lora_b"] = ""  # one adapter instead: of all data as it is, or evenly of all tasks
+    name: str = ""  # what the joint adapter is called, default lora_f or lora_b
+    r: int = 8  # rank
+    alpha: float = 16.0  # scale is alpha / r
+    dropout: float = 0.1  # LoRA dropout
+    composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
+    late: float = 0.0  # share of the examples (questions) whose adapter starts at a random token, as behind gates
+    target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
+    template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
+    max_length: int = 512  # longer examples are left out; at most the model's context
+    samples: int = 20  # prompts kept beside each adapter for retrieval
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved adapters
+
+
+def train_adapters(o):
+    """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task, each sample uses
+    its own adapter, and each adapter gets the gradient and the clipping that it would get alone. In composites it also
+    learns from the answers behind its tokens.
+
+    With `joint` one adapter learns all tasks (MeteoRA's baselines LoRA-F and LoRA-B) from as many examples a step;
+    lora_b from the very same ones. It goes to POOL/baselines/NAME.
+    """
+    tasks = load_tasks(required(o, "tasks"), o.only)
+    check_composite(o.composite, o.batch_size * len(tasks))
+    folder = Path(required(o, "pool"))
+    if is_pool(folder) and not (folder / "pool.json").exists():
+        raise InputError(
+            f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
+        )
+    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    o.max_length = min(o.max_length, model.config.max_position_embeddings)
+    name = o.name or o.joint
+    checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), o, [*tasks, f"base {model.fingerprint}"])
+    if checkpoint.finished:
+        return finished(checkpoint)
+    known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=o.template)
+    check_pool(known, model, o, o.template)
+    shapes = linear_shapes(model)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, o.template, o.max_length)
+    targets = {path: shape for path, shape in shapes.items() if path.endswith(tuple(o.target))}
+    if unknown := [t for t in o.target if not any(path.endswith(f".{t}") for path in shapes)]:
+        raise InputError(f"--target {unknown[0]}: no such Linear, expected some of {', '.join(LINEARS)}")
+    learners = list(tasks.values())
+    if o.joint:
+        learners = [Task(name, "", [row for task in learners for row in task.train], [])]
+    if o.joint == "lora_f":
+        examples = {name: [x for some in examples.values() for x in some]}
+    pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets, device=model.head_weight.device)
+    gate = OwnGate()
+    attach(model, pool, gate, dropout=o.dropout)
+    model.train()
+    params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
+    count = o.batch_size * len(tasks) // len(examples)
+
+    def pick(step):
+        return [x for task, some in examples.items() for x in draw(some, task, step, count, o.seed)]
+
+    def step_loss(step):
+        picked = pick(step)
+        picked = compose(picked, tokenizer, o.template, step, o)
+        if o.joint:
+            picked = [Context([replace(part, task=name) for part in example.parts]) for example in picked]
+        return adapters_step(model, pool, gate, picked, o)
+
+    compile_blocks(model, o, pick(0))
+    fit(checkpoint, params, o, step_loss, clip_each)
+    if o.joint:
+        written = folder / "baselines" / name
+        save_adapter(trained(pool, name, o), written)
+    else:
+        written = f"{known.path / 'adapters'}/{{{','.join(tasks)}}}"
+        save_adapters(pool, tasks, model, known, o)
+    checkpoint.finish(written)
+
+
+def check_adapter_options(o):
+    """Raises InputError for what would end in a traceback, or in a pool that nothing can read."""
+    if o.name and not o.joint:
+        raise InputError("--name is the joint adapter's: it goes with --joint")
+    if o.name and not re.fullmatch(rf"{o.joint}[\w-]*", o.name):
+        raise InputError(f"--name is {o.name!r}, expected {o.joint} and letters, digits, - or _: it becomes a folder")
+    if o.joint and o.late:
+        raise InputError("--late is for adapters that gates choose among: leave it out with --joint")
+    if not 0 <= o.dropout < 0.99:
+        raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
+    if o.optimizer == "muon":
+        raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
+    if not 0 <= o.late <= 1:
+        raise InputError(f"--late is {o.late}, expected 0 to 1")
+    if not math.isfinite(o.alpha) or o.alpha <= 0:
+        raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
+    if "{prompt}" not in o.template:
+        raise InputError(f"--template is {o.template!r}, expected a text that holds {{prompt}}")
+
+
+def new_adapter(task, targets, o):
+    """B zero, A uniform within 1/sqrt(i) as PEFT starts it, seeded by the name: the order of tasks changes nothing."""
+    seed = int.from_bytes(hashlib.sha256(f"{o.seed}/{task.name}".encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    A = {p: (torch.rand(o.r, i, generator=generator) * 2 - 1) / math.sqrt(i) for p, (_, i) in targets.items()}
+    B = {p: torch.zeros(out, o.r) for p, (out, _) in targets.items()}
+    alpha = int(o.alpha) if o.alpha == int(o.alpha) else o.alpha
+    config = peft_config(o.r, alpha, o.dropout, o.target, Path(o.model).resolve().name)
+    samples = random.Random(f"{o.seed}/{task.name}").sample(task.train, min(o.samples, len(task.train)))
+    return Adapter(task.name, A, B, dict.fromkeys(A, alpha / o.r), config, [row["prompt"] for row in samples])
+
+
+def adapters_step(model, pool, gate, picked, o):
+    """Forward and backward of one step; the loss is the sum over adapters of the mean over its response tokens."""
+    tokens = Counter()
+    for part in (part for example in picked for part in example.parts):
+        tokens[part.task] += len(part.ids) - part.n_prompt
+    total, device = 0.0, model.head_weight.device
+    for some in micro_batches(picked, o.micro_tokens):
+        batch = collate(some, device)
+        slots = batch.slots(pool)
+        on = slots >= 0  # (b, t)
+        if o.late:  # gates can't know the task from a prompt's first words
+            last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
+            starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
+            on = on & (batch.at >= starts[batch.part])
+        gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float(), model.model.compiled_step)
+        share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
+        loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
+        loss.backward()
+        total += loss.item()
+    return {"loss": total / sum(map(bool, tokens.values()))}
+
+
+def clip_each(stacks, limit):
+    """Clips each adapter's gradient by its own norm; stacks are (e, ., .). Returns the largest norm before."""
+    norms = torch.stack([s.grad.pow(2).sum((1, 2)) for s in stacks]).sum(0).sqrt()  # (e,)
+    if limit:
+        factor = (limit / (norms + 1e-6)).clamp(max=1.0)
+        for stack in stacks:
+            stack.grad.mul_(factor[:, None, None])
+    return float(norms.max())
+
+
+def check_pool(known, model, o, template):
+    """Raises InputError where a pool's adapters were made for another base or with another template than this run's."""
+    if known.fingerprint not in (None, model.fingerprint):
+        raise InputError(f"{known.path / 'pool.json'}: made for another base than {o.model} (fingerprint differs)")
+    if known.adapters and known.template != template:
+        raise InputError(f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}")
+
+
+def save_adapters(pool, tasks, model, known, o):
+    """Writes the adapters, then pool.json that names them beside those that were there."""
+    for name in tasks:
+        save_adapter(trained(pool, name, o), known.path / "adapters" / name)
+    adapters = known.adapters | {name: known.path / "adapters" / name for name in tasks}
+    write_pool(PoolFolder(known.path, adapters, model.fingerprint, o.template))
+
+
+def trained(pool, name, o):
+    """The pool's adapter `name` in the dtype it is saved in."""
+    adapter = pool.adapter(name)
+    for part in (adapter.A, adapter.B):
+        part.update({path: y.to(DTYPES[o.save_dtype]) for path, y in part.items()})
+    return adapter
