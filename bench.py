@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from common.devices import DTYPES, find_device
 from common.files import InputError, run_script, warn
 from common.options import numbers, parse_command
 from evaluation.peers import PEERS, HfDecoder, LlamaCpp, has
@@ -42,12 +43,13 @@ from evaluation.timed import (
     with_adapters,
     with_requests,
 )
-from fast.compiled import FEW, compile_function, of_any_length, possible
+from fast.compiled import MAX_DECODE_ROWS, can_compile, compile_function, mark_dynamic_tokens
+from fast.kernels import alloc_B, lora_mix
 from fast.matmul import linear
-from kernels import SPELLINGS, lora_mix, zero_B
-from model import DTYPES, KVCache, find_device
-from moe_lora import once
+from fast.moe_lora import once
+from kernels import BACKENDS
 from pool.adapters import linear_shapes
+from pool.load import compile_blocks
 
 
 @dataclass
@@ -145,7 +147,7 @@ def bandwidth(dtype, device):
     W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype, device=device)
     x, y = W[0].clone(), torch.empty(len(W), dtype=dtype, device=device)
     rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "mv": lambda: torch.mv(W, x, out=y)}
-    if possible(W.device):
+    if can_compile(W.device):
         sums = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
         rows["compiled"] = lambda: sums(W, x)
     return W.nbytes / min(min(times) for times in in_turn(rows, 9).values())
@@ -182,7 +184,7 @@ def processor():
 
 
 def bench_layer(o, limits):
-    """One Linear with its adapters: every spelling, by itself and in a compiled block, and how far auto's choice is
+    """One Linear with its adapters: every backend, by itself and in a compiled block, and how far auto's choice is
     from the best of them."""
     table, dtype = [], DTYPES[o.dtype]
     widths = [numbers("--width", width, comma="x") for width in o.width.split(",")]
@@ -198,7 +200,7 @@ def bench_layer(o, limits):
         W, x, A, B = (torch.randn(shape, generator=g).to(o.device, dtype) for shape in shapes)
         idx = torch.rand(n, e, generator=g).topk(k).indices.to(o.device)
         weight, scale = torch.full((n, k), 1 / k, device=o.device), torch.ones(e, device=o.device)
-        B = zero_B(e, out, o.r, device=o.device, dtype=dtype).copy_(B)  # laid out as a pool's
+        B = alloc_B(e, out, o.r, device=o.device, dtype=dtype).copy_(B)  # laid out as a pool's
         row = layer_row(o, x, W, A, B, scale, idx, weight)
         table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
         print(json.dumps(table[-1]), file=sys.stderr)
@@ -206,23 +208,23 @@ def bench_layer(o, limits):
 
 
 def layer_row(o, x, W, A, B, scale, idx, weight):
-    """Milliseconds {"Linear": ms, spelling: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
+    """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
     weights are in no cache: in a model the layers before have swept it."""
     rows, sweep = {"Linear": lambda: linear(x, W)}, torch.ones(2**25, device=x.device).sum
-    for spelling in SPELLINGS:
-        rows[spelling] = lambda spelling=spelling: lora_mix(x, A, B, scale, idx, weight, spelling)
-    if possible(x.device):
+    for backend in BACKENDS:
+        rows[backend] = lambda backend=backend: lora_mix(x, A, B, scale, idx, weight, backend)
+    if can_compile(x.device):
         torch._dynamo.reset()
-        of_any_length(x, idx, weight, few=len(x) <= FEW)
-        for spelling in ("auto", "bmm", "dense"):
+        mark_dynamic_tokens(x, idx, weight, decode=len(x) <= MAX_DECODE_ROWS)
+        for backend in ("auto", "bmm", "dense"):
             run = compile_function(
-                lambda *inputs, spelling=spelling: lora_mix(inputs[0], A, B, scale, *inputs[1:], spelling)
+                lambda *inputs, backend=backend: lora_mix(inputs[0], A, B, scale, *inputs[1:], backend)
             )
-            rows[f"{spelling}, compiled"] = lambda run=run: run(x, idx, weight)
+            rows[f"{backend}, compiled"] = lambda run=run: run(x, idx, weight)
     with torch.inference_mode():
         row = {name: spread(times)["ms"] for name, times in in_turn(rows, o.repeats, sweep).items()}
-    for kind in ("", ", compiled") if possible(x.device) else ("",):
-        best = min(row[spelling + kind] for spelling in SPELLINGS[1:] if spelling + kind in row)
+    for kind in ("", ", compiled") if can_compile(x.device) else ("",):
+        best = min(row[backend + kind] for backend in BACKENDS[1:] if backend + kind in row)
         row[f"auto / best{kind}"] = row[f"auto{kind}"] / best
     return row
 
@@ -239,16 +241,16 @@ def bench_decode(o, limits):
         rows[name], facts[name] = run, (b, size)
 
     def both(name, model):
-        model.model.compile()
+        compile_blocks(model, True, saves=0, costs=0)
         row(name, Decoder(model, one, o.tokens), 1, bytes_read(model))
         row(f"{name}, batch", Decoder(model, many, o.tokens), o.batch_size)
 
     both("base", base)
     for e in pool_sizes(o):
         both(f"{e} adapters", with_adapters(o, e, folder=o.pool))
-    for spelling in ("auto", "loop"):
-        model = with_adapters(o, e, spelling, o.pool)
-        row(f"{e} adapters, {spelling}, not compiled", Decoder(model, one, o.tokens))
+    for backend in ("auto", "loop"):
+        model = with_adapters(o, e, backend, o.pool)
+        row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, o.tokens))
     if o.requests:
         ids = prompts(o, o.requests, o.context, base.config.vocab_size)
         row(f"{o.requests} requests, base", Decoder(base, ids, o.tokens), o.requests, bytes_read(base))
@@ -279,19 +281,19 @@ def bench_prefill(o, limits):
     def prefill(model):
         @torch.inference_mode()
         def run():
-            cache = KVCache(model.config, *ids.shape, model.head_weight.dtype, ids.device)
+            cache = model.new_cache(*ids.shape)
             return model.head(model.model(ids, cache)[:, -1])
 
         return run
 
-    base.model.compile()
+    compile_blocks(base, True, saves=0, costs=0)
     rows = {"base": prefill(base)}
     for e in pool_sizes(o):
         model = with_adapters(o, e, folder=o.pool)
-        model.model.compile()
+        compile_blocks(model, True, saves=0, costs=0)
         rows[f"{e} adapters"] = prefill(model)
-    for spelling in ("auto", "loop"):
-        rows[f"{e} adapters, {spelling}, not compiled"] = prefill(with_adapters(o, e, spelling, o.pool))
+    for backend in ("auto", "loop"):
+        rows[f"{e} adapters, {backend}, not compiled"] = prefill(with_adapters(o, e, backend, o.pool))
     for name, model, options in hf_models(o, e):
         rows[name] = HfDecoder(model, ids, **options(1)).prefill
     if o.gguf:
@@ -313,7 +315,7 @@ def bench_train(o, limits):
     learners = {f"{o.e} adapters": adapters_trainer}
     if o.peers and has("peft"):
         learners["transformers + peft, one by one"] = one_adapter_trainer
-    gates = {f"gates of {o.gated}, {name}": partial(gates_trainer, spelling=name) for name in ("auto", "loop")}
+    gates = {f"gates of {o.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")}
     table = []
     for group in (learners, gates):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
         rows = {name: Apart(make, o) for name, make in group.items()}

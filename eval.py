@@ -28,19 +28,23 @@ from tqdm import tqdm
 from common.files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
 from common.options import numbers, parse_args
 from common.tokenizer import check_ids
+from decoding.loop import decode
+from decoding.prompts import by_length, encode_prompt
+from decoding.sampling import Sampling, check_values
 from evaluation.composites import (
     answer_composites,
     choose_temperature,
-    composites,
     draw_composite,
     encode_spans,
     score_composites,
 )
-from generate import TINY, Sampling, by_length, check_values, decode, encode_prompt
+from methods.gates import GateLoss
 from methods.session import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
-from moe_lora import GateLoss, attached
+from moe_lora import attached
+from pool.load import TINY
 from pool.retriever import sentence_encoder
 from tasks import tiny as tiny_tasks
+from tasks.composites import composites
 from tasks.folders import Task, collate, encode, load_tasks, micro_batches
 from tasks.metrics import score, score_meteora, signature
 

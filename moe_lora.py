@@ -1,20 +1,38 @@
-"""The gated multi-LoRA Linear, MeteoRA's gate, RAMoLE's router, fixed mixtures, attach and detach, recorder, gate loss.
+"""The gated multi-LoRA Linear, the protocol of gates, MeteoRA's gate, fixed mixtures, attach and detach, the recorder.
 
-    y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x
+    y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x                     (MeteoRA, section 3)
 
-Everything in this project is a way to choose the k adapters and their weights, so there is one Linear, one kernel
-operation and one small protocol for whatever chooses:
+Everything in this project is a way to choose the k adapters and their weights, so there is one Linear, one operation
+(kernels.py), and one small protocol for whatever chooses:
 
-    gate(x: (n, i), sample: (n,) int64, ax: callable -> (n, e, r)) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
+    gate(x: (n, i), sample: (n,) int64, ax: callable) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
 
-`sample` is the row of the batch that a token belongs to, `ax()` gives A x of all adapters, computed once and shared
-with the dense kernel, `ax(idx)` that of k adapters a token, (n, k, r). Unused slots weigh 0. To try a gate of your own,
-write an nn.Module with that forward and attach it. Only where adapters are trained each token's one adapter is known in
-advance: there the gate gives a kernels.Own.
+`sample` is the row of the batch that each token belongs to (in training, which of the packed sequences). `ax()` is A x
+of all adapters (n, e, r), computed at its first call; `ax(idx)` is that of k adapters a token, (n, k, r). A choice that
+a token doesn't need weighs 0; its idx is any valid slot. To try a gate of your own, write an nn.Module with that
+forward and attach it. Two class attributes tell fast/ what it can't see:
 
-Letters, here and everywhere: b batch, t positions, n tokens (b*t, flattened), e adapter slots in the pool, k adapters
-a token uses, r rank, i/o in/out features of a Linear, v vocabulary, m gated Linears. W base weight (o, i), A (e, r, i),
-B (e, o, r), G gate weight (e, i), scale (e,).
+    per_batch    names of the gate's tensors whose first axis is the batch's rows or tokens, set anew for each batch
+    sequential   True where it carries something from one Linear to another, or to a later step: it is run as it stands
+
+The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and pool.scale are
+{module path: tensor}, pool.slot(name) is an adapter's place in them.
+
+Letters, here and everywhere (shapes as in PyTorch's Linear, out features first):
+
+    letter     papers' symbol      what it is                                     shape
+    b, t, n                        batch, positions, tokens (b*t, flattened)
+    e          N                   adapter slots in the pool
+    k          k                   adapters that a token uses
+    r          r                   rank
+    i, o       h_in, h_out         in and out features of a Linear
+    v, m                           vocabulary; gated Linears of the model
+    W          W_0                 the base's weight                              (o, i)
+    A          A_j                 the adapters' first factors                    (e, r, i)
+    B          B_j                 the adapters' second factors                   (e, o, r)
+    scale      alpha / r           what an adapter's B A is multiplied with       (e,)
+    G          W_gate              MeteoRA's gate                                 (e, i)
+    weight     w_j                 a token's weights of its k adapters            (n, k)
 """
 
 from typing import NamedTuple
@@ -23,315 +41,187 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast.compiled import FEW, at_most, of_any_length
-from fast.matmul import linear
-from kernels import Own, accumulate, ax_of, choose, compute_ax, lora_mix, lora_own, one_hot, top_k_mixture
+from kernels import compute_ax, lora_mix
 
 
 class Mixture(NamedTuple):
-    idx: torch.Tensor  # (n, k) int64
+    """What a gate answers: for each token the k adapters that it uses, and their weights."""
+
+    idx: torch.Tensor  # (n, k) int64, slots of the pool
     weight: torch.Tensor  # (n, k) float32
 
 
 class MultiLoRALinear(nn.Module):
-    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says."""
+    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says. A, B and scale are the pool's
+    own tensors; token_rows, the model's, knows each token's row."""
 
-    def __init__(self, base, A, B, scale, gate, spelling="auto", dropout=0.0, rows=None):
+    def __init__(self, base, A, B, scale, gate, token_rows=None, backend="auto", dropout=0.0):
         super().__init__()
-        self.base, self.A, self.B, self.scale, self.rows = base, A, B, scale, rows  # A, B, scale belong to the pool
-        self.gate, self.spelling, self.dropout = gate, spelling, dropout
-        self.trace = None  # (n max, e), a Recorder's, while someone is looking
+        self.base = base
+        self.A, self.B, self.scale = A, B, scale
+        self.gate = gate
+        self.token_rows = token_rows
+        self.backend = backend
+        self.dropout = dropout
+        self.trace = None  # (max_n, e), set by a Recorder
 
     def forward(self, x):
-        y = self.base(x)  # (n, o); a Linear by itself takes (b, t, i) as well
-        inside = self.rows and y.dim() == 2
-        x, sample = x.reshape(-1, x.shape[-1]), self.rows.sample if inside else rows_of(y)
-        ax = AX(x, self.A, lambda: compute_ax(x, self.A)[0])
-        return self.add(y, x, ax, self.gate(x, sample, ax))
+        """x (n, i) when the model calls it, (b, t, i) when it is called alone -> (n, o) or (b, t, o)."""
+        y = self.base(x)
+        sample = self.rows_of(x)  # (n,)
+        x = x.reshape(-1, x.shape[-1])  # (n, i)
+        ax = AX(x, self.A)
+        mixture = self.gate(x, sample, ax)
+        self.record(mixture)
+        if self.dropout and self.training:  # LoRA dropout: base and gate have seen x without it
+            x = F.dropout(x, self.dropout)
+            ax = None  # it was computed from x without dropout
+        return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
 
-    def add(self, y, x, ax, mixture):
-        """y and what the chosen adapters make of x."""
-        own = isinstance(mixture, Own)
-        idx, weight = mixture.of_each_token() if own else mixture
+    def rows_of(self, x):
+        """The row of the batch that each token belongs to: (n,) int64."""
+        if self.token_rows is not None and x.dim() == 2:
+            return self.token_rows.sample
+        return torch.arange(len(x), device=x.device).repeat_interleave(x[0].numel() // x.shape[-1])
+
+    def record(self, mixture):
+        """Writes the mixture's weights down for a Recorder, where there is one."""
         if self.trace is not None:
-            self.trace[: len(x)].zero_().scatter_add_(1, idx, weight.detach())
-        if self.dropout and self.training:  # LoRA dropout sees only what the adapters see
-            x, ax = dropout(x, self.dropout), None
-        if own and self.spelling == "auto":
-            return y + lora_own(x, self.A, self.B, self.scale, mixture).view(y.shape)
-        return y + lora_mix(x, self.A, self.B, self.scale, idx, weight, self.spelling, ax).view(y.shape)
-
-    @staticmethod
-    def together(linears, x):
-        """Linears of one input x (n, i) in a compiled block -> [(n, o), ...]: their A x is one product, and so are
-        their gates' logits where these are MeteoRA's."""
-        if any(type(module) is not MultiLoRALinear for module in linears):
-            return [module(x) for module in linears]
-        sample, inner = linears[0].rows.sample, [getattr(module.gate, "inner", module.gate) for module in linears]
-        every_ax = once(lambda: compute_ax(x, *(module.A for module in linears)))
-        shared = all(type(gate) is MeteoraGate for gate in inner)
-        mixtures, ys = MeteoraGate.together(inner, x) if shared else [], []
-        for j, module in enumerate(linears):
-            ax = AX(x, module.A, lambda j=j: every_ax()[j])
-            chosen = mixtures[j : j + 1]
-            if not chosen or module.gate is not inner[j]:
-                chosen = [module.gate(x, sample, ax, *chosen)]
-            ys.append(module.add(module.base(x), x, ax, *chosen))
-        return ys
-
-
-def once(function):
-    """`function`, computed at its first call."""
-    kept = []
-
-    def call():
-        if not kept:
-            kept.append(function())
-        return kept[0]
-
-    return call
+            self.trace[: len(mixture.idx)].zero_().scatter_add_(1, mixture.idx, mixture.weight.detach())
 
 
 class AX:
-    """A x of all adapters (n, e, r), computed at the first call; of adapters idx (n, k), (n, k, r), where that reads
-    less by themselves."""
+    """A x, computed at the first call: () -> (n, e, r) of all adapters, (idx (n, k)) -> (n, k, r) of a token's k."""
 
-    def __init__(self, x, A, every):
-        self.x, self.A, self.every = x, A, once(every)
+    def __init__(self, x, A):
+        self.x, self.A = x, A
+        self.value = None
 
     def __call__(self, idx=None):
+        if self.value is None:
+            self.value = compute_ax(self.x, self.A)
         if idx is None:
-            return self.every()
-        if choose(self.x, self.A, idx.shape[1]) == "bmm":
-            return ax_of(self.x, self.A, idx)
-        return self.every().gather(1, idx[..., None].expand(-1, -1, self.A.shape[1]))
-
-
-def rows_of(y):
-    """Which row of y (b, ..., o) each of its tokens belongs to: (n,) int64."""
-    return torch.arange(y.shape[0], device=y.device).repeat_interleave(y[0].numel() // y.shape[-1])
-
-
-def dropout(x, p):
-    """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a CPU, where drawing
-    it takes as long as the adapters' products."""
-    cut = round(256 * p)
-    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
-    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
-    return x * keep * (256 / (256 - cut))
+            return self.value
+        return self.value.gather(1, idx[..., None].expand(-1, -1, self.value.shape[-1]))
 
 
 # Gates --------------------------------------------------------------------------------------------------------------
 
 
 class MeteoraGate(nn.Module):
-    """MeteoRA's gate: the top-k logits of G x, softmax over those k at a temperature. k = 1 has weight 1.
+    """MeteoRA's gate: the k largest of the logits G x, then a softmax over these k. With k = 1 the weight is 1.
 
-    `known` (e,) bool marks the slots that G was trained for, None is all; the others are never chosen. Where fewer than
-    k are known, the rest of a token's slots weigh 0. With `keep_logits` `logits` (n, e) are the last forward's. With
-    `full` the k keep their weights of a softmax over all, as in a mixture of experts: k = 1 learns from the LM loss.
+    known        (e,) bool, the slots that G was trained for; the others are never chosen. None: all. Where fewer than k
+                 are known, a token's remaining choices weigh 0
+    full         softmax over all e first, then keep k of them as they are, as in a mixture of experts
+    keep_logits  keep the last forward's logits (n, e) in `logits`, for a loss on them
     """
 
     def __init__(self, G, k, temperature=1.0, known=None, full=False):
         super().__init__()
-        self.weight, self.k, self.temperature, self.full = nn.Parameter(G), k, temperature, full  # G (e, i)
+        self.weight = nn.Parameter(G)  # G (e, i); gate files say weight
+        self.k = k
+        self.temperature = temperature
+        self.full = full
         self.register_buffer("known", None if known is None or known.all() else known, persistent=False)
-        self.keep_logits, self.logits = False, None
+        self.keep_logits = False
+        self.logits = None
 
     def forward(self, x, sample, ax):
-        return self.together([self], x)[0]
-
-    @staticmethod
-    def together(gates, x):
-        """[Mixture] of gates of one input: one product, one choice."""
-        first = gates[0]
-        if at_most(x.shape[0], FEW):  # joined by the compiler, without a copy of the weights
-            logits = torch.stack([linear(x, gate.weight, dtype=torch.float32) for gate in gates], 1)
-        else:
-            logits = linear(x, torch.cat([gate.weight for gate in gates]), dtype=torch.float32)
-            logits = logits.unflatten(-1, (len(gates), -1))  # (n, gates, e)
-        if first.known is not None:
-            logits = logits.masked_fill(~first.known, float("-inf"))
-        for gate, some in zip(gates, logits.unbind(1), strict=True):
-            if gate.keep_logits:
-                gate.logits = some
-        idx, weight = top_k_mixture(logits, min(first.k, logits.shape[-1]), first.temperature)
-        if first.full:
-            weight = (logits / first.temperature).softmax(-1).gather(-1, idx)
-            return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
-        # the constant 1 by itself, so that nothing upstream waits for a gradient that is zero
-        weight = weight if first.k > 1 else torch.ones_like(weight)
-        return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
-
-
-class RouterLoRA(nn.Module):
-    """RAMoLE's router for one Linear: weighs the adapters retrieved for a request, token by token (Eqs. 6 to 11).
-
-        q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j,   weight = softmax over the retrieved j of <q, key_j> / d
-
-    A_r (r_q, i) and B_r (o, r_q) are all that trains, so an adapter that joins later needs nothing. <q, key_j> is
-    q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full output is formed to be scored.
-    `divisor` d is sqrt(r_q) by default, `scaled` says whether s_j is part of the scored v_j; what the paper does in
-    either case isn't certain. `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates: the bias is
-    added to the scores, -inf where a row has fewer. With a `prior` it is the retrieval score over that temperature, so
-    that a router that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
-    """
-
-    def __init__(self, A, B, divisor=None, scaled=True, prior=0.0):
-        super().__init__()
-        self.A, self.B, self.scaled, self.prior = nn.Parameter(A), nn.Parameter(B), scaled, prior
-        self.divisor = divisor or len(A) ** 0.5
-        self.inner = self.idx = self.bias = self.stacks = None  # no buffers: they are the pool's and the batch's
-
-    def bind(self, B, scale):
-        """The pool's stacks of this Linear, B (e, o, r), scale (e,); called again where they have changed."""
-        self.stacks = (B, scale)
-        inner = None if self.training else self._inner().detach()
-        if self.inner is None or inner is None or self.inner.shape != inner.shape:
-            self.inner = inner
-        else:  # in place: a compiled or captured step holds it
-            self.inner.copy_(inner)
-
-    def _inner(self):
-        """(e, r_q, r) float32."""
-        B, scale = self.stacks
-        inner = torch.einsum("oq,eor->eqr", self.B.to(accumulate(B)), B.to(accumulate(B)))
-        return inner * scale[:, None, None].to(inner.dtype) if self.scaled else inner
-
-    def forward(self, x, sample, ax):
-        inner = self._inner() if self.inner is None else self.inner
-        idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
-        q = linear(x, self.A, dtype=inner.dtype)  # (n, r_q)
-        a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
-        if self.inner is None:  # training
-            inner = (one_hot(idx, len(inner), inner.dtype) @ inner.flatten(1)).unflatten(-1, inner.shape[1:])
-        else:
-            inner = inner[idx]
-        key = (inner * a.to(inner.dtype)[:, :, None]).sum(-1)  # (n, k, r_q)
-        score = (key * q[:, None]).sum(-1) / self.divisor + bias
-        weight = torch.exp(score - score.amax(-1, keepdim=True).clamp(min=-3e38))  # no row is NaN
-        return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
-
-
-def router_loras(pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0):
-    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights even at the start;
-    were both zero, neither would get a gradient."""
-    generator, routers = torch.Generator().manual_seed(seed), {}
-    for path, A in pool.A.items():
-        i, o = A.shape[2], pool.B[path].shape[1]
-        A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
-        routers[path] = RouterLoRA(A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior)
-        routers[path].bind(pool.B[path], pool.scale[path])
-    return routers
-
-
-class LogoProbe(nn.Module):
-    """LoGo's look at one Linear: no token uses an adapter, and `score` (e,) is what each would make of the last token,
-    ||s B A x|| or, with logo_entropy, 1 / entropy of softmax(s B A x)."""
-
-    def __init__(self, B, scale, method="logo"):
-        super().__init__()
-        self.B, self.scale, self.method, self.score = B, scale, method, None
-
-    def forward(self, x, sample, ax):
-        a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
-        v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
-        entropy = -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)
-        self.score = v.norm(dim=-1) if self.method == "logo" else 1 / entropy.clamp(min=1e-6)
-        nothing = torch.zeros(len(x), 1, device=x.device)
-        return Mixture(nothing.long(), nothing)
+        logits = F.linear(x.float(), self.weight.float())  # (n, e)
+        if self.known is not None:
+            logits = logits.masked_fill(~self.known, float("-inf"))
+        if self.keep_logits:
+            self.logits = logits
+        top, idx = logits.topk(min(self.k, logits.shape[-1]), dim=-1)  # (n, k), the largest first
+        if self.full:
+            return Mixture(idx, (logits / self.temperature).softmax(-1).gather(-1, idx))
+        if self.k == 1:  # a softmax over one is 1, its gradient 0: the LM loss can't train G, a loss on logits can
+            return Mixture(idx, torch.ones_like(top))
+        return Mixture(idx, ((top - top[:, :1]) / self.temperature).softmax(-1))  # no overflow at a low temperature
 
 
 class SampleGate(nn.Module):
-    """The same mixture for every token of a sample: one named adapter, uniform, the base alone (weight 0).
+    """The same mixture for every token of a row: for example one adapter, several of equal weight, none (weight 0).
 
-    idx (b, k) int64 and weight (b, k) float32 belong to the current batch; rows where routed (b,) is True ask `inner`,
-    another gate, instead. So one batch serves requests with a fixed adapter beside requests that choose per token.
-    Where `inner` is None one SampleGate can serve all Linears. With `each_token` idx and weight are (b*t, k), and the
-    mixture is fixed for each token of the next forward.
+    set() gives the mixtures of the current batch. Rows where `routed` is True ask `inner`, another gate, instead: so
+    one batch serves requests with a fixed adapter beside requests that choose per token. Where `inner` is None one
+    SampleGate can serve all Linears.
     """
+
+    per_batch = ("idx", "weight", "routed")
 
     def __init__(self, inner=None):
         super().__init__()
-        self.inner, self.idx, self.weight, self.routed, self.each_token = inner, None, None, None, False
-        self.some = self.every = False  # routed.any(), routed.all(), read once for all Linears
+        self.inner = inner
+        self.set(None, None)
 
     def set(self, idx, weight, routed=None, each_token=False):
-        self.idx, self.weight, self.routed, self.each_token = idx, weight, routed, each_token
-        self.some, self.every = routed is not None and bool(routed.any()), routed is not None and bool(routed.all())
-
-    def forward(self, x, sample, ax, chosen=None):
-        """`chosen` is the inner gate's Mixture where that is known already."""
-        if self.every:
-            return chosen or self.inner(x, sample, ax)
-        fixed = Mixture(self.idx, self.weight)
-        if not self.each_token:
-            fixed = Mixture(self.idx[sample], self.weight[sample])
-        if self.inner is None or not (torch.compiler.is_compiling() or self.some):  # compiled: one graph for both
-            return fixed
-        chosen = chosen or self.inner(x, sample, ax)
-        k = max(fixed.idx.shape[1], chosen.idx.shape[1])
-        fixed, chosen = (Mixture(*(F.pad(y, (0, k - y.shape[1])) for y in m)) for m in (fixed, chosen))
-        routed = self.routed[sample, None]  # (n, 1)
-        return Mixture(*(torch.where(routed, c, f) for c, f in zip(chosen, fixed, strict=True)))
-
-
-class OwnGate(nn.Module):
-    """Sends each token to one adapter that is known in advance, in training: set() for each forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.own = None
-
-    def set(self, slots, weight, compiled=None):
-        """slots (n,) int64, weight (n,) float32; see set_gates for `compiled`."""
-        self.own = Own.of(slots, weight)
-        if compiled:
-            of_any_length(*self.own)
+        """idx (b, k) int64, weight (b, k) float32, routed (b,) bool or None. With `each_token` idx and weight are
+        (n, k), a mixture for each token of the next forward."""
+        self.idx, self.weight = idx, weight
+        self.routed = routed
+        self.each_token = each_token
+        self.some_routed = routed is not None and bool(routed.any())  # read once, for all Linears
+        self.all_routed = routed is not None and bool(routed.all())
 
     def forward(self, x, sample, ax):
-        return self.own
+        if self.all_routed:
+            return self.inner(x, sample, ax)
+        if self.some_routed:
+            return self.select(self.inner(x, sample, ax), sample)
+        return self.fixed(sample)
+
+    def fixed(self, sample):
+        """The Mixture that the batch was set to."""
+        if self.each_token:
+            return Mixture(self.idx, self.weight)
+        return Mixture(self.idx[sample], self.weight[sample])
+
+    def select(self, chosen, sample):
+        """`chosen`, the inner gate's Mixture, for the routed rows, the fixed one for the others."""
+        fixed = self.fixed(sample)
+        k = max(fixed.idx.shape[1], chosen.idx.shape[1])
+        routed = self.routed[sample, None]  # (n, 1)
+        pairs = zip(chosen, fixed, strict=True)
+        return Mixture(*(torch.where(routed, pad_to(c, k), pad_to(f, k)) for c, f in pairs))
 
 
-def set_gates(gates, idx, weight, routed=None, each_token=False, compiled=None):
-    """SampleGate.set for all gates of a batch. For compiled blocks, which have graphs of their own for a size of 1, one
-    row is given as two."""
-    if compiled and not each_token:
-        rows = [y if y is None or len(y) > 1 else y.repeat(2, *[1] * (y.dim() - 1)) for y in (idx, weight, routed)]
-        of_any_length(*(y for y in rows if y is not None))
-        idx, weight, routed = rows
-    if compiled and each_token:
-        of_any_length(idx, weight)
-    for gate in gates:
-        gate.set(idx, weight, routed, each_token)
+def pad_to(y, k):
+    """y (n, at most k) -> (n, k), zeros behind."""
+    return F.pad(y, (0, k - y.shape[1]))
 
 
-def set_candidates(routers, idx, bias, compiled=None):
-    """Gives RouterLoRAs the candidates of a batch; see set_gates for `compiled`."""
-    if compiled:
-        idx, bias = (y if len(y) > 1 else y.repeat(2, 1) for y in (idx, bias))
-        of_any_length(idx, bias)
-    for router in routers:
-        router.idx, router.bias = idx, bias
+class KnownAdapterGate(nn.Module):
+    """In training each token's one adapter is known in advance: set() before each forward."""
 
+    per_batch = ("idx", "weight")
 
-def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
-    """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for RouterLoRA."""
-    idx, bias = torch.zeros(len(retrieved), k, dtype=torch.int64), torch.full((len(retrieved), k), float("-inf"))
-    for row, pairs in enumerate(retrieved):
-        for column, (name, score) in enumerate(pairs):
-            idx[row, column], bias[row, column] = pool.slot(name), score / prior if prior else 0.0
-    return idx.to(device), bias.to(device)
+    def set(self, slots, weight):
+        """slots (n,) int64, weight (n,) float32."""
+        self.idx, self.weight = slots[:, None], weight[:, None]
+
+    def forward(self, x, sample, ax):
+        return Mixture(self.idx, self.weight)
 
 
 def fixed_rows(pool, choices, device=None):
-    """[{adapter name: weight}] one for each sample ({} is the base) -> idx (b, k), weight (b, k) for SampleGate."""
+    """[{adapter name: weight}], one a row ({}: no adapter) -> idx (b, k), weight (b, k) for SampleGate; what a shorter
+    row lacks is slot 0 at weight 0."""
     k = max([1, *map(len, choices)])
-    idx, weight = torch.zeros(len(choices), k, dtype=torch.int64), torch.zeros(len(choices), k)
+    idx = torch.zeros(len(choices), k, dtype=torch.int64)
+    weight = torch.zeros(len(choices), k)
     for row, choice in enumerate(choices):
         for column, (name, value) in enumerate(choice.items()):
-            idx[row, column], weight[row, column] = pool.slot(name), value
+            idx[row, column] = pool.slot(name)
+            weight[row, column] = value
     return idx.to(device), weight.to(device)
+
+
+def set_gates(gates, idx, weight, routed=None, each_token=False):
+    """SampleGate.set for all gates of a batch."""
+    for gate in gates:
+        gate.set(idx, weight, routed, each_token)
 
 
 def meteora_gates(pool, k, temperature=1.0, known=None, full=False):
@@ -344,92 +234,60 @@ def meteora_gates(pool, k, temperature=1.0, known=None, full=False):
 # Attach and detach --------------------------------------------------------------------------------------------------
 
 
-def attach(model, pool, gates, spelling="auto", dropout=0.0, make=MultiLoRALinear):
-    """Puts the pool into the model: each Linear it covers becomes a MultiLoRALinear, in place.
+def attach(model, pool, gates, backend="auto", dropout=0.0, make=None):
+    """Replaces each Linear of a Llama that the pool has adapters for by a MultiLoRALinear, in place.
 
-    gates: one gate for all, or {module path: gate}. `make` may be a subclass. Returns {module path: MultiLoRALinear}.
-    Raises ValueError where adapters are attached already.
+    gates: {module path: gate}, or one gate for all. `make`: the class to build, by default model.gated_linear where
+    fast/ has set one. Returns {module path: MultiLoRALinear}. Raises ValueError where adapters are attached already.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
+    make = make or getattr(model, "gated_linear", MultiLoRALinear)
     linears = {}
     for path in pool.A:
-        gate = gates[path] if isinstance(gates, (dict, nn.ModuleDict)) else gates
-        base, stacks = model.get_submodule(path), (pool.A[path], pool.B[path], pool.scale[path])
-        linears[path] = make(base, *stacks, gate, spelling, dropout, model.model.rows)
+        gate = gates[path] if isinstance(gates, dict) else gates
+        base = model.get_submodule(path)
+        stacks = pool.A[path], pool.B[path], pool.scale[path]
+        linears[path] = make(base, *stacks, gate, model.model.token_rows, backend, dropout)
         swap(model, path, linears[path])
     return linears
 
 
 def swap(model, path, module):
-    """Puts `module` where the model has another."""
+    """Sets the model's submodule at `path` to `module`, in the model's train or eval mode."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module.train(model.training))
 
 
 def attached(model):
     """{module path: MultiLoRALinear}, in module order."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, MultiLoRALinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
 
 
 def detach(model):
-    """Gives the model its own Linears back, untouched: whatever stands in for one keeps it as `base`."""
+    """Puts the model's own Linears back, untouched: whatever wraps one keeps it as `base`."""
     for path, module in list(model.named_modules()):
         if isinstance(getattr(module, "base", None), nn.Linear):
             swap(model, path, module.base)
 
 
-# Looking and training -----------------------------------------------------------------------------------------------
-
-
 class Recorder:
-    """Routing of the last forward, for whoever looks: with Recorder(model, n) as seen: ...; seen.read(n) -> (m, n, e).
+    """Records which adapters each token used: `with Recorder(model, max_n) as recorder:`, run the model on at most
+    max_n tokens, then recorder.read(n)."""
 
-    A tensor (n max, e) for each Linear, which the Linear holds, so that a compiled block needs no index and no list;
-    taken from the Linears on leaving.
-    """
-
-    def __init__(self, model, n):
-        self.linears = attached(model)
-        first = next(iter(self.linears.values()), None)
-        e, device = (first.A.shape[0], first.A.device) if first is not None else (0, None)
-        self.trace = [torch.zeros(n, e, device=device) for _ in self.linears]
-        if model.model.compiled_step:  # compiled
-            of_any_length(*self.trace)
+    def __init__(self, model, max_n):
+        self.linears = list(attached(model).values())
+        self.traces = [torch.zeros(max_n, len(linear.A), device=linear.A.device) for linear in self.linears]
 
     def __enter__(self):
-        for module, view in zip(self.linears.values(), self.trace, strict=True):
-            module.trace = view
+        for linear, trace in zip(self.linears, self.traces, strict=True):
+            linear.trace = trace
         return self
 
     def __exit__(self, *_):
-        for module in self.linears.values():
-            module.trace = None
+        for linear in self.linears:
+            linear.trace = None
 
     def read(self, n):
-        """Weights (m, n, e) of the last forward's n tokens."""
-        return torch.stack(self.trace)[:, :n] if self.trace else torch.zeros(0, n, 0)
-
-
-class GateLoss:
-    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
-    adapter, over all labelled tokens (papers: beta * this is added to the LM loss).
-
-    Gates keep the logits of their last forward until remove().
-    """
-
-    def __init__(self, gates):
-        self.gates = list(gates.values())
-        for gate in self.gates:
-            gate.keep_logits = True
-
-    def __call__(self, labels):
-        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and for each gate in
-        module order how many labelled tokens have their label as top-1: (m,)."""
-        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
-        return total, (logits.argmax(-1) == labels).sum(-1)
-
-    def remove(self):
-        for gate in self.gates:
-            gate.keep_logits, gate.logits = False, None
+        """The weights, without scale, of the last forward's n tokens in the m gated Linears: (m, n, e)."""
+        return torch.stack(self.traces)[:, :n] if self.traces else torch.zeros(0, n, 0)

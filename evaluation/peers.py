@@ -1,5 +1,7 @@
 """The other programs that bench.py times where they are installed: transformers, peft, llama-cpp-python."""
 
+import contextlib
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +15,25 @@ from pool.adapters import save_adapter
 PEERS = ("transformers", "peft", "llama-cpp-python")
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def repository_off_path():
+    """sys.path without the repository, for importing transformers and peft: transformers looks for Hugging Face's
+    package `kernels`, and would find kernels.py."""
+    path = list(sys.path)
+    kernels = sys.modules.pop("kernels", None)
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != ROOT]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("kernels", None)
+        if kernels:
+            sys.modules["kernels"] = kernels
+
+
 def has(package):
     try:
         return bool(version(package))
@@ -22,14 +43,17 @@ def has(package):
 
 def hf_llama(folder, dtype):
     """transformers' Llama."""
-    from transformers import AutoModelForCausalLM
+    with repository_off_path():
+        from transformers import AutoModelForCausalLM
+        from transformers.models.llama import modeling_llama  # noqa: F401 (else imported when it is needed)
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def peft_llama(folder, dtype, adapters):
     """The same with adapters.Adapter's in it, through the files that peft reads."""
-    from peft import PeftModel
+    with repository_off_path():
+        from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as temporary:
         paths = {adapter.name: Path(temporary) / adapter.name for adapter in adapters}
@@ -94,7 +118,8 @@ class LlamaCpp:
 def peft_trainer(folder, dtype, r, targets, device):
     """(parameters, step): forward and backward of one adapter of rank r on the Linears `targets`, of a tasks.Batch. No
     mask, which padding at the end does not need, and which takes longer."""
-    from peft import LoraConfig, get_peft_model
+    with repository_off_path():
+        from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(targets))
     model = get_peft_model(hf_llama(folder, dtype), config).to(device).train()

@@ -17,28 +17,25 @@ from types import SimpleNamespace
 
 import torch
 
+from common.devices import DTYPES, find_device
 from common.files import InputError
 from common.options import numbers
 from common.tokenizer import Tokenizer
 from evaluation.peers import has, hf_llama, peft_llama, peft_trainer
-from generate import TINY
-from methods.gates import GatesRun, gates_step
-from model import DTYPES, KVCache, Llama, LlamaConfig, find_device, load_llama
+from methods.gates import GateLoss, GatesRun, gates_step
+from methods.router import RouterLoRA, candidate_rows, router_loras, set_candidates
+from model import Llama, LlamaConfig
 from moe_lora import (
-    GateLoss,
+    KnownAdapterGate,
     MeteoraGate,
-    OwnGate,
-    RouterLoRA,
     SampleGate,
     attach,
     attached,
-    candidate_rows,
-    router_loras,
-    set_candidates,
     set_gates,
 )
-from pool.adapters import TEMPLATE, Adapter, Pool, linear_shapes, load_adapter, peft_config, read_pool
+from pool.adapters import TEMPLATE, Adapter, Pool, alloc_B_of, linear_shapes, load_adapter, peft_config, read_pool
 from pool.gate_files import load_gates, parameters_of
+from pool.load import TINY, compile_blocks, load_base, make_fast
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
 
@@ -49,9 +46,9 @@ LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 1433
 def load(o):
     """The Llama of --model, or one block of --shape with random weights."""
     if not getattr(o, "shape", ""):
-        return load_llama(o.model or TINY, DTYPES[o.dtype], o.device)
+        return load_base(o.model or TINY, o.dtype, o.device)
     model = Llama(LlamaConfig(**LLAMA_3_8B)).to(o.device, DTYPES[o.dtype])
-    return model.requires_grad_(False).eval()
+    return make_fast(model.requires_grad_(False).eval())
 
 
 def random_adapters(o, e, shapes):
@@ -74,19 +71,20 @@ def random_gates(o, e, shapes):
     return {path: MeteoraGate(G, o.k).requires_grad_(False) for path, G in weights.items()}
 
 
-def with_adapters(o, e, spelling="auto", folder=""):
+def with_adapters(o, e, backend="auto", folder=""):
     """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
     model = load(o)
     shapes, dtype = linear_shapes(model), DTYPES[o.dtype]
     if folder:
-        pool = Pool.load(read_pool(folder).adapters, shapes, dtype, o.device)
+        pool = Pool.load(read_pool(folder).adapters, shapes, dtype, o.device, alloc_B=alloc_B_of(model))
         gates = load_gates(Path(folder) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=dtype)
     else:
-        pool, gates = Pool.of(random_adapters(o, e, shapes), shapes, dtype, o.device), random_gates(o, e, shapes)
+        pool = Pool.of(random_adapters(o, e, shapes), shapes, dtype, o.device, alloc_B_of(model))
+        gates = random_gates(o, e, shapes)
     asked = {path: SampleGate(gate) for path, gate in gates.items()}
     for gate in asked.values():  # as methods.py asks gates
         gate.set(None, None, torch.ones(64, dtype=torch.bool, device=o.device))
-    attach(model, pool, asked, spelling)
+    attach(model, pool, asked, backend)
     return model
 
 
@@ -131,8 +129,8 @@ class Decoder:
 
     def __init__(self, model, ids, tokens):
         self.model, self.t, self.tokens = model, ids.shape[1], tokens
-        self.cache = KVCache(model.config, len(ids), self.t + tokens, model.head_weight.dtype, ids.device)
-        self.cache.steady = True
+        self.cache = model.new_cache(len(ids), self.t + tokens)
+        self.cache.replayable = True
         with torch.inference_mode():
             self.first = model.head(model.model(ids, self.cache)[:, -1]).float().argmax(-1)
 
@@ -153,7 +151,7 @@ def with_requests(o, union):
         raise InputError(f"--union: {o.requests} sets of three adapters aren't {union} adapters together")
     model, rng = load(o), random.Random(o.seed)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype], o.device)
+    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype], o.device, alloc_B_of(model))
     names = rng.sample(pool.names, union)
     sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
     while len(sets) < o.requests:
@@ -164,11 +162,11 @@ def with_requests(o, union):
         router.B.data.copy_(torch.randn(router.B.shape, generator=torch.Generator().manual_seed(o.seed)))
         router.to(DTYPES[o.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
     asked = {path: SampleGate(router) for path, router in routers.items()}
-    model.model.compile()
+    compile_blocks(model, True, saves=0, costs=0)
     retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3, device=o.device)
-    set_candidates(routers.values(), *retrieved, compiled=True)
+    set_candidates(routers.values(), *retrieved)
     nothing = torch.zeros(o.requests, 1, device=o.device)
-    set_gates(asked.values(), nothing.long(), nothing, nothing[:, 0] == 0, compiled=True)
+    set_gates(asked.values(), nothing.long(), nothing, nothing[:, 0] == 0)
     attach(model, pool, asked)
     return model
 
@@ -271,9 +269,10 @@ def _serve(pipe, make, o):
 
 def adapters_trainer(o):
     model = load(o)
-    model.model.compile()
+    compile_blocks(model, True, saves=0, costs=0)
     shapes = linear_shapes(model)
-    pool, gate = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device), OwnGate()
+    pool = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device, alloc_B=alloc_B_of(model))
+    gate = KnownAdapterGate()
     attach(model, pool, gate)
     model.train()
     params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
@@ -292,10 +291,10 @@ def one_adapter_trainer(o):
     return Trainer(params, lambda picked: step(collate(picked, o.device)), batches)
 
 
-def gates_trainer(o, spelling):
-    model = with_adapters(o, o.gated, spelling)
-    if spelling == "auto":
-        model.model.compile()
+def gates_trainer(o, backend):
+    model = with_adapters(o, o.gated, backend)
+    if backend == "auto":
+        compile_blocks(model, True, saves=0, costs=0)
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
     batches = steps_of(o, examples(o, [f"random{j}" for j in range(o.gated)], model.config.vocab_size))

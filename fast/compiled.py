@@ -1,16 +1,14 @@
-"""torch.compile for a Llama's blocks: one graph for all layers, lengths and batches, and a way past Python.
+"""torch.compile for functions of a block: one graph for all layers, lengths and batches; steps replayed past Python.
 
-What comes before a block's attention and what comes after it know tokens alone, not sequences, and are compiled each
-(model.Block.before, after). For a new token in each of a few rows, a block is compiled whole, attention included
-(model.Block.step). Each has a graph for n = 1 where that occurs, one for n > 1 (the step two, up to LANES and up to
-FEW), and these again while routing is recorded. Another kind of gate, number of adapters a token or gate temperature is
-another block, with graphs of its own; torch keeps them on disk between runs. More than torch's limit of recompiles is
-an error, for fullgraph is set.
+A compiled function has a graph for n = 1 token, one for n > 1 (of a whole decode step two, up to SIMD_LANES and up to
+MAX_DECODE_ROWS rows), and these again while routing is recorded. Another kind of gate, number of adapters a token or
+gate temperature is another block, with graphs of its own; torch keeps them on disk between runs. More than torch's
+limit of recompiles is an error, for fullgraph is set.
 
-From one step of a decoding loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
+From one step of a decode loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
 module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
-processor's caches clean, that takes a third of the step (LOG.md). So for a steady cache (KVCache.steady) one step is
-captured, every kernel with its buffers, and the steps that follow call the kernels alone; on a GPU as a CUDA graph.
+caches clean, that takes a third of the step (LOG.md). So for a replayable cache one step is captured, every kernel with
+its buffers, and the steps that follow call the kernels alone; on a GPU as a CUDA graph.
 """
 
 import re
@@ -25,13 +23,13 @@ from common.files import InputError
 
 OPTIONS = {
     "pattern_matcher": False,
-    "realize_reads_threshold": 2,  # a norm is computed once, not once for each row of the product that reads it
+    "realize_reads_threshold": 2,  # a norm is computed once, not once for each row of the matmul that reads it
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
     "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
 }
-FEW = 16  # rows of one new token each that a compiled block takes whole, attention included
-LANES = 8  # up to so many it has a graph of its own, where a vector has a lane for each (products.py)
-LIBRARY = ("mm", "addmm", "bmm")  # products that a graph leaves to torch, each into a buffer of its own
+MAX_DECODE_ROWS = 16  # rows of one new token each that a compiled block takes whole, attention included
+SIMD_LANES = 8  # up to so many it has a graph of its own, where a vector has a lane for each (matmul.py)
+LIBRARY = ("mm", "addmm", "bmm")  # matmuls that a graph leaves to torch, each into a buffer of its own
 # All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
 CAPTURED = re.compile(
     "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|empty_strided_cpu|reinterpret_tensor|clear|"
@@ -83,7 +81,7 @@ def _capturable(graph):
     return run
 
 
-def possible(device):
+def can_compile(device):
     """Whether there is what torch.compile needs: on a CPU a C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -111,7 +109,7 @@ def compile_function(function):
     return call
 
 
-def at_most(n, most):
+def statically_at_most(n, most):
     """n <= most; in a compiled block, where a number of tokens is a symbol, whether that is known of it."""
     if not torch.compiler.is_compiling():
         return n <= most
@@ -121,63 +119,75 @@ def at_most(n, most):
 def compile_for_any_length(function):
     """The same for a function of a module and tensors whose first axis is the tokens'."""
     run = compile_function(function)
-    return lambda module, *tensors: run(module, *of_any_length(*tensors))
+    return lambda module, *tensors: run(module, *mark_dynamic_tokens(*tensors))
 
 
-def of_any_length(*tensors, few=False):
-    """Says to the compiler that the first axis, where it isn't 1, will have other lengths: any, or where it is `few`
-    those up to LANES or those from there to FEW (a graph for both would depend on which fill a processor's vector).
-    On a CPU it is told that few are three: it shares a loop among threads by its first axis alone where it believes
-    that longer, and then goes through eight tokens in one turn, in one thread (LOG.md)."""
+def mark_dynamic_tokens(*tensors, decode=False):
+    """Tells torch.compile that the first axis, where it isn't 1, will have other lengths: any, or where it is the rows
+    of a `decode` batch those up to SIMD_LANES, or from there to MAX_DECODE_ROWS (a graph for both would depend on which
+    fill a SIMD vector). On a CPU inductor is given the hint to assume 3 rows: else it parallelises over tokens, goes
+    through eight in one turn, and leaves one thread idle (LOG.md)."""
     for x in tensors:
         size = len(x)
         if size > 1 and 0 not in getattr(x, "_dynamo_dynamic_indices", ()):
-            least, most = (None, None) if not few else (2, LANES) if size <= LANES else (LANES + 1, FEW)
-            told = max(least, 3) if few and x.device.type == "cpu" else None
-            torch._dynamo.mark_dynamic(x, 0, min=least, max=most, hint_override=told)
+            least = most = hint = None
+            if decode:
+                least, most = (2, SIMD_LANES) if size <= SIMD_LANES else (SIMD_LANES + 1, MAX_DECODE_ROWS)
+                hint = max(least, 3) if x.device.type == "cpu" else None
+            torch._dynamo.mark_dynamic(x, 0, min=least, max=most, hint_override=hint)
     return tensors
 
 
-class Step(NamedTuple):
-    """A captured step: it holds for `views` of a cache; `inputs` are overwritten before, `out` by each."""
+class CapturedStep(NamedTuple):
+    """A captured decode step, called with new inputs. It holds for `views` of a cache, as long as the cache's
+    `replayable` is equal to `key`; `inputs` are overwritten before each call, `out` by it."""
 
     views: list
+    key: object
     inputs: tuple
     calls: list
     out: torch.Tensor
 
     def __call__(self, *inputs):
-        for place, new in zip(self.inputs, inputs, strict=True):
-            place.copy_(new)
+        for stored, new in zip(self.inputs, inputs, strict=True):
+            stored.copy_(new)
         for kernel, args, options in self.calls:
             kernel(*args, **options)
         return self.out
 
 
-def step_through(run, layers, x, cos, sin, positions, cache, end):
-    """A new token in each row of the cache through all blocks by `run`, the compiled Block.step: x (b, h) -> (b, h)."""
-    views, inputs = cache.views(end), (x, cos, sin, positions)
-    if cache.captured and cache.captured.views is views:
-        return cache.captured(*inputs)
+def replay(cache, views, inputs):
+    """What the captured step of this cache makes of `inputs`, None where there is none or it doesn't hold any more."""
+    step = cache.captured
+    if step and step.views is views and step.key == cache.replayable:
+        return step(*inputs)
+    return None
+
+
+def run_and_capture(run, layers, cache, views, inputs):
+    """A new token in each row of the cache through all blocks by `run`, a compiled block: inputs (x (b, h), ...) ->
+    (b, h). Where the cache is replayable the step is captured in it."""
 
     def through(x, *others):
         for layer, view in zip(layers, views, strict=True):
-            x = run(layer, *of_any_length(x, *others, few=True), view)
+            x = run(layer, *mark_dynamic_tokens(x, *others, decode=True), view)
         return x
 
-    steady = cache.steady and cache.end  # a prompt of one token is no step
+    key = cache.replayable if cache.end else None  # a prompt of one token is no step
     with _one_at_a_time:
         _capture.calls = calls = []
         try:
             out = through(*inputs)
         finally:
             _capture.calls = None
-        if steady and x.is_cuda:
+        if key is not None and out.is_cuda:
             kept = out.clone()  # the graph's own memory is another
-            inputs, graph = tuple(y.clone() for y in inputs), torch.cuda.CUDAGraph()
+            inputs = tuple(y.clone() for y in inputs)
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out = through(*inputs)
-            cache.captured = Step(views, inputs, [(graph.replay, (), {})], out)
+            cache.captured = CapturedStep(views, key, inputs, [(graph.replay, (), {})], out)
             return kept
-    cache.captured = Step(views, inputs, calls, out) if steady and None not in calls else None
+    whole = key is not None and None not in calls
+    cache.captured = CapturedStep(views, key, inputs, calls, out) if whole else None
     return out

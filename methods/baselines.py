@@ -12,6 +12,7 @@ mixture of weights 1/e, exact and of full rank. Letters as in moe_lora.py; e cou
 slots in a gate. `scale` is folded into B first. An adapter that lacks a Linear counts as zero there.
 """
 
+import copy
 import math
 import re
 
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.files import InputError
-from fast.matmul import linear
 from moe_lora import Mixture, MultiLoRALinear
 from pool.adapters import Adapter, peft_config
 
@@ -117,17 +117,15 @@ def derived_adapter(pool, name, merged):
     return Adapter(name, A, B, dict.fromkeys(A, 1.0), peft_config(r, r, 0.0, A, base))
 
 
-class MergedLinear(nn.Module):
-    """A Linear whose weight is W + delta, added in float32; `base`, the original, is untouched and shares its bias."""
-
-    def __init__(self, base, delta):
-        super().__init__()
-        self.base = base
-        weight = (base.weight.detach().float() + delta).to(base.weight.dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x):
-        return linear(x, self.weight, self.base.bias)
+def merged_linear(base, delta):
+    """A Linear like `base` whose weight is W + delta, added in float32; it keeps the original, untouched, as `base` and
+    shares its bias."""
+    merged = copy.copy(base)
+    merged._parameters = dict(base._parameters)
+    weight = (base.weight.detach().float() + delta).to(base.weight.dtype)
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged._modules = {"base": base}
+    return merged
 
 
 # Arrow --------------------------------------------------------------------------------------------------------------
@@ -177,6 +175,8 @@ class LoRAFlowGate(nn.Module):
     layer's other Linears, which come after this one.
     """
 
+    sequential = True
+
     def __init__(self, G, bias, known=None):
         super().__init__()
         self.weight, self.bias = nn.Parameter(G), nn.Parameter(bias)  # G (e, i), bias (e,)
@@ -193,6 +193,8 @@ class LoRAFlowGate(nn.Module):
 
 class Follower(nn.Module):
     """Uses the mixture that the layer's LoRAFlowGate has just computed."""
+
+    sequential = True
 
     def __init__(self, leader):
         super().__init__()

@@ -17,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.devices import DTYPES
 from common.files import InputError
 from common.tokenizer import Tokenizer
-from evaluation.composites import check_composite, compose
 from methods.baselines import Prompt, SmearLinear, smear_routers
 from methods.session import new_gates
-from model import DTYPES, find_device, load_llama
-from moe_lora import GateLoss, MeteoraGate, Mixture, attach, detach
-from pool.adapters import Pool, PoolFolder, linear_shapes, read_pool, save_adapter, write_pool
+from moe_lora import MeteoraGate, Mixture, attach, detach
+from pool.adapters import Pool, PoolFolder, alloc_B_of, linear_shapes, read_pool, save_adapter, write_pool
 from pool.gate_files import parameters_of, save_gates
+from pool.load import load_base
+from tasks.composites import check_composite, compose
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import check_pool, trained
-from training.loop import Checkpoint, Run, compile_blocks, finished, fit, hidden_states, lm_losses, required
+from training.loop import Checkpoint, Run, compile_for, finished, fit, hidden_states, lm_losses, required
 
 
 @dataclass
@@ -76,12 +77,19 @@ def train_gates(o):
         raise InputError("--fit trains no adapters: leave out --adapters_too")
     if o.adapters_too and Path(o.adapters_too).resolve() == known.path.resolve():
         raise InputError(f"--adapters_too is {o.adapters_too}, the pool itself: name another folder")
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    model = load_base(o.model, o.dtype, o.device)
+    tokenizer = Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     dtype = torch.float32 if o.adapters_too else model.model.embed_tokens.weight.dtype
-    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, dtype, model.head_weight.device)
+    pool = Pool.load(
+        {name: known.adapters[name] for name in names},
+        shapes,
+        dtype,
+        model.head_weight.device,
+        alloc_B=alloc_B_of(model),
+    )
     kind = f"{o.kind}_top{o.top_k}" if o.kind in ("meteora", "moe") else o.kind
     file = Path(o.adapters_too or known.path) / "gates" / f"{kind}.safetensors"
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
@@ -119,8 +127,7 @@ def fit_by_steps(model, pool, tokenizer, examples, template, checkpoint, o):
         stacks = {f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
         params, rates = params | stacks, dict.fromkeys(stacks, o.adapter_lr / o.lr if o.lr else 0.0)
 
-    if o.kind not in ("loraflow", "smear"):  # their Linears share weights
-        compile_blocks(model, o, pick(examples, 0, o))
+    compile_for(model, o, pick(examples, 0, o))
 
     def step_loss(step):
         picked = compose(pick(examples, step, o), tokenizer, template, step, o)
@@ -161,6 +168,30 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
         seen["lm_loss"] += lm_loss.item()
     kept = (["lm_loss"] if use_lm else []) + (["gate_loss", "right"] if gate_loss else [])
     return {key: seen[key] for key in kept}
+
+
+class GateLoss:
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
+    adapter, over all labelled tokens (papers: beta * this is added to the LM loss).
+
+    Gates keep the logits of their last forward until remove().
+    """
+
+    def __init__(self, gates):
+        self.gates = list(gates.values())
+        for gate in self.gates:
+            gate.keep_logits = True
+
+    def __call__(self, labels):
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and for each gate in
+        module order how many labelled tokens have their label as top-1: (m,)."""
+        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
+        return total, (logits.argmax(-1) == labels).sum(-1)
+
+    def remove(self):
+        for gate in self.gates:
+            gate.keep_logits, gate.logits = False, None
 
 
 def save_pool(known, pool, shapes, o):

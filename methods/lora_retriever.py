@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from common.files import InputError, write_text
 from common.tokenizer import Tokenizer
-from model import DTYPES, find_device, load_llama
 from pool.adapters import is_pool, load_adapter, read_pool
+from pool.load import load_base
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from tasks.folders import load_tasks, some_tasks
 from tasks.metrics import mean_score
@@ -55,7 +55,8 @@ def train_retriever(o):
     names = some_tasks(tasks, o.share, o.seed)
     if o.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    model = load_base(o.model, o.dtype, o.device)
+    tokenizer = Tokenizer(o.model)
     layers = model.config.num_hidden_layers
     if o.depth > layers:
         raise InputError(f"--depth is {o.depth}, expected at most {layers}, the base's blocks")

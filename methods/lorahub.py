@@ -11,9 +11,9 @@ from tqdm import tqdm
 from common.files import read_json, warn, write_json
 from common.tokenizer import Tokenizer
 from methods.baselines import lorahub, lorahub_search
-from model import DTYPES, find_device, load_llama
 from moe_lora import SampleGate, attach, fixed_rows
-from pool.adapters import Pool, linear_shapes, read_pool
+from pool.adapters import Pool, alloc_B_of, linear_shapes, read_pool
+from pool.load import load_base
 from tasks.folders import collate, draw, load_tasks, tokenize
 from training.adapters import check_pool
 from training.loop import lm_losses, required
@@ -40,12 +40,13 @@ def train_lorahub(o):
     already, searched with these options over these adapters, are kept (LoraHub, section 2.2)."""
     known = read_pool(required(o, "pool"))
     tasks = load_tasks(required(o, "tasks"), o.only or None)
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    model = load_base(o.model, o.dtype, o.device)
+    tokenizer = Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     like = model.head_weight
-    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device)
+    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model))
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
     file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * o.ood}.json", sorted(pool.names)
     how = {"shots": o.shots, "steps": o.steps, "l1": o.l1, "seed": o.seed, "max_length": o.max_length}
@@ -57,7 +58,7 @@ def train_lorahub(o):
         warn(f"{file}: made for other adapters or with other options: begins anew")
         known_weights = made
     found = known_weights["weights"]
-    gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, like.dtype, like.device)
+    gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
         used = [name for name in names if not (o.ood and name == task)]

@@ -11,16 +11,17 @@ from typing import Literal
 
 import torch
 
+from common.devices import DTYPES
 from common.files import InputError
 from common.tokenizer import Tokenizer
+from methods.router import candidate_rows, router_loras, save_routers, set_candidates
 from methods.session import Mole, retriever_of
-from model import DTYPES, find_device, load_llama
-from moe_lora import SampleGate, attach, candidate_rows, router_loras, set_candidates, set_gates
-from pool.adapters import Pool, linear_shapes, read_pool
-from pool.gate_files import save_routers
+from moe_lora import SampleGate, attach, set_gates
+from pool.adapters import Pool, alloc_B_of, linear_shapes, read_pool
+from pool.load import load_base
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import check_pool
-from training.loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
+from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 
 @dataclass
@@ -46,13 +47,16 @@ def train_router(o):
     known = read_pool(required(o, "pool"))
     names = some_tasks(known.adapters, o.share, o.seed)
     tasks = load_tasks(required(o, "tasks"), names)
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    model = load_base(o.model, o.dtype, o.device)
+    tokenizer = Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     check_pool(known, model, o, known.template)
     shapes = linear_shapes(model)
     # Without the other tasks' adapters: as candidates that are never right they would be learnt to be avoided.
     like = model.head_weight
-    pool = Pool.load({name: known.adapters[name] for name in names}, shapes, like.dtype, like.device)
+    pool = Pool.load(
+        {name: known.adapters[name] for name in names}, shapes, like.dtype, like.device, alloc_B=alloc_B_of(model)
+    )
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     file = Path(known.path) / "router.safetensors"
     checkpoint = Checkpoint(file.parent / "runs" / "router", o, [*names, *bound, f"base {model.fingerprint}"])
@@ -71,7 +75,7 @@ def train_router(o):
     attach(model, pool, {path: SampleGate(router) for path, router in routers.items()})
     params = {f"{path}.{n}": getattr(router, n) for path, router in routers.items() for n in "AB"}
     gates = [linear.gate for linear in (model.get_submodule(path) for path in routers)]
-    compile_blocks(model, o, pick(examples, 0, o))
+    compile_for(model, o, pick(examples, 0, o))
 
     def step_loss(step):
         picked = pick(examples, step, o)
@@ -105,12 +109,12 @@ def router_step(model, pool, routers, gates, picked, drawn, o):
     """Forward and backward of one step: the mean loss of a response token."""
     n, total = sum(len(example.ids) - example.n_prompt for example in picked), 0.0
     for some in micro_batches(picked, o.micro_tokens):
-        device, compiled = model.head_weight.device, model.model.compiled_step
+        device = model.head_weight.device
         batch = collate(some, device)
         rows = candidate_rows(pool, [drawn[id(example)] for example in some], o.retrieve, o.prior, device)
-        set_candidates(routers.values(), *rows, compiled=compiled)
+        set_candidates(routers.values(), *rows)
         nothing = torch.zeros(len(some), 1, device=device)
-        set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0, compiled=compiled)
+        set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0)
         loss = lm_losses(model, batch).sum() / n
         loss.backward()
         total += loss.item()

@@ -11,7 +11,6 @@ products B A edits a copy of W (ties_ba, dare_ba), and smear merges anew for eac
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,6 @@ from common.tokenizer import Tokenizer
 from methods.baselines import (
     MERGES,
     ArrowGate,
-    MergedLinear,
     Prompt,
     SmearLinear,
     arrow_prototypes,
@@ -29,25 +27,25 @@ from methods.baselines import (
     lorahub,
     member_mask,
     merge,
+    merged_linear,
     smear_routers,
 )
-from model import DTYPES, find_device, load_llama
+from methods.logo import logo
+from methods.router import candidate_rows, load_routers, set_candidates
 from moe_lora import (
-    LogoProbe,
     SampleGate,
     attach,
     attached,
-    candidate_rows,
     detach,
     fixed_rows,
     meteora_gates,
-    set_candidates,
     set_gates,
     swap,
 )
-from pool.adapters import Pool, is_pool, linear_shapes, load_adapter, read_pool
-from pool.gate_files import GateFile, load_routers
-from pool.retriever import LlamaEncoder, Retriever, base_alone, load_retriever
+from pool.adapters import Pool, alloc_B_of, linear_shapes, load_adapter
+from pool.gate_files import GateFile
+from pool.load import load_base, load_pool
+from pool.retriever import LlamaEncoder, Retriever, load_retriever
 
 GATED = ("meteora", "soft", "loraflow", "smear")  # what train.py gates --kind trains, beside moe
 RETRIEVED = ("selection", "mixture", "fusion", "adaptersoup", "ramole")
@@ -96,38 +94,14 @@ class Mole:
         return self.model.model.embed_tokens.weight.device
 
 
-def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0):
-    """Model folder, pool folder (default: the model's own, where it is one) and extra {name: PEFT folder} -> Mole.
-    `resident`: how many adapters are in memory at most, 0 = all."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    device = find_device(device)
-    base = load_llama(model, None if dtype == "auto" else DTYPES[dtype], device)
+def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True):
+    """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT folder)] -> Mole.
+    `resident`: how many adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs."""
+    base = load_base(model, dtype, device, fast)
     tokenizer = Tokenizer(model)
-    folder, shapes = read_pool(pool or model) if pool or is_pool(model) else None, linear_shapes(base)
-    mole = Mole(base, tokenizer, shapes, folder=folder, template=folder.template if folder else "{prompt}")
-    if folder and folder.fingerprint not in (None, base.fingerprint):
-        warn(f"{folder.path}: its adapters were trained on another base than {model} (fingerprint differs)")
-    folders = list(folder.adapters.items()) if folder else []
-    for name, path in extra:
-        if name in dict(folders):
-            raise InputError(f"adapter name {name!r} twice: {dict(folders)[name]} and {path}")
-        folders.append((name, Path(path)))
-    if folders:
-        mole.pool = Pool.load(dict(folders), shapes, base.model.embed_tokens.weight.dtype, device, resident)
-        _check_base_names([member.adapter for member in mole.pool.members.values()], model)
-    return mole
-
-
-def _check_base_names(adapters, model):
-    """The commonest mistake: an adapter for another base. Its config names the one it was made for."""
-    strangers = {}
-    for adapter in adapters:
-        named = adapter.config.get("base_model_name_or_path")
-        if named and Path(named).name.lower() != Path(model).resolve().name.lower():
-            strangers.setdefault(named, []).append(adapter.name)
-    for named, names in strangers.items():
-        warn(f"made for base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
+    shapes = linear_shapes(base)
+    folder, adapters = load_pool(base, model, pool, extra, resident)
+    return Mole(base, tokenizer, shapes, adapters, folder, folder.template if folder else "{prompt}")
 
 
 def add_adapter(mole, name, folder):
@@ -135,7 +109,7 @@ def add_adapter(mole, name, folder):
     InputError."""
     adapter = load_adapter(folder, name, mole.shapes)
     if mole.pool is None:
-        mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device)
+        mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
     else:
         mole.pool.add(adapter)
 
@@ -280,35 +254,10 @@ def retrieve(mole, names, prompts, k=3, exclude=(), ids=None):
     return found
 
 
-@torch.inference_mode()
-def logo(mole, ids, k, exclude=(), method="logo"):
-    """LoGo (arXiv 2511.07129): [(adapter, score), ...] for each of the prompts `ids`, the k best. One forward pass of
-    the base; an adapter's score is the size of what it makes of the last token, the norm of s B A x, or with
-    logo_entropy one over the entropy of its softmax, each as a mean over the Linears."""
-    mole.pool.need([name for name in mole.pool.names if name not in exclude])
-    names = [name for name in mole.pool.resident if name not in exclude]
-    if not names:
-        raise InputError(f"method {method}: every adapter is excluded")
-    probes = {path: LogoProbe(mole.pool.B[path], mole.pool.scale[path], method) for path in mole.pool.A}
-    found = []
-    with base_alone(mole.model):
-        attach(mole.model, mole.pool, probes)
-        try:
-            for row in ids:  # one by one: no padding, and the last token is the last
-                mole.model.model(torch.tensor([row], device=mole.device))
-                total = torch.stack([probe.score for probe in probes.values()]).mean(0)  # (e,)
-                scores = {name: float(total[mole.pool.slot(name)]) for name in names}
-                best = sorted(scores, key=lambda name: (-scores[name], name))[:k]
-                found.append([(name, round(scores[name], 6)) for name in best])
-        finally:
-            detach(mole.model)
-    return found
-
-
 # Setting up ---------------------------------------------------------------------------------------------------------
 
 
-def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", retrieved=None, exclude=()):
+def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retrieved=None, exclude=()):
     """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve() found for it; none uses
     an adapter of `exclude`. Raises InputError for an unknown name, where a part is missing, naming the
     command that makes it, and for methods that can't share a batch."""
@@ -332,13 +281,13 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, spelling="auto", ret
     mole.pool.need(needed)
     mole.turn += 1
     mole.using = mole.slots(needed) if setup == "pool" else {}  # what is merged is there already
-    pool = _attach(mole, setup, part, rows, top_k, gate_temperature, spelling, tuple(sorted(exclude)))
+    pool = _attach(mole, setup, part, rows, top_k, gate_temperature, backend, tuple(sorted(exclude)))
     if part == "ramole":
         _set_candidates(mole, [found if name == "ramole" else [] for name, found in rows])
     choices = [_choice(name, found, pool, setup, exclude) for name, found in rows]
     idx, weight = fixed_rows(pool, choices, mole.device)
     routed = torch.tensor([setup_of(mole, name, top_k) == (setup, part) and part is not None for name in names])
-    set_gates(mole.gates, idx, weight, routed.to(mole.device), compiled=mole.model.model.compiled_step)
+    set_gates(mole.gates, idx, weight, routed.to(mole.device))
 
 
 def _shared_setup(mole, names, top_k):
@@ -347,8 +296,6 @@ def _shared_setup(mole, names, top_k):
     if sum(key[0] == "pool" for key in setups) > 1:  # methods with fixed mixtures beside one kind of gate
         setups.pop(("pool", None), None)
     (setup, part), first = next(iter(setups.items()))
-    if mole.model.model.compiled_step and (setup == "smear" or part == "loraflow"):
-        raise InputError(f"method {first}: its Linears share weights, compiled blocks can't: --no-compile")
     clash = [name for key, name in setups.items() if key != (setup, part)]
     clash += ["base"] if "base" in names and setup not in ("pool", "derived") else []
     if clash:
@@ -399,8 +346,7 @@ def _set_candidates(mole, retrieved):
         mole.bound = mole.pool.version
     k = max([1, *map(len, retrieved)])
     prior = next(iter(routers.values())).prior
-    set_candidates(routers.values(), *candidate_rows(mole.pool, retrieved, k, prior, mole.device),
-                   compiled=mole.model.model.compiled_step)  # fmt: skip
+    set_candidates(routers.values(), *candidate_rows(mole.pool, retrieved, k, prior, mole.device))
 
 
 def force(mole, names):
@@ -409,17 +355,17 @@ def force(mole, names):
     mole.setting += 1
     flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
     idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)
-    set_gates(mole.gates, idx, weight, each_token=flat is not names, compiled=mole.model.model.compiled_step)
+    set_gates(mole.gates, idx, weight, each_token=flat is not names)
 
 
-def _attach(mole, setup, part, rows, k, temperature, spelling, exclude):
+def _attach(mole, setup, part, rows, k, temperature, backend, exclude):
     """Attaches what the setup needs, unless it is attached just so already; returns the pool that rows choose from."""
     derived = (
         {_label(name, found): (name, found) for name, found in rows if name != "base"} if setup == "derived" else {}
     )
     fixed = setup == "pool" and part in (None, "ramole")  # these take adapters as they come and go
     members = () if fixed else tuple((name, m.slot, m.hash) for name, m in mole.pool.members.items())
-    key = (setup, part, id(mole.own.get(part)), tuple(sorted(derived)), k, temperature, spelling, members, exclude,
+    key = (setup, part, id(mole.own.get(part)), tuple(sorted(derived)), k, temperature, backend, members, exclude,
            id(mole.pool), len(mole.pool.A))  # fmt: skip
     if mole.attached and mole.attached[0] == key:
         return mole.attached[1]
@@ -429,19 +375,19 @@ def _attach(mole, setup, part, rows, k, temperature, spelling, exclude):
     if setup == "smear":
         rows = GateFile(gate_file(mole, "smear"), pool, exclude)
         routers = rows.fill(smear_routers(pool, mole.prompt, rows.known), mole.dtype)
-        attach(mole.model, pool, routers, spelling, make=SmearLinear)
+        attach(mole.model, pool, routers, backend, make=SmearLinear)
     elif setup in ("ties_ba", "dare_ba"):
         for path, delta in merge(pool, setup, exclude=exclude).items():
-            swap(mole.model, path, MergedLinear(mole.model.get_submodule(path), delta))
+            swap(mole.model, path, merged_linear(mole.model.get_submodule(path), delta))
     else:
         if setup == "derived":
             made = [replace(_derive(mole, *derived[label], exclude), name=label) for label in sorted(derived)]
-            pool = Pool.of(made, mole.pool.shapes, mole.dtype, mole.device)
+            pool = Pool.of(made, mole.pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
             gates = dict.fromkeys(pool.A, SampleGate())
         elif part:
             inner = _trained_gates(mole, part, k, temperature, exclude)
             gates = {path: SampleGate(inner[path]) for path in pool.A}
-        attach(mole.model, pool, gates, spelling)
+        attach(mole.model, pool, gates, backend)
         mole.gates = list(dict.fromkeys(gates.values()))
     mole.attached = (key, pool)
     return pool

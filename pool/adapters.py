@@ -28,7 +28,6 @@ from common.files import (
     write_safetensors,
 )
 from common.options import nearest
-from kernels import zero_B
 
 TEMPLATE = "[INST] {prompt} [/INST]\n"  # MeteoRA's
 PREFIX = "base_model.model."
@@ -312,33 +311,37 @@ class Pool:
     whoever holds the tensors (the Linears, a compiled block) sees the change; only more slots or a larger rank give
     them another shape. Outputs never depend on which slot an adapter got.
 
+    `alloc_B(e, o, r, dtype=, device=)` makes a zero B where another memory layout than torch's is wanted (alloc_B_of).
+
     A pool with a `limit` never has more slots than that: further members stay on disk until need() asks for them, and
     those that were needed longest ago leave for them. `version` counts the changes of what is in the slots.
     """
 
-    def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None):
+    def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None, alloc_B=None):
         self.shapes, self.capacity, self.rank, self.members = shapes, capacity, rank, {}
         self.limit, self.version = None, 0
         self._used = []  # names, those needed longest ago first
         make = {"dtype": dtype, "device": device}
         self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
-        self.B = {path: zero_B(capacity, o, rank, **make) for path, (o, _) in shapes.items()}
+        self.alloc_B = alloc_B or zeros
+        self.B = {path: self.alloc_B(capacity, o, rank, **make) for path, (o, _) in shapes.items()}
         self.scale = {path: torch.zeros(capacity, device=device) for path in shapes}
 
     @classmethod
-    def of(cls, adapters, shapes, dtype=torch.float32, device=None):
+    def of(cls, adapters, shapes, dtype=torch.float32, device=None, alloc_B=None):
         """A pool just large enough, on the Linears that at least one of the adapters sits on."""
-        pool = cls._for(adapters, shapes, dtype, device)
+        pool = cls._for(adapters, shapes, dtype, device, alloc_B)
         for adapter in adapters:
             pool.add(adapter)
         return pool
 
     @classmethod
-    def load(cls, folders, shapes, dtype=torch.float32, device=None, resident=0):
+    def load(cls, folders, shapes, dtype=torch.float32, device=None, resident=0, alloc_B=None):
         """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool. Where `resident` is
         given and smaller than their number, the pool is limited to so many slots and the others are left on disk."""
         headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
-        pool = cls._for(headers, shapes, dtype, device, min(resident or len(headers), len(headers)))
+        capacity = min(resident or len(headers), len(headers))
+        pool = cls._for(headers, shapes, dtype, device, alloc_B, capacity)
         pool.limit = resident or None
         for adapter in headers:
             pool.members[adapter.name] = Member(None, None, _light(adapter))
@@ -346,10 +349,11 @@ class Pool:
         return pool
 
     @classmethod
-    def _for(cls, adapters, shapes, dtype, device, capacity=0):
+    def _for(cls, adapters, shapes, dtype, device, alloc_B, capacity=0):
         used = {path for adapter in adapters for path in adapter.A}
         shapes = {path: shape for path, shape in shapes.items() if path in used}
-        return cls(shapes, capacity or len(adapters), max(a.rank for a in adapters), dtype, device)
+        rank = max(adapter.rank for adapter in adapters)
+        return cls(shapes, capacity or len(adapters), rank, dtype, device, alloc_B)
 
     @property
     def names(self):
@@ -416,7 +420,7 @@ class Pool:
         """Stacks for Linears that no adapter sat on so far; whoever holds the others has to look for them."""
         like = next(iter(self.A.values()))
         shapes = {p: (len(adapter.B[p]), a.shape[1]) for p, a in adapter.A.items() if p not in self.A}
-        more = Pool(shapes, self.capacity, self.rank, like.dtype, like.device)
+        more = Pool(shapes, self.capacity, self.rank, like.dtype, like.device, self.alloc_B)
         for mine, new in ((self.shapes, shapes), (self.A, more.A), (self.B, more.B), (self.scale, more.scale)):
             mine.update(new)
 
@@ -453,7 +457,7 @@ class Pool:
     def _grow(self, capacity, rank):
         """Larger stacks under the same tensor objects, so that their holders follow."""
         like = next(iter(self.A.values()))
-        bigger = Pool(self.shapes, capacity, rank, like.dtype, like.device)
+        bigger = Pool(self.shapes, capacity, rank, like.dtype, like.device, self.alloc_B)
         for path in self.A:
             bigger.A[path][: self.capacity, : self.rank] = self.A[path]
             bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
@@ -469,6 +473,16 @@ class Pool:
         A = {p: self.A[p][slot, :r].detach().clone() for p, r in ranks.items()}
         B = {p: self.B[p][slot, :, :r].detach().clone() for p, r in ranks.items()}
         return Adapter(name, A, B, member.scale, member.config, member.samples, member.folder)
+
+
+def zeros(*size, **options):
+    """torch's own layout of a stack."""
+    return torch.zeros(size, **options)
+
+
+def alloc_B_of(model):
+    """How a pool lays out B for this model: the model's own way, where it has one."""
+    return getattr(model, "alloc_B", zeros)
 
 
 def _light(adapter):

@@ -1,13 +1,9 @@
-"""Files of trained gates and routers: what is bound to which adapters, or to the base alone.
-
-Gates hold a row for each adapter that they were trained with, joined to the pool's slots by name and hash. Routers know
-no adapters.
-"""
+"""Files of trained gates: a row for each adapter they were trained with, joined to the pool by name and hash."""
 
 import torch
 
 from common.files import InputError, read_safetensors, warn, write_safetensors
-from moe_lora import RouterLoRA, meteora_gates
+from moe_lora import meteora_gates
 
 
 def parameters_of(gates):
@@ -74,35 +70,3 @@ def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
     """A file of MeteoRA's gates -> {module path: MeteoraGate}; see GateFile."""
     rows = GateFile(file, pool)
     return rows.fill(meteora_gates(pool, k or rows.k, temperature, rows.known), dtype)
-
-
-def save_routers(file, routers, model, about):
-    """{module path: RouterLoRA} -> POOL/router.safetensors, bound to the base alone. `about` {key: text}: how it was
-    trained."""
-    tensors = {f"{path}.router_{n}.weight": getattr(r, n).detach() for path, r in routers.items() for n in "AB"}
-    first = next(iter(routers.values()))
-    how = {"divisor": repr(float(first.divisor)), "scaled": str(int(first.scaled)), "prior": repr(float(first.prior))}
-    write_safetensors(file, tensors, {"base": model.fingerprint, **how, **about})
-
-
-def load_routers(file, pool, model, dtype=torch.float32):
-    """File -> {module path: RouterLoRA} for the pool's Linears. Raises InputError where it was made for another base or
-    lacks one of them."""
-    tensors, metadata = read_safetensors(file)
-    if lacks := {"base", "divisor", "scaled", "prior"} - metadata.keys():
-        raise InputError(f"{file}: metadata lacks {', '.join(sorted(lacks))}: not a router of this project")
-    if metadata["base"] != model.fingerprint:
-        raise InputError(f"{file}: made for base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}: "
-                         "python train.py router makes one for it")  # fmt: skip
-    routers = {}
-    for path, A in pool.A.items():
-        parts = [tensors.get(f"{path}.router_{n}.weight") for n in "AB"]
-        i, o = A.shape[2], pool.B[path].shape[1]
-        found = [None if part is None else tuple(part.shape) for part in parts]
-        if None in found or found != [(found[0][0], i), (o, found[0][0])]:
-            raise InputError(f"{file}: {path}: expected router_A (r, {i}) and router_B ({o}, r), found {found}")
-        A_r, B_r = (part.to(A.device, dtype) for part in parts)
-        how = float(metadata["divisor"]), metadata["scaled"] == "1", float(metadata["prior"])
-        routers[path] = RouterLoRA(A_r, B_r, *how)
-        routers[path].requires_grad_(False).eval().bind(pool.B[path], pool.scale[path])
-    return routers

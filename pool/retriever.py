@@ -19,28 +19,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.files import InputError, read_safetensors, warn, write_safetensors
-from model import Block
+from moe_lora import swap
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # I, the paper's
 
 
 @contextlib.contextmanager
 def base_alone(model):
-    """The base inside, not compiled and without whatever stands in for its Linears; afterwards all is as it was."""
-    trunk, swapped = model.model, []
-    kept = trunk.before, trunk.after, trunk.compiled_step
+    """The base inside, without whatever wraps its Linears; afterwards all is as it was."""
+    swapped = []
     for path, module in list(model.named_modules()):
         if isinstance(getattr(module, "base", None), nn.Linear):
-            parent, _, name = path.rpartition(".")
-            swapped.append((model.get_submodule(parent), name, module))
-            setattr(*swapped[-1][:2], module.base)
-    trunk.before, trunk.after, trunk.compiled_step = Block.before, Block.after, None
+            swapped.append((path, module))
+            swap(model, path, module.base)
     try:
         yield model
     finally:
-        trunk.before, trunk.after, trunk.compiled_step = kept
-        for parent, name, module in swapped:
-            setattr(parent, name, module)
+        for path, module in swapped:
+            swap(model, path, module)
 
 
 def strip_shared(prompts, lines=0.05, pairs=0.3):

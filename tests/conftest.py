@@ -7,8 +7,10 @@ import pytest
 
 from helpers_commands import ENVIRONMENT
 from helpers_models import tokenizer_bytes, write_llama
+from model import load_llama
+from pool.load import make_fast
 
-pytest.register_assert_rewrite("helpers_training")
+pytest.register_assert_rewrite("helpers_kernels", "helpers_training")
 
 
 def pytest_addoption(parser):
@@ -35,6 +37,21 @@ def small_model(tmp_path_factory):
     folder = write_llama(tmp_path_factory.mktemp("small") / "small")
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
     return folder
+
+
+@pytest.fixture(params=["plain", "fast"])
+def plain_or_fast(small_model, request):
+    """small_model as it is read and as it is used; without fast/ the plain one twice."""
+    model = load_llama(small_model)
+    return make_fast(model) if request.param == "fast" else model
+
+
+@pytest.fixture(scope="session")
+def pool_with_every_part(small_model, tmp_path_factory):
+    """A pool folder over small_model with the parts for every method. Don't write into it."""
+    from helpers_methods import write_every_part
+
+    return write_every_part(tmp_path_factory.mktemp("methods"), small_model)
 
 
 @pytest.fixture(scope="session")

@@ -69,3 +69,10 @@ def assert_refused(done, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
+
+
+def python(code, cwd=None):
+    """`python -c CODE` with the repository on its path; CompletedProcess with text output."""
+    environment = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=200)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from torch import nn
 
 from common.files import write_safetensors
-from model import Llama, read_config
-from moe_lora import MeteoraGate
+from common.llama_folder import read_config
+from model import Llama, LlamaConfig
+from moe_lora import MeteoraGate, Mixture
 from pool.adapters import Adapter, Pool, linear_shapes, peft_config, save_adapter
 
 RANKS = {"ant": 2, "bee": 7, "cat": 3, "dog": 5, "eel": 1}
@@ -29,7 +31,7 @@ def write_llama(folder, seed=0, dtype=torch.float32, **fields):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SMALL | fields))
-    model = Llama(read_config(folder))
+    model = Llama(LlamaConfig(**read_config(folder)))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, param in model.state_dict().items():
@@ -91,3 +93,15 @@ def random_gates(pool, k, temperature=1.0, seed=0):
             G[pool.slot(name)] = row * 0.3
         gates[path] = MeteoraGate(G, k, temperature, torch.tensor([j < len(pool.names) for j in range(pool.capacity)]))
     return gates
+
+
+class LoudestGate(nn.Module):
+    """A gate of one's own: the k adapters whose A x is longest, in equal shares."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x, sample, ax):
+        idx = ax().norm(dim=-1).topk(self.k, -1).indices  # (n, k)
+        return Mixture(idx, torch.full(idx.shape, 1 / self.k))

@@ -17,8 +17,9 @@ from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
 from methods.ramole import RouterRun, train_router
 from model import load_llama
-from moe_lora import MeteoraGate, OwnGate, attach
+from moe_lora import KnownAdapterGate, MeteoraGate, attach
 from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
+from pool.load import load_base
 from tasks.folders import encode
 from training.adapters import AdaptersRun, train_adapters
 from training.base import BaseRun, train_base
@@ -146,12 +147,12 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 def pool_in_model(small_model, tmp_path, gates=None):
-    """A model with two random adapters behind an OwnGate or the given gates (a function of the pool)."""
-    model = load_llama(small_model)
+    """A model with two random adapters behind an KnownAdapterGate or the given gates (a function of the pool)."""
+    model = load_base(small_model)
     shapes = linear_shapes(model)
     folders = write_adapters(tmp_path / "random", model, tuple(ANSWERS))
     pool = Pool.of([load_adapter(f, name, shapes) for name, f in folders.items()], shapes)
-    gate = gates(pool) if gates else OwnGate()
+    gate = gates(pool) if gates else KnownAdapterGate()
     attach(model, pool, gate)
     return model, pool, gate
 

@@ -15,16 +15,16 @@ from typing import Literal
 
 import torch
 
+from common.devices import DTYPES
 from common.files import InputError
 from common.tokenizer import Tokenizer
-from evaluation.composites import check_composite, compose
-from model import DTYPES, find_device, load_llama
-from moe_lora import OwnGate, attach
+from moe_lora import KnownAdapterGate, attach
 from pool.adapters import (
     TEMPLATE,
     Adapter,
     Pool,
     PoolFolder,
+    alloc_B_of,
     is_pool,
     linear_shapes,
     peft_config,
@@ -32,8 +32,10 @@ from pool.adapters import (
     save_adapter,
     write_pool,
 )
+from pool.load import load_base
+from tasks.composites import check_composite, compose
 from tasks.folders import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
-from training.loop import Checkpoint, Run, compile_blocks, finished, fit, lm_losses, required
+from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,7 +74,8 @@ def train_adapters(o):
         raise InputError(
             f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
         )
-    model, tokenizer = load_llama(o.model, DTYPES.get(o.dtype), find_device(o.device)), Tokenizer(o.model)
+    model = load_base(o.model, o.dtype, o.device)
+    tokenizer = Tokenizer(o.model)
     o.max_length = min(o.max_length, model.config.max_position_embeddings)
     name = o.name or o.joint
     checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), o, [*tasks, f"base {model.fingerprint}"])
@@ -90,8 +93,13 @@ def train_adapters(o):
         learners = [Task(name, "", [row for task in learners for row in task.train], [])]
     if o.joint == "lora_f":
         examples = {name: [x for some in examples.values() for x in some]}
-    pool = Pool.of([new_adapter(task, targets, o) for task in learners], targets, device=model.head_weight.device)
-    gate = OwnGate()
+    pool = Pool.of(
+        [new_adapter(task, targets, o) for task in learners],
+        targets,
+        device=model.head_weight.device,
+        alloc_B=alloc_B_of(model),
+    )
+    gate = KnownAdapterGate()
     attach(model, pool, gate, dropout=o.dropout)
     model.train()
     params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
@@ -107,7 +115,7 @@ def train_adapters(o):
             picked = [Context([replace(part, task=name) for part in example.parts]) for example in picked]
         return adapters_step(model, pool, gate, picked, o)
 
-    compile_blocks(model, o, pick(0))
+    compile_for(model, o, pick(0))
     fit(checkpoint, params, o, step_loss, clip_each)
     if o.joint:
         written = folder / "baselines" / name
@@ -164,7 +172,7 @@ def adapters_step(model, pool, gate, picked, o):
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
             starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
             on = on & (batch.at >= starts[batch.part])
-        gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float(), model.model.compiled_step)
+        gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float())
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
         loss = (lm_losses(model, batch) * share.roll(-1, 1)[batch.predicts]).sum()
         loss.backward()

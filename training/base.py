@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.devices import find_device
 from common.files import InputError, read_text, write_bytes, write_json, write_safetensors
 from common.tokenizer import Tokenizer
-from model import Llama, LlamaConfig, find_device
+from model import Llama, LlamaConfig
+from pool.load import compile_blocks, make_fast
 from training.loop import Checkpoint, Run, finished, fit
 
 
@@ -91,12 +93,11 @@ def train_base(o):
     config, raw = base_config(o, tokenizer)
     torch.manual_seed(o.seed)
     device = find_device(o.device)
-    model = init_weights(Llama(config)).to(device)
+    model = make_fast(init_weights(Llama(config)).to(device))
     params = dict(model.named_parameters())
     print(f"base: {sum(p.numel() for p in params.values()):,} parameters, {len(stream):,} tokens", file=sys.stderr)
     half = o.dtype == "bfloat16"
-    if o.compile:
-        model.model.compile()
+    compile_blocks(model, o.compile, saves=0, costs=0)
 
     def step_loss(step):
         starts = np.random.default_rng([o.seed, step]).choice(begins, o.batch_size)

@@ -26,7 +26,7 @@ from common.files import (
     write_safetensors,
     write_text,
 )
-from fast.matmul import linear
+from pool.load import compile_blocks
 
 BLOCK = 2048  # words of the vocabulary at a time: their logits and weights stay in a processor's caches
 
@@ -61,12 +61,11 @@ def finished(checkpoint):
     print(f"{checkpoint.folder}: finished already", file=sys.stderr)
 
 
-def compile_blocks(model, o, examples):
+def compile_for(model, o, examples):
     """Compiles the model's blocks where that is asked for or, --compile left out, where it saves more than the minute
     that it may take: about 4e-12 seconds a parameter and token (SmolLM2-135M, LOG.md). `examples`: those of a step."""
     tokens = o.steps * sum(len(example.ids) for example in examples)
-    if tokens * sum(p.numel() for p in model.parameters()) * 4e-12 > 60 if o.compile is None else o.compile:
-        model.model.compile()
+    compile_blocks(model, o.compile, saves=tokens * sum(p.numel() for p in model.parameters()) * 4e-12, costs=60)
 
 
 def learning_rate(step, o):
@@ -78,13 +77,14 @@ def learning_rate(step, o):
     return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-class _Losses(torch.autograd.Function):
-    """Cross-entropy of hidden states (n, h) under a frozen head and its gradient, a block of the vocabulary at a time,
-    as flash attention does: no (n, v) logits, and each weight of the head is read once. Target and rest are kept apart:
-    of a token that is nearly certain the gradient is a small difference, which rounding would swallow."""
+class BlockwiseCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden states (n, h) under a frozen head W (v, h), and its gradient, a block of the vocabulary
+    at a time, as flash attention does: no (n, v) logits, and each weight of the head is read once. `linear` computes
+    x W^T. Target and rest are kept apart: of a token that is nearly certain the gradient is a small difference, which
+    rounding would swallow."""
 
     @staticmethod
-    def forward(ctx, hidden, W, targets):
+    def forward(ctx, hidden, W, targets, linear):
         own = W[targets].float()  # (n, h)
         logit = (hidden.float() * own).sum(-1, True)  # (n, 1), the target's
         top, rest, pull = logit, torch.zeros_like(logit), torch.zeros_like(own)
@@ -103,7 +103,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (slopes,) = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def hidden_states(model, batch, padded=False):
@@ -117,7 +117,8 @@ def hidden_states(model, batch, padded=False):
 def lm_losses(model, batch, padded=False):
     """Cross-entropy of each response token: the head sees only those positions."""
     hidden = hidden_states(model, batch, padded)
-    return _Losses.apply(hidden, model.head_weight, batch.ids.roll(-1, 1)[batch.predicts])
+    targets = batch.ids.roll(-1, 1)[batch.predicts]
+    return BlockwiseCrossEntropy.apply(hidden, model.head_weight, targets, model.linear)
 
 
 def clip_norm(params, limit):

@@ -19,10 +19,11 @@ from evaluation import composites as composing
 from generate import answer, load
 from helpers_commands import assert_refused, command
 from helpers_models import tokenizer_bytes, write_adapters, write_llama
+from methods.router import router_loras, save_routers
 from model import load_llama
-from moe_lora import MeteoraGate, attached, router_loras
+from moe_lora import MeteoraGate, attached
 from pool.adapters import TEMPLATE, PoolFolder, write_pool
-from pool.gate_files import save_gates, save_routers
+from pool.gate_files import save_gates
 
 NAMES = ["ant", "bee"]
 
@@ -52,7 +53,7 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
     """Prompt tokens counted among the response's, or layer 0's q, k, v in the mean, make the headline figure of the
     gates another number that still looks right."""
     model, pool, tasks, forced = setting
-    mole = load(model, pool)
+    mole = load(model, pool, fast=False)
     forward = MeteoraGate.forward
 
     def always(self, x, sample, ax):  # the gate's logits put the forced slot first

@@ -14,12 +14,18 @@ import torch
 
 import generate
 from common.files import InputError, run_script, write_safetensors
+from common.llama_folder import read_config
+from common.pictures import Printer
 from common.tokenizer import Tokenizer
-from generate import Sampling, answer, choose, encode_prompt, load, result, stream
+from decoding.loop import Token
+from decoding.prompts import encode_prompt
+from decoding.respond import result
+from decoding.sampling import Sampling, sample
+from generate import answer, load, stream
 from helpers_commands import ROOT, command
 from helpers_models import SMALL, tokenizer_bytes, write_adapters
 from methods.session import default_method, set_methods
-from model import Llama, load_llama, read_config
+from model import Llama, LlamaConfig, load_llama
 from moe_lora import MeteoraGate
 from pool.adapters import TEMPLATE, PoolFolder, read_pool, write_pool
 from pool.gate_files import save_gates
@@ -72,7 +78,7 @@ def scripted(folder, follow, room=97, **fields):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL | sizes | fields))
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
-    model = Llama(read_config(folder))
+    model = Llama(LlamaConfig(**read_config(folder)))
     tensors = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}  # the block adds nothing
     tensors["model.norm.weight"] += 1
     tensors["model.embed_tokens.weight"] = torch.eye(v)
@@ -226,7 +232,7 @@ def test_draws_follow_the_distribution(sampling, kept):
     want = torch.where(want >= least, want, 0.0)
     want = want / want.sum()
     generators = [torch.Generator().manual_seed(j) for j in range(n)]
-    drawn = choose(logits.expand(n, -1), sampling, generators)
+    drawn = sample(logits.expand(n, -1), sampling, generators)
     share = torch.bincount(drawn, minlength=7) / n
     spread = (want * (1 - want) / n).sqrt()
     assert (share[want == 0] == 0).all()
@@ -236,7 +242,7 @@ def test_draws_follow_the_distribution(sampling, kept):
 def test_greedy_is_the_argmax_of_each_row():
     """Temperature 0 must not divide by zero, and needs no generator."""
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.0]])
-    assert choose(logits, Sampling(), None).tolist() == [1, 0]
+    assert sample(logits, Sampling(), None).tolist() == [1, 0]
 
 
 # Where answers end --------------------------------------------------------------------------------------------------
@@ -366,10 +372,10 @@ def run(monkeypatch, capsys):
 
 def test_every_answer_is_a_line_of_its_own(capsys):
     """Answers that end with a line break would stand apart by empty lines, those that don't run into one another."""
-    printer = generate.Printer(["a", "b", "c"], [[], [], []], routing=False)
+    printer = Printer(["a", "b", "c"], [[], [], []], routing=False)
     for row, texts in enumerate((["mi", "ce\n"], ["oxen"], ["", "geese\n", ""])):
         for j, text in enumerate(texts, 1):
-            printer.push(generate.Token(row, 5, text, [], "eos" if j == len(texts) else None))
+            printer.push(Token(row, 5, text, [], "eos" if j == len(texts) else None))
     assert capsys.readouterr().out == "mice\noxen\ngeese\n"
 
 

@@ -107,7 +107,7 @@ def test_ids_and_text_equal_the_librarys(folders, tokenizers, kind):
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "bytes"])
 def test_ids_equal_transformers(folders, tokenizers, kind):
     """Pools and papers speak of transformers' ids."""
-    from transformers import PreTrainedTokenizerFast
+    from helpers_oracles import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folders[kind] / "tokenizer.json"))
     for text in TEXTS:
@@ -189,7 +189,7 @@ LOOP = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m
 @pytest.mark.parametrize("template", [TEMPLATE, LOOP], ids=["whitespace, filters, specials", "loop controls"])
 def test_chat_equals_transformers(tmp_path, template):
     """A chat model that gets one line break too many, or no BOS, answers worse, and nothing says so."""
-    from transformers import PreTrainedTokenizerFast
+    from helpers_oracles import PreTrainedTokenizerFast
 
     folder = write_tokenizer(tmp_path / "t", "llama2", bos_token="<s>", eos_token="</s>", chat_template=template)
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)

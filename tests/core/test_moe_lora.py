@@ -1,6 +1,7 @@
-"""The gated Linear: the papers' identities, gates and their files, attach and detach, the recorder, the gate loss."""
+"""The gated Linear: the papers' identities, gates and their files, attach and detach, the recorder."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,23 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import kernels
-import moe_lora
 from common.files import InputError, read_safetensors, write_safetensors
-from helpers_models import RANKS, make_pool, random_adapter, random_gates
-from kernels import SPELLINGS
-from model import load_llama
+from helpers_models import RANKS, LoudestGate, make_pool, random_adapter, random_gates
+from kernels import BACKENDS
 from moe_lora import (
-    GateLoss,
     MeteoraGate,
-    Mixture,
     MultiLoRALinear,
     Recorder,
     SampleGate,
     attach,
     attached,
     detach,
-    dropout,
     fixed_rows,
 )
 from pool.adapters import linear_shapes
@@ -36,8 +31,8 @@ IDS = torch.randint(331, (3, 11), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
-def model(small_model):
-    return load_llama(small_model)
+def model(plain_or_fast):
+    return plain_or_fast
 
 
 @pytest.fixture
@@ -57,9 +52,9 @@ def fixed(pool, choices):
 
 
 @torch.no_grad()
-def logits_of(model, pool, gates, ids=IDS, spelling="auto"):
+def logits_of(model, pool, gates, ids=IDS, backend="auto"):
     """Logits with the pool attached; the model is given back as it was."""
-    attach(model, pool, gates, spelling)
+    attach(model, pool, gates, backend)
     logits = model(ids)
     detach(model)
     return logits
@@ -73,8 +68,8 @@ def close(a, b, limit=1e-5):
 # The papers' identities ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_all_adapters_by_softmax_is_the_dense_sum(pool, spelling):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_adapters_by_softmax_is_the_dense_sum(pool, backend):
     """With k = e the top-k is the whole softmax: a weight joined to another slot's adapter, or a scale counted twice,
     shows against the sum written out."""
     path = "model.layers.1.mlp.up_proj"
@@ -82,17 +77,17 @@ def test_all_adapters_by_softmax_is_the_dense_sum(pool, spelling):
     base = nn.Linear(44, 67)
     x = torch.randn(3, 11, 44, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y = MultiLoRALinear(base, A, B, scale, gate, spelling)(x).double()
+        y = MultiLoRALinear(base, A, B, scale, gate, backend=backend)(x).double()
         weights = torch.softmax(x.double() @ gate.weight.double().T, -1)  # (3, 11, e)
         each = torch.einsum("eor,eri,bti->bteo", B.double(), A.double(), x.double())
         want = base(x).double() + torch.einsum("bte,e,bteo->bto", weights, scale.double(), each)
     assert close(y, want)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_one_adapter_of_weight_1_is_the_merged_model(model, pool, spelling):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_adapter_of_weight_1_is_the_merged_model(model, pool, backend):
     """LoRA's definition is W + scale B A; this is its proof without PEFT (test_adapters.py has the one with it)."""
-    got = {name: logits_of(model, pool, fixed(pool, [{name: 1.0}] * 3), spelling=spelling) for name in pool.names}
+    got = {name: logits_of(model, pool, fixed(pool, [{name: 1.0}] * 3), backend=backend) for name in pool.names}
     plain = model(IDS)
     for name, logits in got.items():
         merge(model, pool.adapter(name), 1)
@@ -172,12 +167,12 @@ def test_order_of_the_pool_changes_nothing(model, shapes, pool):
     assert close(logits_of(model, other, random_gates(other, 2)), logits_of(model, pool, random_gates(pool, 2)))
 
 
-def test_spellings_agree_through_the_whole_model(model, pool):
+def test_backends_agree_through_the_whole_model(model, pool):
     """The choice of the kernel is one of speed: a prompt must get one answer."""
     gates = random_gates(pool, 2)
-    want = logits_of(model, pool, gates, spelling="loop")
-    for spelling in SPELLINGS:
-        assert close(logits_of(model, pool, gates, spelling=spelling), want)
+    want = logits_of(model, pool, gates, backend="loop")
+    for backend in BACKENDS:
+        assert close(logits_of(model, pool, gates, backend=backend), want)
 
 
 @pytest.mark.parametrize(
@@ -381,20 +376,8 @@ def test_rows_name_their_adapters(pool):
         fixed_rows(pool, [{"dgo": 1.0}])
 
 
-class LoudestGate(nn.Module):
-    """A gate of one's own: the k adapters whose A x is longest, in equal shares."""
-
-    def __init__(self, k):
-        super().__init__()
-        self.k = k
-
-    def forward(self, x, sample, ax):
-        idx = ax().norm(dim=-1).topk(self.k, -1).indices  # (n, k)
-        return Mixture(idx, torch.full(idx.shape, 1 / self.k))
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_gate_of_ones_own(model, pool, spelling, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
     """Forking a router in ten lines is what the protocol is for: one module with forward(x, sample, ax), and ax
     computed once however often it is asked for."""
     calls = []
@@ -405,10 +388,15 @@ def test_a_gate_of_ones_own(model, pool, spelling, monkeypatch):
             calls.append(ax() is ax())
             return super().forward(x, sample, ax)
 
-    computed, original = [], kernels.compute_ax
-    for module in (moe_lora, kernels):
-        monkeypatch.setattr(module, "compute_ax", lambda x, A: computed.append(1) or original(x, A))
-    got = logits_of(model, pool, Twice(2), spelling=spelling)
+    computed = []
+
+    def counted(compute_ax):
+        return lambda *args: computed.append(1) or compute_ax(*args)
+
+    for name in ("kernels", "moe_lora", "fast.kernels", "fast.moe_lora"):
+        if module := sys.modules.get(name):
+            monkeypatch.setattr(module, "compute_ax", counted(module.compute_ax))
+    got = logits_of(model, pool, Twice(2), backend=backend)
     assert calls == [True] * 21 and len(computed) == 21
 
     def by_hand(path, linear):
@@ -488,96 +476,7 @@ def test_recorder_lets_go(model, pool):
     assert torch.equal(seen.read(33), kept)
 
 
-# The gate loss ------------------------------------------------------------------------------------------------------
-
-
-def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
-    """Over the k chosen logits instead of all e, summed instead of averaged, or with padding counted, it trains, but to
-    something else than the paper's; `right` is the figure by which gates are judged."""
-    gates = random_gates(pool, 2)
-    linears = attach(model, pool, gates)
-    inputs = {}
-    for path, linear in linears.items():
-        linear.register_forward_pre_hook(
-            lambda module, args, path=path: inputs.update({path: args[0].detach().view(3, 11, -1)})
-        )
-    labels = torch.tensor([3, 0, 4])[:, None].repeat(1, 11)
-    labels[1, 5:] = -100
-    labels[2, 9:] = -100
-    loss = GateLoss(gates)
-    model(IDS)
-    found, hits_found = loss(labels.flatten())
-    losses, right, slopes = [], [], {}
-    for path, x in inputs.items():
-        total, hits, slope = [], 0, torch.zeros_like(gates[path].weight)
-        for row in range(3):
-            for t in range(11):
-                label = int(labels[row, t])
-                if label >= 0:
-                    logits = gates[path].weight.detach() @ x[row, t]
-                    total.append(float(logits.logsumexp(0) - logits[label]))
-                    hits += int(logits.argmax()) == label
-                    slope += torch.outer(logits.softmax(0) - F.one_hot(torch.tensor(label), 5), x[row, t])
-        assert len(total) == 11 + 5 + 9
-        losses.append(sum(total) / len(total))
-        slopes[path] = slope / len(total) / 21
-        right.append(hits)
-    assert found.item() == pytest.approx(sum(losses) / 21, rel=1e-5)
-    assert hits_found.tolist() == right and 0 < sum(right) < 21 * 25
-    found.backward()
-    last = list(gates)[-1]  # the only gate that reaches no other through its weights
-    assert close(gates[last].weight.grad, slopes[last])
-
-
-def test_gate_loss_starts_afresh_and_lets_go(model, pool):
-    """A total carried over from the last step, or gates that go on holding a graph that nobody frees, grow for ever."""
-    gates = random_gates(pool, 1)
-    attach(model, pool, gates)
-    loss, totals = GateLoss(gates), []
-    for _ in range(2):
-        model(IDS)
-        totals.append(loss(torch.full((33,), 2))[0].item())
-    assert totals[0] == totals[1] > 0
-    loss.remove()
-    model(IDS)
-    assert all(gate.logits is None for gate in gates.values())
-
-
 # LoRA dropout -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.85])
-def test_dropout_keeps_the_mean(p):
-    """A share of zeros that doesn't fit the scale makes training's adapters stronger or weaker than generation's. Each
-    byte of the random words must be as random as the others: a column never dropped would be one never trained."""
-    torch.manual_seed(0)
-    n = 8 * 50021
-    y = dropout(torch.ones(n // 4, 4), p)
-    share = round(256 * p) / 256
-    noise = 5 * math.sqrt(share * (1 - share) / n)  # five standard deviations
-    zero = (y == 0).double()
-    assert y.shape == (n // 4, 4) and abs(float(zero.mean()) - share) < noise
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - share)).item()}
-    assert abs(float(y.double().mean()) - 1) < noise / (1 - share)
-    assert (zero.view(-1, 8).mean(0) - share).abs().max() < noise * math.sqrt(8)
-    pairs = torch.corrcoef(zero.view(-1, 8).T) - torch.eye(8)
-    assert pairs.abs().max() < 5 / math.sqrt(n / 8)
-
-
-def test_dropout_by_the_seed():
-    """A resumed training equals an uninterrupted one only if the masks come from torch's generator, and they must
-    differ from call to call: one mask for ever is pruning."""
-    x = torch.randn(7, 13, generator=torch.Generator().manual_seed(0))
-    runs = []
-    for seed in (5, 5, 7):
-        torch.manual_seed(seed)
-        runs.append((dropout(x, 0.3), dropout(x, 0.3)))
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
-    assert not torch.equal(runs[0][0], runs[0][1]) and not torch.equal(runs[0][0], runs[2][0])
-    kept = runs[0][0] != 0
-    assert torch.equal(runs[0][0][kept], x[kept] * (256 / (256 - 77)))
-    assert dropout(x.bfloat16(), 0.3).dtype == torch.bfloat16
-    assert torch.equal(dropout(x, 0.0), x)
 
 
 def test_dropout_is_for_training_and_for_adapters_alone(model, pool):
@@ -601,9 +500,10 @@ def test_dropout_reaches_the_kernel_past_a_gate_that_asked_for_ax(pool):
     path = "model.layers.0.self_attn.q_proj"
     base = nn.Linear(44, 24, bias=False)
     x = torch.randn(1, 7, 44, generator=torch.Generator().manual_seed(0))
-    linear = MultiLoRALinear(base, pool.A[path], pool.B[path], pool.scale[path], LoudestGate(5), "dense", 0.5)
+    stacks = pool.A[path], pool.B[path], pool.scale[path]
+    linear = MultiLoRALinear(base, *stacks, LoudestGate(5), backend="dense", dropout=0.5)
     torch.manual_seed(0)
     got = linear.train()(x)
     torch.manual_seed(0)
     mean_ba = torch.einsum("e,eor,eri->oi", pool.scale[path], pool.B[path], pool.A[path]) / 5
-    assert close(got, base(x) + dropout(x[0], 0.5) @ mean_ba.T)
+    assert close(got, base(x) + F.dropout(x[0], 0.5) @ mean_ba.T)

@@ -10,25 +10,16 @@ from hypothesis import strategies as st
 from sacrebleu import corpus_bleu
 from torch import nn
 
-import generate
 from common.files import InputError
-from evaluation import composites as made
-from evaluation.composites import (
-    ANSWERS,
-    Composite,
-    answer_composites,
-    choose_temperature,
-    compose,
-    composites,
-    encode_spans,
-    score_composites,
-)
+from evaluation import composites as answered
+from evaluation.composites import answer_composites, choose_temperature, encode_spans, score_composites
 from generate import answer, load
 from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from model import load_llama
 from moe_lora import MeteoraGate
 from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
 from pool.gate_files import save_gates
+from tasks.composites import ANSWERS, Composite, compose, composites
 from tasks.folders import Context, Example, Task, encode
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -317,7 +308,7 @@ def test_the_ceiling_runs_each_span_and_each_line_through_its_own_adapter(mole, 
     """A ceiling that runs anything through another adapter is beaten by routing, or makes routing look good. Compared
     with a loop that has neither gates nor a cache; and a line's end really is where the adapter changes."""
     newline, choose = line_breaks(mole)
-    monkeypatch.setattr(generate, "choose", choose)
+    monkeypatch.setattr("decoding.loop.sample", choose)
     asked = composites(make_tasks(), 3, 3, TEMPLATE, seed=2, shots=1)
     texts = answer_composites(mole, asked, "oracle", 1.0, options(max_new_tokens=5))
     said = [by_hand(mole, composite, 15) for composite in asked]
@@ -332,7 +323,7 @@ def test_the_ceiling_runs_each_span_and_each_line_through_its_own_adapter(mole, 
 @pytest.mark.parametrize("method", ["oracle", "meteora"])
 def test_rows_of_a_batch_are_each_alone(mole, monkeypatch, method):
     """A row whose line ended, or which is shorter, must not move its neighbours to their next adapter."""
-    monkeypatch.setattr(generate, "choose", line_breaks(mole)[1])
+    monkeypatch.setattr("decoding.loop.sample", line_breaks(mole)[1])
     asked = composites(make_tasks(), 2, 5, TEMPLATE, seed=7, shots=1)
     texts = answer_composites(mole, asked, method, 1.0, options(batch_size=5))
     assert texts == [answer_composites(mole, [c], method, 1.0, options())[0] for c in asked]
@@ -416,7 +407,7 @@ def test_the_temperature_that_gets_most_right_the_first_of_equals(found):
         return ["\n".join(f"{j}. {'x' if j <= right else 'wrong'}" for j in range(1, 4 if right else 2))] * 2
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made, "answer_composites", say)
+        patch.setattr(answered, "answer_composites", say)
         tasks = {"ant": Task("ant", "exact_match", [], [])}
         got = choose_temperature("mole", trial, "meteora", tasks, [t for t, _ in found], options())
     most = max(right for _, right in found)

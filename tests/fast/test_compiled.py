@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from fast.compiled import FEW, LANES, compile_function, of_any_length
+from fast.compiled import MAX_DECODE_ROWS, SIMD_LANES, compile_function, mark_dynamic_tokens
+from fast.kernels import alloc_B, lora_mix
 from fast.matmul import linear
 from generate import load, stream
 from helpers_commands import ROOT
 from helpers_models import make_pool, random_adapter, random_gates
 from helpers_training import examples, meteora_gates_of, pool_in_model
-from kernels import lora_mix, zero_B
-from methods.gates import gates_step
-from model import KVCache, load_llama
-from moe_lora import GateLoss, Recorder, SampleGate, attach, fixed_rows, set_gates
+from methods.gates import GateLoss, gates_step
+from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
 from pool.adapters import linear_shapes
 from pool.gate_files import parameters_of
+from pool.load import load_base
 from tasks import tiny as tiny_tasks
 from training.adapters import adapters_step
 
@@ -32,7 +32,7 @@ from training.adapters import adapters_step
 def model(small_model):
     torch._dynamo.reset()
     counters.clear()
-    return load_llama(small_model)
+    return load_base(small_model)
 
 
 def with_gates(model, capacity=None, k=2):
@@ -46,15 +46,15 @@ def with_gates(model, capacity=None, k=2):
 def set_rows(pool, gates, routed):
     """Rows that their gates route, and rows with the adapter ant or the base alone."""
     idx, weight = fixed_rows(pool, [{"ant": 1.0} if j % 2 else {} for j in range(len(routed))])
-    set_gates(gates, idx, weight, torch.tensor(routed), compiled=True)
+    set_gates(gates, idx, weight, torch.tensor(routed))
 
 
 @torch.inference_mode()
 def logits(model, b, t, steps, recorded=False):
     """Logits (b, t + steps, v) of a prompt and so many single tokens, and the routing of the last step, if any."""
     ids = torch.randint(331, (b, t + steps), generator=torch.Generator().manual_seed(31 * b + t))
-    cache = KVCache(model.config, b, t + steps)
-    cache.steady = True
+    cache = model.new_cache(b, t + steps)
+    cache.replayable = True
     out, recorder = [model(ids[:, :t], cache)], Recorder(model, b)
     if recorded:
         recorder.__enter__()
@@ -85,7 +85,7 @@ def test_compiled_is_the_same_in_few_graphs(model, recorded, made):
 
     want = [run(*case) for case in cases]
     assert graphs() == 0
-    model.model.compile()
+    model.compile_blocks()
     for case, (text, routing) in zip(cases, want, strict=True):
         got_text, got_routing = run(*case)
         torch.testing.assert_close(got_text, text, rtol=0, atol=1e-4, msg=str(case))
@@ -105,8 +105,8 @@ def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     W, bias, run = torch.randn(o, 67).to(dtype), torch.randn(o).to(dtype), compile_function(linear)
-    for n in (1, 3, LANES, 11, 2, FEW, LANES + 1, FEW + 3):
-        (x,) = of_any_length(torch.randn(n, 67).to(dtype), few=n <= FEW)
+    for n in (1, 3, SIMD_LANES, 11, 2, MAX_DECODE_ROWS, SIMD_LANES + 1, MAX_DECODE_ROWS + 3):
+        (x,) = mark_dynamic_tokens(torch.randn(n, 67).to(dtype), decode=n <= MAX_DECODE_ROWS)
         with torch.inference_mode():
             got, want = run(x, W, bias), F.linear(*(y.double() for y in (x, W, bias)))
         limit = 1e-5 if dtype == torch.float32 else 1e-2
@@ -118,13 +118,15 @@ def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
 def test_copies_are_no_guard(monkeypatch):
     """How many adapters bmm may copy at a time is nothing to a compiled block, which copies none: asked there, it is a
     graph for each side of that number, or an error."""
-    monkeypatch.setattr("kernels.COPIES", 3 * 2 * 3 * (67 + 11) * 4)  # of three tokens
+    monkeypatch.setattr("fast.kernels.COPIES", 3 * 2 * 3 * (67 + 11) * 4)  # of three tokens
     torch._dynamo.reset()
     counters.clear()
     A, B, scale = torch.randn(31, 3, 67), torch.randn(31, 11, 3), torch.ones(31)
     run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
     for n in (2, 3, 5, 7):
-        x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(31, (n, 2)), torch.rand(n, 2), few=True)
+        x, idx, weight = mark_dynamic_tokens(
+            torch.randn(n, 67), torch.randint(31, (n, 2)), torch.rand(n, 2), decode=True
+        )
         torch.testing.assert_close(run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop"))
     assert graphs() == 1, graphs()
 
@@ -136,11 +138,11 @@ def test_ranks_side_by_side(r):
     place, is a wrong answer in compiled blocks alone."""
     torch._dynamo.reset()
     counters.clear()
-    A, B = torch.randn(7, r, 67), zero_B(7, 11, r).copy_(torch.randn(7, 11, r))
+    A, B = torch.randn(7, r, 67), alloc_B(7, 11, r).copy_(torch.randn(7, 11, r))
     scale = torch.rand(7)
     run = compile_function(lambda x, idx, weight: lora_mix(x, A, B, scale, idx, weight, "bmm"))
-    for n in (FEW + 1, 29, 41):
-        x, idx, weight = of_any_length(torch.randn(n, 67), torch.randint(7, (n, 3)), torch.rand(n, 3))
+    for n in (MAX_DECODE_ROWS + 1, 29, 41):
+        x, idx, weight = mark_dynamic_tokens(torch.randn(n, 67), torch.randint(7, (n, 3)), torch.rand(n, 3))
         got, want = run(x, idx, weight), lora_mix(x, A, B, scale, idx, weight, "loop")
         assert (got - want).abs().max() < 1e-5 * want.abs().max(), n
     assert graphs() == 1, graphs()
@@ -150,10 +152,10 @@ def test_ranks_side_by_side(r):
 def test_head_of_few_rows(model):
     """The head is a fifth of a small model's weights: left out, it alone would run at half the speed. The last hidden
     states of a prompt are no contiguous tensor, which must not be a graph of its own."""
-    hidden = torch.randn(FEW + 3, 3, 44)
-    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:LANES, 1], hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
+    hidden = torch.randn(MAX_DECODE_ROWS + 3, 3, 44)
+    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:SIMD_LANES, 1], hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
     want = [model.head(x) for x in cases]
-    model.model.compile()
+    model.compile_blocks()
     for x, y in zip(cases, want, strict=True):
         torch.testing.assert_close(model.head(x), y, rtol=0, atol=1e-5)
     assert graphs() == 3, graphs()
@@ -170,7 +172,7 @@ def test_rows_with_fixed_adapters(model):
         return logits(model, len(routed), t, 3)[0]
 
     want = [run(*case) for case in cases]
-    model.model.compile()
+    model.compile_blocks()
     for case, text in zip(cases, want, strict=True):
         torch.testing.assert_close(run(*case), text, rtol=0, atol=1e-4, msg=str(case))
     assert graphs() == 4, graphs()
@@ -180,7 +182,7 @@ def test_pool_changes_in_place(model):
     """Adapters come and go while compiled blocks run: neither a new graph, nor the old adapter's answers."""
     pool, gates = with_gates(model, capacity=7)
     shapes = pool.shapes
-    model.model.compile()
+    model.compile_blocks()
     set_rows(pool, gates, [False])
 
     def run():
@@ -189,7 +191,7 @@ def test_pool_changes_in_place(model):
     without = run()
     made = graphs()
     pool.add(random_adapter("fly", shapes, 3, seed=3, size=0.1))
-    set_gates(gates, *fixed_rows(pool, [{"fly": 1.0}]), torch.tensor([False]), compiled=True)
+    set_gates(gates, *fixed_rows(pool, [{"fly": 1.0}]), torch.tensor([False]))
     with_fly = run()
     assert (with_fly - without).abs().max() > 1e-3
     pool.remove("fly")
@@ -231,7 +233,7 @@ def test_gradients(what, small_model, tmp_path):
         stacks = {f"{p}.{n}": stack[p] for n, stack in (("A", pool.A), ("B", pool.B)) for p in pool.A}
         params = parameters_of(gates) if what == "gates" else stacks
         if compiled:
-            model.model.compile()
+            model.compile_blocks()
         for param in params.values():
             param.requires_grad_()
         loss = GateLoss(gates) if what == "gates" else None
@@ -263,10 +265,10 @@ def test_two_threads_each_with_a_model(small_model):
     """A step captured in one thread must not hold the other's kernels: a server that answers from threads would
     overwrite one user's text with another's."""
     torch._dynamo.reset()
-    models = [load_llama(small_model) for _ in range(2)]
+    models = [load_base(small_model) for _ in range(2)]
     want = [logits(model, 1, 5, 7)[0] for model in models]
     for model in models:
-        model.model.compile()
+        model.compile_blocks()
         logits(model, 1, 5, 7)
     interval, wrong = sys.getswitchinterval(), []
 

@@ -1,5 +1,6 @@
 """What the README says, done: its first command, its Python, its options, its embedded model."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -83,6 +84,6 @@ def test_every_embedded_adapter_answers_its_task_and_composites(tmp_path):
     args = ("--limit", 5, "--methods", "oracle,meteora", "--composite", 3, "--composites", 11, "--dtype", "float32")
     done = command("eval.py", *args, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    results = generate.json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     assert min(results["methods"][method]["mean"] for method in ("oracle", "meteora")) >= 93, done.stdout
     assert min(r["right"] for r in results["composite"]["3"].values()) >= 2.4, done.stdout

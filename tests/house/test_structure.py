@@ -13,14 +13,12 @@ import pytest
 from common.options import build_parser
 from helpers_commands import ROOT, command
 
-# From the bottom up: a module imports only modules above it in this list.
-ORDER = [
-    *("common.files", "common.options", "fast.compiled", "fast.matmul", "model", "common.tokenizer", "kernels"),
-    *("tasks.metrics", "common.pictures", "pool.adapters", "moe_lora", "pool.gate_files", "pool.retriever"),
-    *("tasks.tiny", "tasks.folders", "methods.baselines", "methods.session", "generate", "evaluation.composites"),
-    *("training.loop", "training.base", "training.adapters", "methods.gates", "methods.lorahub"),
-    *("methods.lora_retriever", "methods.ramole", "train", "eval", "evaluation.peers", "evaluation.timed", "bench"),
-]
+# From the bottom up: a file imports only files of its own room and of rooms above it in this list.
+ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pool", "tasks", "training", "methods", "decoding"]
+ORDER += ["evaluation", "commands"]
+SCRIPTS = {"generate", "train", "eval", "bench"}
+CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
+SPEED = ("is_compiling", "mark_dynamic", "mkldnn", "is_cuda", "device.type", "is_amx", "compile", "captur", "processor")
 ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 MODULES = sorted(
     [file.stem for file in ROOT.glob("*.py")]
@@ -73,12 +71,57 @@ def all_imports(module):
     return imports(nodes) | texts
 
 
+def room_of(module):
+    """The place in ORDER of a module, of a script "commands"."""
+    room = module.partition(".")[0]
+    return "commands" if room in SCRIPTS else room
+
+
+def ours(module):
+    """The modules of ours that a module imports."""
+    return {name for name in all_imports(module) if name in MODULES or name in ROOMS}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_upwards(module):
-    """Without it model.py comes to know of LoRA, two files need each other, and none can be read alone."""
-    assert module in ORDER, f"{module}: a new file needs a place in ORDER: which files may it build on?"
-    below = all_imports(module) & set(ORDER[ORDER.index(module) :])
+    """Without it model.py comes to know of LoRA, two rooms need each other, and none can be read alone."""
+    assert room_of(module) in ORDER, f"{module}: a new room needs a place in ORDER: which rooms may it build on?"
+    above = set(ORDER[: ORDER.index(room_of(module)) + 1])
+    below = {name for name in ours(module) if room_of(name) not in above or name in SCRIPTS}
     assert not below, f"{module} imports {sorted(below)}, which stand below it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_a_room_need_no_circle(room):
+    """Two files that import each other can't be read one after the other."""
+    files = {module: ours(module) for module in MODULES if module.startswith(f"{room}.")}
+    while files:
+        free = [module for module, needs in files.items() if not needs & files.keys() - {module}]
+        assert free, f"in a circle: {sorted(files)}"
+        for module in free:
+            del files[module]
+
+
+def test_the_root_holds_the_idea_and_the_commands():
+    """Without it the files that teach lie in a heap again."""
+    assert {file.stem for file in ROOT.glob("*.py")} == {*CORE, *SCRIPTS}
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_idea_stands_alone(module):
+    """A learner who meets compilers and caches in the three files has to read twice as much to see what LoRA routing
+    is."""
+    assert {room_of(name) for name in ours(module)} <= CORE[module]
+    text = path_of(module).read_text("utf-8")
+    assert [word for word in SPEED if word in text] == []
+
+
+def test_speed_comes_from_outside():
+    """Without it the program comes to need fast/, and what it changes is no longer in one place."""
+    users = {module for module in MODULES if any(room_of(name) == "fast" for name in ours(module))}
+    assert {module for module in users if room_of(module) != "fast"} == {"pool.load", "bench"}
+    tried = [node for node in ast.walk(tree("pool.load")) if isinstance(node, ast.Try)]
+    assert any("fast" in imports(node.body) for node in tried)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,23 +2,19 @@
 
 import copy
 
-import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft.tuners.lora.arrow import create_arrow_model
-from peft.utils import merge_utils
 from torch import nn
 
 from helpers_models import random_adapter
+from helpers_oracles import create_arrow_model, merge_utils, peft, transformers
 from methods.baselines import (
     MERGES,
     ArrowGate,
     Follower,
     LoRAFlowGate,
-    MergedLinear,
     Prompt,
     SmearLinear,
     SmearRouter,
@@ -29,6 +25,7 @@ from methods.baselines import (
     lorahub_search,
     member_mask,
     merge,
+    merged_linear,
     ties,
 )
 from model import load_llama
@@ -347,7 +344,7 @@ def test_merged_linear(bias):
     """W + delta in the base's dtype, rounded once; the base stays as it was, to be put back."""
     linear = nn.Linear(29, 17, bias=bias).bfloat16()
     before, delta = linear.weight.clone(), noise(17, 29) * 0.001
-    merged = MergedLinear(linear, delta)
+    merged = merged_linear(linear, delta)
     assert merged.base is linear and torch.equal(linear.weight, before) and merged.weight.dtype == torch.bfloat16
     assert torch.equal(merged.weight, (before.double() + delta.double()).bfloat16())
     plain = copy.deepcopy(linear)

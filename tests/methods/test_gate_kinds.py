@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from common.files import InputError, read_json, read_safetensors, write_json
 from common.tokenizer import Tokenizer
-from generate import Sampling, decode, load
+from decoding.loop import decode
+from decoding.sampling import Sampling
+from generate import load
 from helpers_training import ANSWERS, argv, examples, file_contents, main, options, run, write_random_pool, write_tasks
 from helpers_training import prompts as make_prompts
 from methods import gates as train_gates

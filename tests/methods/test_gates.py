@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from common.files import InputError
 from common.tokenizer import Tokenizer
-from evaluation.composites import compose
 from generate import load
 from helpers_models import write_adapters
 from helpers_training import (
@@ -28,12 +27,13 @@ from helpers_training import (
     write_tasks,
 )
 from methods import gates as train_gates
-from methods.gates import GatesRun, gates_step
+from methods.gates import GateLoss, GatesRun, gates_step
 from methods.session import set_methods
 from model import load_llama
-from moe_lora import GateLoss, Recorder, attach
+from moe_lora import Recorder, attach
 from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
 from pool.gate_files import load_gates
+from tasks.composites import compose
 from tasks.folders import some_tasks
 
 
@@ -56,7 +56,11 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     labels = torch.cat([torch.full((len(x.ids),), pool.slot(x.task) if x.task else -100) for x in parts])
     logits = {path: [] for path in gates}
     for path, gate in gates.items():
-        gate.register_forward_pre_hook(lambda g, args, path=path: logits[path].append(F.linear(args[0], g.weight)))
+
+        def look(linear, args, path=path, gate=gate):
+            logits[path].append(F.linear(args[0], gate.weight))
+
+        model.get_submodule(path).register_forward_pre_hook(look)
     for example in picked:  # one at a time, no padding
         model(torch.tensor([example.ids]))
     logits = {path: torch.cat(parts) for path, parts in logits.items()}

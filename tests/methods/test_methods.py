@@ -1,6 +1,5 @@
 """Every method against a construction by hand, alone and in a batch; missing parts, wrong names, and the way back."""
 
-import json
 import math
 import re
 import shlex
@@ -12,65 +11,27 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from common.files import InputError, read_json, write_json, write_jsonl
+from common.files import InputError, read_json, write_json
 from common.options import parse_command
 from generate import answer, load, stream
+from helpers_methods import LORAHUB, NAMES
 from helpers_models import random_adapter, write_adapters
-from methods.baselines import Prompt, SmearLinear, loraflow_gates, lorahub, smear_routers
+from methods.baselines import SmearLinear, lorahub
 from methods.session import LOGO, METHODS, RETRIEVED, check_method, default_method, for_task, force, set_methods
 from model import load_llama
-from moe_lora import Mixture, attach, attached, detach, meteora_gates, router_loras
+from moe_lora import Mixture, attach, attached, detach, meteora_gates
 from pool.adapters import TEMPLATE, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
-from pool.gate_files import save_gates, save_routers
-from training.adapters import AdaptersRun, train_adapters
+from pool.load import load_base
 
-NAMES = ("ant", "bee", "cat")  # of ranks 2, 3, 5
 FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
-LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
 USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
 IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
 
 
-def noise(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
-def folder(small_model, tmp_path_factory):
-    """A pool folder with every part: three random adapters and random gates of all kinds; lora_f and lora_b trained by
-    the real command for a few steps."""
-    folder = tmp_path_factory.mktemp("methods")
-    base = load_llama(small_model)
-    adapters = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
-    write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint, TEMPLATE))
-    for name, path in adapters.items():
-        (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
-    pool = load(small_model, folder / "pool").pool
-    kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {"soft": (meteora_gates(pool, 3), 3)}
-    kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, Prompt()), 3)}
-    kinds |= {f"moe_top{k}": (meteora_gates(pool, k, full=True), k) for k in (1, 3)}
-    for number, (kind, (gates, k)) in enumerate(kinds.items()):
-        for place, gate in enumerate(gates.values()):
-            for param in gate.parameters():
-                param.data += noise(*param.shape, seed=100 * number + place) * 0.3
-        save_gates(folder / "pool" / "gates" / f"{kind}.safetensors", gates, pool, k, pool.names)
-    routers = router_loras(pool, 5)
-    for router in routers.values():
-        router.B.data += noise(*router.B.shape, seed=7) * 0.3
-    save_routers(folder / "pool" / "router.safetensors", routers, base, {})
-    for name in ("fox", "dog"):
-        rows = [{"prompt": f"the {name} {j}", "response": "lazy dog"} for j in range(3)]
-        write_json(folder / "tasks" / name / "task.json", {"metric": "exact_match"})
-        for split in ("train", "test"):
-            write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
-    paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
-    for joint, r in (("lora_f", 2), ("lora_b", 7)):
-        train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.1))
-    made_for = {name: pool.members[name].hash for name in NAMES}
-    weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
-    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
-    return folder / "pool"
+def folder(pool_with_every_part):
+    return pool_with_every_part
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +320,7 @@ def test_forced_adapters_hold_for_each_token_then_for_each_row(mole):
 
 def test_the_way_back_leaves_no_trace(small_model, mole):
     """A merge left in W, or a Linear that isn't the base's own, makes every later answer wrong by a little."""
-    plain = load_llama(small_model)
+    plain = load_base(small_model)
     with torch.no_grad():
         want = plain(IDS)
     for name in USABLE:

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from common.files import InputError
-from generate import Sampling, answer, decode, load
+from decoding.loop import decode
+from decoding.sampling import Sampling
+from fast.moe_lora import FastAX
+from generate import answer, load
 from helpers_models import random_adapter, write_adapters
+from methods.logo import LogoProbe
+from methods.router import RouterLoRA, candidate_rows, load_routers, router_loras, save_routers, set_candidates
 from methods.session import retrieve, set_methods
 from model import load_llama
-from moe_lora import AX, LogoProbe, MeteoraGate, RouterLoRA, attached, candidate_rows, router_loras, set_candidates
+from moe_lora import AX, MeteoraGate, attached
 from pool.adapters import Pool, linear_shapes
-from pool.gate_files import load_routers, save_routers
 
 SAMPLES = {"a": ["the quick fox", "the brown fox"], "b": ["sort these words"], "c": ["what is the plural"]}
 
@@ -29,8 +33,8 @@ def router(B, scale, r_q=7, i=11, **options):
     return gate
 
 
-def ax(x, A):
-    return AX(x, A, lambda: torch.einsum("eri,ni->ner", A, x))
+def fast_ax(x, A):
+    return FastAX(x, A, lambda: torch.einsum("eri,ni->ner", A, x))
 
 
 def by_hand(gate, x, A, B, scale, idx, bias):
@@ -45,9 +49,10 @@ def by_hand(gate, x, A, B, scale, idx, bias):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("make_ax", [AX, fast_ax])
 @pytest.mark.parametrize("n", [2, 17])  # few tokens gather their adapters, many compute all
 @pytest.mark.parametrize("options", [{}, {"scaled": False}, {"divisor": 1.0}])
-def test_weights_from_inner_matrices_are_the_long_way(n, options):
+def test_weights_from_inner_matrices_are_the_long_way(n, options, make_ax):
     """A transposed or unscaled inner matrix would still give weights that sum to one."""
     A, B, scale = stacks()
     gate, x = router(B, scale, **options), torch.randn(n, 11, dtype=torch.float64)
@@ -55,7 +60,7 @@ def test_weights_from_inner_matrices_are_the_long_way(n, options):
     bias = torch.tensor([[0.0, 0.3, -0.2], [0.1, 0.0, float("-inf")]], dtype=torch.float64)
     set_candidates([gate], idx, bias)
     sample = torch.arange(n) % 2
-    got = gate(x, sample, ax(x, A))
+    got = gate(x, sample, make_ax(x, A))
     assert torch.equal(got.idx, idx[sample])
     torch.testing.assert_close(got.weight, by_hand(gate, x, A, B, scale, idx[sample], bias[sample]))
 
@@ -72,9 +77,9 @@ def test_scores_some_tokens_at_a_time(monkeypatch):
         largest[0] = max(largest[0], found.numel())
         return found
 
-    monkeypatch.setattr("kernels.COPIES", 7 * 3 * 11 * 8)  # of seven tokens
+    monkeypatch.setattr("fast.kernels.COPIES", 7 * 3 * 11 * 8)  # of seven tokens
     monkeypatch.setattr(torch.Tensor, "__getitem__", looked)
-    a = ax(x, A)(gate.idx[sample])
+    a = fast_ax(x, A)(gate.idx[sample])
     assert largest[0] == 7 * 3 * 11
     torch.testing.assert_close(a[:, 0], torch.einsum("nri,ni->nr", A[gate.idx[sample][:, 0]], x))
 
@@ -89,7 +94,7 @@ def test_gradients_in_a_fixed_order():
     torch.set_num_threads(2)
     try:
         for _ in range(9):
-            weight = gate(x, sample, ax(x, A)).weight
+            weight = gate(x, sample, AX(x, A)).weight
             found.append(torch.autograd.grad((weight * torch.arange(1009)[:, None] * torch.arange(3)).sum(), gate.B)[0])
     finally:
         torch.set_num_threads(threads)
@@ -102,7 +107,7 @@ def test_one_candidate_weighs_one_and_none_weighs_nothing():
     gate, x = router(B, scale), torch.randn(3, 11, dtype=torch.float64)
     pool_like = type("P", (), {"slot": staticmethod(lambda name: int(name))})
     set_candidates([gate], *candidate_rows(pool_like, [[("4", 0.5)], []], 1))
-    got = gate(x, torch.tensor([0, 1, 0]), ax(x, A))
+    got = gate(x, torch.tensor([0, 1, 0]), AX(x, A))
     assert got.weight[:, 0].tolist() == [1.0, 0.0, 1.0] and got.idx[:, 0].tolist() == [4, 0, 4]
 
 
@@ -113,7 +118,7 @@ def test_only_the_router_learns():
     gate = router_loras(pool, 7)["p"]
     x = torch.randn(5, 11)
     set_candidates([gate], torch.tensor([[0, 1, 3]]), torch.zeros(1, 3))
-    mixture = gate(x, torch.zeros(5, dtype=torch.int64), ax(x, A))
+    mixture = gate(x, torch.zeros(5, dtype=torch.int64), AX(x, A))
     torch.testing.assert_close(mixture.weight, torch.full((5, 3), 1 / 3))
     mixture.weight[:, 0].sum().backward()
     assert gate.B.grad.abs().sum() > 0 and {name for name, _ in gate.named_parameters()} == {"A", "B"}
@@ -137,7 +142,7 @@ def test_logo_scores_are_the_adapters_outputs():
     v = torch.stack([scale[j] * B[j] @ (A[j] @ x[-1]) for j in range(5)]).float()
     for method in ("logo", "logo_entropy"):
         probe = LogoProbe(B, scale, method)
-        nothing = probe(x, torch.zeros(7, dtype=torch.int64), ax(x, A))
+        nothing = probe(x, torch.zeros(7, dtype=torch.int64), AX(x, A))
         assert not nothing.weight.any()
         p = v.softmax(-1)
         want = v.norm(dim=-1) if method == "logo" else 1 / -(p * p.log()).sum(-1)
@@ -149,7 +154,7 @@ def test_an_adapter_without_entropy_is_the_surest():
     A, B, scale = stacks()
     scale[2] = 1e5
     probe = LogoProbe(B, scale, "logo_entropy")
-    probe(torch.randn(7, 11, dtype=torch.float64), torch.zeros(7, dtype=torch.int64), ax(torch.ones(7, 11).double(), A))
+    probe(torch.randn(7, 11, dtype=torch.float64), torch.zeros(7, dtype=torch.int64), AX(torch.ones(7, 11).double(), A))
     assert probe.score.isfinite().all() and int(probe.score.argmax()) == 2
 
 
@@ -282,7 +287,7 @@ def test_compiled_blocks_follow_requests_and_pool(mole, tmp_path):
                 fresh.pool.add(random_adapter("late", mole.shapes, 3, seed=9))
             found = [[(name, 0.5) for name in names]] * b
             if compile:
-                fresh.model.model.compile()
+                fresh.model.compile_blocks()
             set_methods(fresh, ["ramole"] * b, retrieved=found)
             ids = [fresh.tokenizer.encode(prompt) for prompt in PROMPTS[:b]]
             texts.append([(t.row, t.id) for t in decode(fresh, ids, Sampling(5))])

@@ -6,15 +6,14 @@ import shutil
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from common.files import InputError
 from helpers_commands import ROOT
 from helpers_models import random_adapter, write_adapters, write_llama
+from helpers_oracles import peft, transformers
 from methods.session import load_mole, set_methods
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows

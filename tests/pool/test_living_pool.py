@@ -20,11 +20,11 @@ from helpers_commands import ROOT, assert_refused, command
 from helpers_models import random_adapter, write_adapters
 from helpers_training import write_random_pool
 from methods.baselines import Prompt, smear_routers
+from methods.router import router_loras, save_routers
 from methods.session import add_adapter
 from model import load_llama
-from moe_lora import router_loras
 from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
-from pool.gate_files import save_gates, save_routers
+from pool.gate_files import save_gates
 
 NAMES = [f"a{j}" for j in range(11)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.files import InputError, read_metadata
 from common.tokenizer import Tokenizer
-from generate import TINY, load
+from generate import load
 from helpers_commands import command
 from helpers_models import SMALL, write_adapters
 from helpers_training import write_tasks
@@ -19,6 +19,7 @@ from methods.lora_retriever import bag_of_words, compare, draw_prompts, info_nce
 from methods.session import retrieve, retriever_of
 from model import load_llama
 from moe_lora import SampleGate, attach, attached
+from pool.load import TINY
 from pool.retriever import (
     INSTRUCTION,
     LlamaEncoder,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files import InputError, read_json, read_jsonl
-from evaluation.composites import ANSWERS
 from tasks import tiny as tiny_tasks
+from tasks.composites import ANSWERS
 from tasks.tiny import CATEGORY, TASKS, WORDS, corpus, examples, held_out
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from common.files import InputError
 from common.tokenizer import Tokenizer
-from evaluation.composites import compose
 from helpers_models import write_adapters, write_llama
 from helpers_training import (
     ANSWERS,
@@ -27,6 +26,7 @@ from helpers_training import (
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
 from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
+from tasks.composites import compose
 from tasks.folders import Context, Example, collate, encode, load_tasks
 from training import adapters as train_adapters
 from training.adapters import AdaptersRun, adapters_step, clip_each, new_adapter
@@ -93,11 +93,11 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
     model, pool, gate = pool_in_model(small_model, tmp_path)
     next(iter(pool.B.values())).requires_grad_(True)
     picked, seen = sorted(examples(small_model, 4), key=lambda x: len(x.ids)), {}
-    model.model.register_forward_pre_hook(lambda *_: seen.update(own=gate.own))
+    model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
     for late, drawn, start in ((0.4, 0.9, 0.75), (0.4, 0.61, 0.025), (0.4, 0.3, 0.0), (1.0, 0.999, 0.999)):
         monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
         adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late=late))
-        weights = seen["own"].of_each_token()[1].flatten().split([len(example.ids) for example in picked])
+        weights = seen["weight"].flatten().split([len(example.ids) for example in picked])
         for example, row in zip(picked, weights, strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
             assert off < example.n_prompt and row.tolist() == [0.0] * off + [1.0] * (len(row) - off)
@@ -111,7 +111,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
     contexts = [
         x for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o) if len(x.parts) > 1
     ]
-    model.model.register_forward_pre_hook(lambda *_: seen.update(own=gate.own))
+    model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
     monkeypatch.setattr(torch, "rand", lambda n: torch.full((n,), 0.9))  # late by 3/4 of the question
     for context in contexts:
         adapters_step(model, pool, gate, [context], o)
@@ -120,7 +120,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
             off = math.ceil(0.75 * (part.n_prompt - 1) - 1e-4) if part.n_prompt else 0
             off = len(part.ids) if not part.task else off
             expected += [0.0] * off + [1.0] * (len(part.ids) - off)
-        assert seen["own"].of_each_token()[1].flatten().tolist() == expected
+        assert seen["weight"].flatten().tolist() == expected
 
 
 def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
@@ -225,8 +225,7 @@ def test_a_new_adapter_changes_nothing(small_model, tmp_path):
 
 def test_peft_computes_what_our_adapters_compute(small_model, trained):
     """Without it a pool trained here means something else in PEFT or vLLM: another scale, swapped or dropped keys."""
-    from peft import PeftModel
-    from transformers import LlamaForCausalLM
+    from helpers_oracles import LlamaForCausalLM, PeftModel
 
     ids = torch.tensor([[1, 5, 300, 17, 260, 33, 8, 90]])
     model = load_llama(small_model)

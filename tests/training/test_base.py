@@ -32,7 +32,7 @@ def test_base_learns(base):
 
 def test_transformers_reads_our_base(base):
     """Without it the folder that `train.py base` writes is a Llama by our own reading alone."""
-    from transformers import LlamaForCausalLM
+    from helpers_oracles import LlamaForCausalLM
 
     model, tokenizer = load_llama(base.model, torch.float32), Tokenizer(base.model)
     ids = tokenizer.encode("[INST] the lazy dog [/INST]\n2024")

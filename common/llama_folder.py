@@ -1,0 +1,198 @@
+"""Reads and checks a Hugging Face Llama folder: config.json as plain fields, safetensors as plain tensors."""
+
+import contextlib
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.devices import DTYPES
+from common.files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+# config.json --------------------------------------------------------------------------------------------------------
+
+
+def read_config(path):
+    """config.json of a model folder -> {field of model.LlamaConfig: value}. Raises InputError naming field, value and
+    what is supported."""
+    folder = Path(path)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    if not file.exists():
+        raise InputError(f"{file}: missing; a model folder holds config.json, safetensors and a tokenizer")
+    raw = read_json(file)
+
+    def refuse(name, expected):
+        raise InputError(f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+
+    if raw.get("model_type", "llama") != "llama":
+        refuse("model_type", "'llama'")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "'silu'")
+    sizes = {}
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        sizes[name] = raw.get(name)
+    heads = sizes["num_attention_heads"]
+    sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+    sizes["max_position_embeddings"] = raw.get("max_position_embeddings", 2048)
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            refuse(name, "a positive whole number")
+    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
+        refuse("num_attention_heads", f"a divisor of hidden_size {sizes['hidden_size']}, or a head_dim field")
+    if heads % sizes["num_key_value_heads"]:
+        refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
+    head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
+    if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
+        raise InputError(f"{file}: head_dim is {head_dim}, expected a positive even number (rotary pairs)")
+    eps = raw.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        refuse("rms_norm_eps", "a number above 0")
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(raw.get(name, False), bool):
+            refuse(name, "true or false")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), (dict, type(None))):
+            refuse(name, "an object or null")
+    return dict(
+        **sizes,
+        head_dim=head_dim,
+        rms_norm_eps=eps,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        attention_bias=raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        rope=_read_rope(raw, file),
+        eos_token_ids=_read_eos(raw, folder),
+    )
+
+
+def _read_rope(raw, file):
+    """Both layouts: rope_theta + rope_scaling, and the newer rope_parameters that holds everything."""
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or {})
+    rope |= raw.get("rope_parameters") or {}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {', '.join(ROPE_TYPES)}")
+    needed = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    for name in ("rope_theta", *needed.get(rope["rope_type"], ())):
+        if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
+            found = f"{name} is {rope.get(name)!r}"
+            raise InputError(f"{file}: rope {rope['rope_type']!r}: {found}, expected a number above 0")
+    return rope
+
+
+def _read_eos(raw, folder):
+    """generation_config.json decides where it has eos_token_id, as in transformers; each may be an int or a list."""
+    eos, generation = raw.get("eos_token_id"), folder / "generation_config.json"
+    if generation.exists():
+        try:
+            eos = read_json(generation).get("eos_token_id", eos)
+        except InputError as error:
+            warn(f"{error}; using the eos_token_id of config.json")
+    eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(isinstance(index, int) for index in eos):
+        raise InputError(f"{folder}: eos_token_id is {list(eos)}, expected a whole number or a list of them")
+    return eos
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+# Which config fields decide a tensor's shape, for the message where it doesn't fit.
+SHAPE_FIELDS = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "vocab_size, hidden_size (and tie_word_embeddings: whether it exists)",
+    "q_proj": "num_attention_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "k_proj": "num_key_value_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "v_proj": "num_key_value_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "o_proj": "num_attention_heads, head_dim, hidden_size (attention_bias: whether .bias exists)",
+    "gate_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+    "up_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+    "down_proj": "intermediate_size, hidden_size (mlp_bias: whether .bias exists)",
+}
+
+
+def _deciding_fields(name):
+    module = next((m for m in SHAPE_FIELDS if m in name), None)
+    return f"decided by {SHAPE_FIELDS[module]}" if module else "decided by hidden_size, num_hidden_layers"
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder, in order. Raises InputError listing every missing shard."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = parse_json(read_text(index), index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise InputError(f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+        return files
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if list(folder.glob("*.bin")):
+        raise InputError(
+            f"{folder}: only .bin weights, which are pickles and can run code when loaded; convert them once with "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        )
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+@contextlib.contextmanager
+def without_init():
+    """No initial weights inside: on the meta device torch would import sympy for them, a second of every start."""
+    kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
+    for kind in kept:
+        kind.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for kind, reset in kept.items():
+            kind.reset_parameters = reset
+
+
+def read_weights(folder, shapes, dtype=None, device="cpu"):
+    """({name: tensor}, fingerprint) of the safetensors of a model folder, one tensor at a time, in `dtype` (None: the
+    file's) on `device`; `shapes` {name: shape} is what the model has.
+
+    Raises InputError for whatever is missing, left over, of the wrong shape or not finite. The fingerprint is the
+    sha256 over each tensor's name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
+    """
+    tensors = {}
+    marks = {}
+    for file in weight_files(folder):
+        with open_safetensors(file) as found:
+            for name in sorted(found.keys()):
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
+                    continue  # the config says both: a tied head is the embedding
+                tensor = found.get_tensor(name)
+                _check_tensor(file, name, tensor, shapes)
+                dtype = dtype or tensor.dtype
+                head = tensor.flatten()[:256].float().numpy().tobytes()
+                marks[name] = f"{name} {tuple(tensor.shape)}".encode() + head
+                tensors[name] = tensor.to(device, dtype)
+                check_finite(file, name, tensors[name])  # after the cast, which may overflow
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: tensor {missing[0]}{more} missing; {_deciding_fields(missing[0])}")
+    return tensors, hashlib.sha256(b"".join(marks[name] for name in sorted(marks))).hexdigest()
+
+
+def _check_tensor(file, name, tensor, shapes):
+    if name not in shapes:
+        raise InputError(f"{file}: unexpected tensor {name} {list(tensor.shape)}; {_deciding_fields(name)}")
+    if tuple(tensor.shape) != shapes[name]:
+        expected = f"expected {shapes[name]}; {_deciding_fields(name)}"
+        raise InputError(f"{file}: {name} is {tuple(tensor.shape)}, {expected}")
+    if tensor.dtype not in (*DTYPES.values(), torch.float64):
+        raise InputError(f"{file}: {name} holds {tensor.dtype}, expected float32, bfloat16 or float16")

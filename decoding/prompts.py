@@ -1,0 +1,34 @@
+"""Prompts to token ids, and to batches of them."""
+
+from common.files import InputError
+from common.tokenizer import check_ids
+from tasks.folders import fill
+
+
+def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
+    """Prompt -> token ids, through the pool's template, the chat template or neither. Raises InputError for a prompt
+    that is too long, empty where there is no BOS, or tokenized to ids that the model doesn't have."""
+    tokenizer, config = mole.tokenizer, mole.model.config
+    if chat:
+        ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), start=False)
+    else:
+        ids = tokenizer.encode(prompt if raw else fill(mole.template, prompt))
+    if not ids:
+        if tokenizer.bos_id is None:
+            raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")
+        ids = [tokenizer.bos_id]
+    check_ids(ids, config.vocab_size)
+    room = config.max_position_embeddings
+    if len(ids) > room:
+        if truncate == "no":
+            cuts = "generate.py --truncate left or right cuts it"
+            raise InputError(f"the prompt has {len(ids)} tokens, the context {room}: {cuts}")
+        start = ids[:1] if ids[0] == tokenizer.bos_id else []
+        ids = ids[:room] if truncate == "right" else start + ids[len(ids) - room + len(start) :]
+    return ids
+
+
+def by_length(ids, size):
+    """Batches of `size` prompts, the shortest first: lists of their positions in `ids`."""
+    order = sorted(range(len(ids)), key=lambda j: len(ids[j]))
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,51 @@
+"""How tokens are chosen from logits, and when they end."""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.files import InputError
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen and when they end; temperature 0 is greedy."""
+
+    max_new_tokens: int = 64  # tokens to generate at most
+    temperature: float = 0.0  # of the sampler, 0 = greedy
+    sample_top_k: int = 0  # sample among the k likeliest tokens, 0 = all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
+    seed: int = 0  # of the sampler; prompt j of a batch draws with seed + j
+
+
+def check_values(sampling, top_k, gate_temperature):
+    """Raises InputError for values that no sampler or gate can use."""
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0)):
+        if not getattr(sampling, name) >= least:
+            raise InputError(f"--{name} is {getattr(sampling, name)}, expected at least {least}")
+    if not -(2**63) <= sampling.seed < 2**63:
+        raise InputError(f"--seed is {sampling.seed}, expected a number of 64 bits")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"--top_p is {sampling.top_p}, expected more than 0 and at most 1")
+    if not top_k >= 1:
+        raise InputError(f"--top_k is {top_k}, expected at least 1")
+    if not gate_temperature > 0:
+        raise InputError(f"--gate_temperature is {gate_temperature}, expected more than 0")
+
+
+def sample(logits, sampling, generators):
+    """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row by its generator."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # The largest is 0 at any temperature, of which float32 knows none smaller.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
+    if 0 < sampling.sample_top_k < logits.shape[-1]:
+        least = logits.topk(sampling.sample_top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probability = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probability.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token always stays
+        probability = probability.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+    rows = zip(probability, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
