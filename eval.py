@@ -38,8 +38,10 @@ from evaluation.composites import (
     encode_spans,
     score_composites,
 )
-from methods.gates import GateLoss
-from methods.session import RETRIEVED, check_method, for_task, load_mole, retrieve, retriever_of, set_methods, setup_of
+from methods.batch import check_method, find_method, for_task, retrieve, set_methods
+from methods.meteora import GateLoss
+from methods.protocol import Gated
+from methods.session import load_mole, retriever_of
 from moe_lora import attached
 from pool.load import TINY
 from pool.retriever import sentence_encoder
@@ -132,10 +134,12 @@ def retrieval(mole, tasks):
 def hidden_from(mole, method, name, o):
     """The adapters that `method` has to do without on task `name`: in --ood the task's own; in --unseen what is trained
     for a fixed pool does without those of all tasks that are unseen."""
-    if o.ood and name in mole.pool.members and method != "oracle":
+    found = find_method(mole, method, o.top_k)
+    if o.ood and name in mole.pool.members and not found.is_ceiling:
         return (name,)
-    fixed = method == "smear" or (setup_of(mole, method, o.top_k)[1] or "arrow") not in ("arrow", "ramole")
-    return tuple(sorted(mole.pool.members.keys() - seen_tasks(mole))) if o.unseen and fixed else ()
+    if o.unseen and found.trained_on_pool:
+        return tuple(sorted(mole.pool.members.keys() - seen_tasks(mole)))
+    return ()
 
 
 def seen_tasks(mole):
@@ -186,8 +190,6 @@ def check_options(o):
     methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
     if not methods:
         raise InputError("--methods names none")
-    if named := [m for m in methods if o.ood and (m.startswith("adapter:") or m in ("lora_f", "lora_b"))]:
-        raise InputError(f"--ood: {named[0]} has no adapter of a task that it could do without")
     temperatures = numbers("--composite_temperature", o.composite_temperature, float)
     return methods, numbers("--composite", o.composite) if o.composite else [], temperatures
 
@@ -231,7 +233,8 @@ def evaluate(mole, tasks, methods, cells, o):
             scores, timing[method] = {}, 0.0
             for name, task in tasks.items():
                 bar.set_postfix_str(f"{method} on {name}")
-                used, prompts = for_task(method, name), [row["prompt"] for row in task.test]
+                used = for_task(mole, method, name)
+                prompts = [row["prompt"] for row in task.test]
                 hidden = hidden_from(mole, method, name, o)
                 cell = cells.get(
                     f"{used} on {name}", lambda p=prompts, m=used, x=hidden: {"answers": answer_all(mole, p, m, o, x)}
@@ -243,7 +246,7 @@ def evaluate(mole, tasks, methods, cells, o):
                 bar.update(len(texts))
             results[method] = {**mean_of(scores), "tasks": scores}
             own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
-            if method.startswith("meteora") and own and not (o.ood or o.unseen):
+            if find_method(mole, method, o.top_k).gates_know_tasks and own and not (o.ood or o.unseen):
                 found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, o))
                 results[method]["gates"] = {key: found[key] for key in ("right", "first_qkv", "tokens")}
     return results, answers, {method: round(seconds, 2) for method, seconds in timing.items()}
@@ -251,15 +254,15 @@ def evaluate(mole, tasks, methods, cells, o):
 
 def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
     """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl). `oracle` is the
-    ceiling: each question and each answer runs through its own task's adapter. lorahub, which has weights for one task
-    at a time, is left out."""
+    ceiling: each question and each answer runs through its own task's adapter. A method that knows one task at
+    a time is left out."""
     results, answers = {}, []
     for n, asked in drawn.items():
         table = results[str(n)] = {}
-        for method in tqdm([m for m in methods if m != "lorahub"], desc=f"composite-{n}", file=sys.stderr):
-            part = setup_of(mole, method, o.top_k)[1]
-            has_none = part in (None, "meteora_top1", "loraflow", "ramole")
-            search = len(temperatures) > 1 and not has_none
+        answering = [method for method in methods if find_method(mole, method, o.top_k).answers_composites]
+        for method in tqdm(answering, desc=f"composite-{n}", file=sys.stderr):
+            kind = find_method(mole, method, o.top_k)
+            search = len(temperatures) > 1 and kind.has_temperature
             temperature = temperatures[0]
             if search:
                 trial = composites(tasks, n, max(1, o.composites // 4), mole.template, o.seed, split="train")
@@ -272,7 +275,7 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
                 lambda m=method, t=temperature, a=asked: {"answers": answer_composites(mole, a, m, t, o)},
             )
             table[method] = score_composites(asked, cell["answers"], tasks, o)
-            if part:
+            if isinstance(kind, Gated):
                 picture = draw_composite(mole, asked[0], method, temperature, o)
                 write_text(Path(o.out) / f"composite-{n}-{method}.svg", picture)
             if search:
@@ -293,8 +296,9 @@ def mean_of(scores):
 # The tables ---------------------------------------------------------------------------------------------------------
 
 
-def table(results, tasks):
-    """A row a task, a column a method, score [low, high], as Markdown."""
+def table(results, tasks, ceiling=None):
+    """A row a task, a column a method, score [low, high], as Markdown; shares of the method `ceiling` where there is
+    one."""
     methods = list(results)
     lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
     for name in tasks:
@@ -303,9 +307,9 @@ def table(results, tasks):
         lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
     means = [f"{results[m]['mean']:.1f} ± {results[m]['plus_minus']:.1f}" for m in methods]
     lines.append("| mean | | " + " | ".join(means) + " |")
-    if "oracle" in results and (whole := results["oracle"]["mean"]):
+    if ceiling and (whole := results[ceiling]["mean"]):
         shares = [f"{100 * results[m]['mean'] / whole:.1f} %" for m in methods]
-        lines.append("| of the oracle | | " + " | ".join(shares) + " |")
+        lines.append(f"| of the {ceiling} | | " + " | ".join(shares) + " |")
     lines += [
         f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
         f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
@@ -340,8 +344,10 @@ def main():
     mole.embed = embed
     tasks = choose_tasks(mole, o)
     for method in methods:
+        if o.ood and find_method(mole, method, o.top_k).has_task_adapter:
+            raise InputError(f"--ood: {method} has no adapter of a task that it could do without")
         for name in tasks:
-            check_method(mole, for_task(method, name), o.top_k)
+            check_method(mole, for_task(mole, method, name), o.top_k)
     hashes = {name: mole.pool.members[name].hash for name in mole.pool.names} if mole.pool else {}
     parts = {str(f.relative_to(mole.folder.path)): sha256(f.read_bytes()) for f in trained_parts(mole)}
     options = {key: value for key, value in asdict(o).items() if key != "out"}
@@ -355,11 +361,12 @@ def main():
     cells = Cells(o.out, meta)
     results, answers, timing = evaluate(mole, tasks, methods, cells, o)
     composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, o)
-    text = table(results, tasks) + ("\n" + composite_table(results, composite) if composite else "")
+    ceiling = next((name for name in methods if find_method(mole, name, o.top_k).is_ceiling), None)
+    text = table(results, tasks, ceiling) + ("\n" + composite_table(results, composite) if composite else "")
     out = Path(o.out)
     setting = "ood" if o.ood else "unseen" if o.unseen else "iid"
     written = {"setting": setting, "methods": results, "composite": composite, "meta": meta}
-    if not o.ood and {*RETRIEVED} & {*methods}:
+    if not o.ood and any(find_method(mole, name, o.top_k).retrieves == "by text" for name in methods):
         own = {name: task for name, task in tasks.items() if name in mole.pool.members}
         written["retrieval"] = found = retrieval(mole, own)
         shares = ", ".join(f"top-{k} {found[k]:.1f}" for k in found if k != "n")

@@ -18,7 +18,8 @@ from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
 from decoding.stream import answer, load, stream
-from methods.session import check_method, default_method, load_mole
+from methods.batch import check_method, default_method
+from methods.session import load_mole
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
 
@@ -113,9 +114,7 @@ def main():
         if not mole.pool:
             raise InputError(f"--exclude {name}: there are no adapters")
         mole.pool.member(name)
-    name, why = default_method(mole, o.top_k)
-    if name.startswith("meteora_top") and o.top_k != Options.top_k:
-        name = "meteora"  # k was asked for: no other gates will do
+    name, why = default_method(mole, o.top_k, k_asked=o.top_k != Options.top_k)
     chosen = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
     print(f"method: {', '.join(chosen)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
     if asked:

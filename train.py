@@ -16,26 +16,34 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from functools import partial
 
 from common.files import InputError, run_script
 from common.options import parse_command
-from methods.gates import GatesRun, train_gates
+from methods import METHODS
 from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
 from methods.ramole import RouterRun, check_router_options, train_router
 from training.adapters import AdaptersRun, check_adapter_options, train_adapters
 from training.base import BASE_SIZES, BaseRun, check_heads, train_base
+from training.gates import GatesRun, train_gates
+
+KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", "")}  # of gates
 
 COMMANDS = {
-    "base": (BaseRun, train_base), "adapters": (AdaptersRun, train_adapters), "gates": (GatesRun, train_gates),
-    "lorahub": (LorahubRun, train_lorahub), "retriever": (RetrieverRun, train_retriever),
+    "base": (BaseRun, train_base),
+    "adapters": (AdaptersRun, train_adapters),
+    "gates": (GatesRun, partial(train_gates, kinds=KINDS)),
+    "lorahub": (LorahubRun, train_lorahub),
+    "retriever": (RetrieverRun, train_retriever),
     "router": (RouterRun, train_router),
-}  # fmt: skip
+}
 
 
 def main():
-    command, o = parse_command({name: cls for name, (cls, _) in COMMANDS.items()},
-                               description="Train a base, adapters, and what chooses among them.")  # fmt: skip
+    commands = {name: cls for name, (cls, _) in COMMANDS.items()}
+    about = "Train a base, adapters, and what chooses among them."
+    command, o = parse_command(commands, description=about, choices={"kind": KINDS})
     least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
     least |= {"seed": 0, "weight_decay": 0}
     least |= {"r": 1, "samples": 0} if command == "adapters" else {}

@@ -55,8 +55,9 @@ def _comments(cls):
     return found
 
 
-def build_parser(cls, prog=None, description=None):
-    """An ArgumentParser for dataclass `cls`: str, int, float, bool, Literal, list[str], and each of them `| None`."""
+def build_parser(cls, prog=None, description=None, choices=None):
+    """An ArgumentParser for dataclass `cls`: str, int, float, bool, Literal, list[str], and each of them `| None`.
+    `choices` {field: values} of fields whose values a table elsewhere lists."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
     help_texts, hints = _comments(cls), typing.get_type_hints(cls)
     for field in fields(cls):
@@ -72,7 +73,9 @@ def build_parser(cls, prog=None, description=None):
             "help": (text + shown).replace("%", "%%"),
             "required": default is MISSING,
         }
-        if kind is bool:
+        if field.name in (choices or {}):
+            options |= {"choices": tuple(choices[field.name])}
+        elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             options |= {"action": "append", "default": None, "metavar": "TEXT"}
@@ -84,9 +87,9 @@ def build_parser(cls, prog=None, description=None):
     return parser
 
 
-def parse_args(cls, argv=None, prog=None, description=None):
+def parse_args(cls, argv=None, prog=None, description=None, choices=None):
     """Command line -> instance of `cls`. Bad options end the process with one line and exit status 2."""
-    parser = build_parser(cls, prog, description)
+    parser = build_parser(cls, prog, description, choices)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         if not unknown[0].startswith("-"):
@@ -98,7 +101,7 @@ def parse_args(cls, argv=None, prog=None, description=None):
     return cls(**values)
 
 
-def parse_command(commands, argv=None, description=None):
+def parse_command(commands, argv=None, description=None, choices=None):
     """`script COMMAND --options`: {name: dataclass} -> (name, instance)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(description=description, add_help=True, allow_abbrev=False)
@@ -107,4 +110,4 @@ def parse_command(commands, argv=None, description=None):
         parser.parse_args(argv or ["--help"])
     if argv[0] not in commands:
         parser.error(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or ', one of ' + ', '.join(commands)}")
-    return argv[0], parse_args(commands[argv[0]], argv[1:], prog=f"{parser.prog} {argv[0]}")
+    return argv[0], parse_args(commands[argv[0]], argv[1:], f"{parser.prog} {argv[0]}", choices=choices)

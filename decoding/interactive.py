@@ -4,7 +4,8 @@ import sys
 
 from common.files import InputError
 from decoding.respond import respond
-from methods.session import add_adapter, check_method
+from methods.batch import check_method
+from methods.session import add_adapter
 from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds

@@ -46,7 +46,8 @@ def decode(mole, ids, sampling, routing=False):
         yield seen
     logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
-    turn, using = mole.turn, mole.using
+    batch_id = mole.batch_id
+    in_use = mole.slots_in_use
     texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
     with _recorder(mole, b, routing) as recorder:
         for step in range(1, sampling.max_new_tokens + 1):
@@ -62,9 +63,9 @@ def decode(mole, ids, sampling, routing=False):
                     yield Token(row, index, text, seen[row][-1] if routing else [], finish)
             if not any(active):
                 return
-            if mole.turn != turn:
+            if mole.batch_id != batch_id:
                 raise RuntimeError("another batch began on this model: finish one stream before starting the next")
-            if left := [name for name in using if mole.slots([name]) != {name: using[name]}]:
+            if left := [name for name in in_use if mole.slots([name]) != {name: in_use[name]}]:
                 raise RuntimeError(f"adapter {left[0]} left its slot while an answer used it")
             cache.replayable = _fixed(mole)
             counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
@@ -73,9 +74,9 @@ def decode(mole, ids, sampling, routing=False):
 
 
 def _fixed(mole):
-    """What may change between the steps of a batch, force() and a pool that grows, as KVCache.replayable: None, where a
-    gate of yours may change as it likes."""
-    return None if mole.own else (mole.setting, mole.pool and (mole.pool.capacity, mole.pool.rank))
+    """What may change between the steps of a batch, force_adapters() and a pool that grows, as KVCache.replayable:
+    None, where a gate of yours may change as it likes."""
+    return None if mole.custom_gates else (mole.force_count, mole.pool and (mole.pool.capacity, mole.pool.rank))
 
 
 def _recorder(mole, n, routing):

@@ -13,7 +13,7 @@ from decoding.loop import decode
 from decoding.prompts import encode_prompt
 from decoding.sampling import Sampling
 from decoding.stream import compile_for
-from methods.session import retrieve, set_methods
+from methods.batch import retrieve, set_methods
 
 
 def result(prompt, method, tokens, prompt_trace, seconds, retrieved):

@@ -6,7 +6,8 @@ from common.files import InputError
 from decoding.loop import Token, decode
 from decoding.prompts import encode_prompt
 from decoding.sampling import Sampling, check_values
-from methods.session import Mole, check_method, default_method, load_mole, retrieve, set_methods
+from methods.batch import check_method, default_method, retrieve, set_methods
+from methods.session import Mole, load_mole
 from pool.load import TINY, compile_blocks
 
 

@@ -12,7 +12,7 @@ from decoding.loop import decode
 from decoding.prompts import by_length
 from decoding.respond import trace_prompt
 from decoding.sampling import Sampling
-from methods.session import force, retrieve, set_methods
+from methods.batch import find_method, force_adapters, retrieve, set_methods
 from tasks.composites import cut
 from tasks.metrics import COUNTED, draws, numbered, right, score, score_meteora
 
@@ -21,25 +21,26 @@ def answer_composites(mole, asked, method, temperature, o):
     """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
     task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing of adapters
     that were trained by themselves."""
+    forced = find_method(mole, method).is_ceiling
     encoded = [encode_spans(mole, composite) for composite in asked]
     room, texts = mole.model.config.max_position_embeddings, [""] * len(asked)
     for rows in by_length([ids for ids, _ in encoded], o.batch_size):
         n = len(asked[rows[0]].questions)
         ids = [encoded[j][0] for j in rows]
         budget = min(n * o.max_new_tokens, room)
-        used = "base" if method == "oracle" else method
+        used = "base" if forced else method
         found = retrieve(mole, [used] * len(rows), [asked[j].prompt for j in rows], o.retrieve, (), ids)
         set_methods(mole, [used] * len(rows), o.top_k, temperature, retrieved=found)
         names = [[name for name, _ in asked[j].questions] for j in rows]
-        if method == "oracle":
+        if forced:
             longest = max(map(len, ids))
-            force(mole, [encoded[j][1] + [None] * (longest - len(encoded[j][1])) for j in rows])
+            force_adapters(mole, [encoded[j][1] + [None] * (longest - len(encoded[j][1])) for j in rows])
         begun = False
         for token in decode(mole, ids, Sampling(budget)):
             texts[rows[token.row]] += token.text
-            if method == "oracle" and ("\n" in token.text or not begun):
+            if forced and ("\n" in token.text or not begun):
                 lines = [sum(map(bool, map(str.strip, texts[j].split("\n")[:-1]))) for j in rows]
-                force(mole, [own[min(line, n - 1)] for own, line in zip(names, lines, strict=True)])
+                force_adapters(mole, [own[min(line, n - 1)] for own, line in zip(names, lines, strict=True)])
                 begun = True
     return texts
 

@@ -22,8 +22,8 @@ from common.files import InputError
 from common.options import numbers
 from common.tokenizer import Tokenizer
 from evaluation.peers import has, hf_llama, peft_llama, peft_trainer
-from methods.gates import GateLoss, GatesRun, gates_step
-from methods.router import RouterLoRA, candidate_rows, router_loras, set_candidates
+from methods.meteora import GateLoss
+from methods.ramole import RouterLoRA, candidate_rows, router_loras, set_candidates
 from model import Llama, LlamaConfig
 from moe_lora import (
     KnownAdapterGate,
@@ -38,6 +38,7 @@ from pool.gate_files import load_gates, parameters_of
 from pool.load import TINY, compile_blocks, load_base, make_fast
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
+from training.gates import GatesRun, gates_step
 
 LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1,
               "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip

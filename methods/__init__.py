@@ -1,1 +1,42 @@
-"""The ways to choose adapters, and the training of what chooses."""
+"""The table of methods: the ways to choose adapters. A new one is a file of this folder and a line here."""
+
+from methods import (
+    custom,
+    fixed,
+    joint,
+    logo,
+    lora_retriever,
+    loraflow,
+    lorahub,
+    merges,
+    meteora,
+    mixtures,
+    ramole,
+    smear,
+)
+from methods.arrow import Arrow
+
+METHODS = (
+    fixed.Base,
+    fixed.Oracle,
+    fixed.Named,
+    joint.Joint,
+    fixed.Uniform,
+    merges.MergedFactors,
+    merges.MergedMatrices,
+    lorahub.LoraHub,
+    Arrow,
+    meteora.Meteora,
+    mixtures.Soft,
+    loraflow.LoRAFlow,
+    smear.Smear,
+    mixtures.MoE,
+    lora_retriever.Selection,
+    lora_retriever.RetrievedMixture,
+    lora_retriever.Fusion,
+    lora_retriever.AdapterSoup,
+    ramole.Ramole,
+    logo.LoGo,
+)
+FALLBACK = joint.Joint  # any other name: a folder under POOL/baselines
+CUSTOM = custom.Custom  # a name in mole.custom_gates

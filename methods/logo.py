@@ -4,8 +4,26 @@ import torch
 from torch import nn
 
 from common.files import InputError
+from methods.protocol import FixedMixture
 from moe_lora import Mixture, attach, detach
 from pool.retriever import base_alone
+
+
+class LoGo(FixedMixture):
+    """The k adapters that make most of the last token, or are surest of it, weighed by their scores."""
+
+    pattern = "logo|logo_entropy"
+    names = ("logo", "logo_entropy")
+    about = "LoGo: the k adapters that make most of the prompt's last token, or are surest of it; no training"
+    paper = "2511.07129"
+    retrieves = "by a forward pass"
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        return logo(mole, ids, k, exclude, self.name)
+
+    def weights(self, mole, pool, found, exclude):
+        total = sum(score for _, score in found) or 1.0
+        return {name: score / total for name, score in found}
 
 
 class LogoProbe(nn.Module):

@@ -1,8 +1,13 @@
-"""`train.py retriever`: tunes LoraRetriever's encoder contrastively on a share of the tasks.
+"""LoraRetriever (arXiv 2402.09997): the adapters whose samples are most like the prompt, composed; its tuning.
 
-The base stays as it is, so every prompt runs through it once; what is tuned is the projection behind it. It starts as
-the whitening of what varies within a task, which makes prompts of one task alike, and goes on by InfoNCE: m prompts of
-each task are averaged as an adapter's samples are, and other prompts have to find their own task's mean.
+    selection      the best one                     mixture    sum_j (1/k) s_j B_j A_j x, exact
+    fusion         (mean B)(mean A) x               adaptersoup    fusion of those nearest to all prompts together
+
+The encoder and the ranking are in pool/retriever.py. `train.py retriever` tunes the encoder contrastively on a share of
+the tasks: the base stays as it is, so every prompt runs through it once; what is tuned is the projection of its hidden
+states. It starts as the whitening of what varies within a task, which makes prompts of one task alike, and goes on by
+InfoNCE: m prompts of each task are averaged as an adapter's samples are, and other prompts have to find their own
+task's mean.
 """
 
 import random
@@ -19,14 +24,88 @@ import torch.nn.functional as F
 
 from common.files import InputError, write_text
 from common.tokenizer import Tokenizer
+from methods.protocol import FixedMixture, Merged
+from methods.session import rank_by_text, retriever_of
 from pool.adapters import is_pool, load_adapter, read_pool
 from pool.load import load_base
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
+from pool.stacks import average_factors
 from tasks.folders import load_tasks, some_tasks
 from tasks.metrics import mean_score
 from training.loop import required
 
 SAMPLES = 20  # m, at most: the paper's
+
+
+class Selection(FixedMixture):
+    """The best adapter retrieved."""
+
+    pattern = "selection"
+    names = ("selection",)
+    about = "LoraRetriever: the best adapter retrieved"
+    paper = "2402.09997"
+    made_by = "train.py retriever"
+    retrieves = "by text"
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        return rank_by_text(mole, prompts, k, exclude)
+
+    def in_memory(self, mole, found, exclude):
+        return [found[0][0]]
+
+    def weights(self, mole, pool, found, exclude):
+        return {found[0][0]: 1.0}
+
+
+class RetrievedMixture(FixedMixture):
+    """The k best, each weighing 1/k."""
+
+    pattern = "mixture"
+    names = ("mixture",)
+    about = "LoraRetriever: the k best, each weighing 1/k"
+    paper = "2402.09997"
+    made_by = "train.py retriever"
+    retrieves = "by text"
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        return rank_by_text(mole, prompts, k, exclude)
+
+    def weights(self, mole, pool, found, exclude):
+        return {name: 1 / len(found) for name, _ in found}
+
+
+class Fusion(Merged):
+    """The mean of the k best's A and of their B: one adapter."""
+
+    pattern = "fusion"
+    names = ("fusion",)
+    about = "LoraRetriever: the mean of the k best's A and of their B"
+    paper = "2402.09997"
+    made_by = "train.py retriever"
+    retrieves = "by text"
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        return rank_by_text(mole, prompts, k, exclude)
+
+    def merge(self, mole, found, exclude):
+        return average_factors(mole.pool, self.name, [name for name, _ in found])
+
+
+class AdapterSoup(Fusion):
+    """Fusion of the adapters nearest to all the prompts together (arXiv 2302.07027)."""
+
+    pattern = "adaptersoup"
+    names = ("adaptersoup",)
+    about = "AdapterSoup: fusion of the adapters nearest to all the prompts together"
+    paper = "2302.07027"
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        retriever = retriever_of(mole)
+        mean = retriever.embed(list(prompts)).mean(0, keepdim=True)
+        return [retriever.nearest(mean, k, exclude)[0]] * len(prompts)
+
+
+# Tuning the encoder -------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -535,3 +535,11 @@ def write_pool(folder):
     """Writes pool.json of a PoolFolder; the adapters themselves are saved before it by save_adapter."""
     raw = {"adapters": sorted(folder.adapters), "base": folder.fingerprint, "template": folder.template}
     write_json(folder.path / "pool.json", raw)
+
+
+def check_pool(known, model, o, template):
+    """Raises InputError where a pool's adapters were made for another base or with another template than this run's."""
+    if known.fingerprint not in (None, model.fingerprint):
+        raise InputError(f"{known.path / 'pool.json'}: made for another base than {o.model} (fingerprint differs)")
+    if known.adapters and known.template != template:
+        raise InputError(f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}")

@@ -6,9 +6,12 @@ import torch
 
 from common.files import write_json, write_jsonl
 from helpers_models import write_adapters
-from methods.baselines import Prompt, loraflow_gates, smear_routers
-from methods.router import router_loras, save_routers
-from methods.session import load_mole
+from methods import METHODS as TABLE
+from methods.batch import method_names
+from methods.loraflow import loraflow_gates
+from methods.ramole import router_loras, save_routers
+from methods.session import PromptMask, load_mole
+from methods.smear import smear_routers
 from model import load_llama
 from moe_lora import meteora_gates
 from pool.adapters import TEMPLATE, PoolFolder, write_pool
@@ -16,6 +19,9 @@ from pool.gate_files import save_gates
 from training.adapters import AdaptersRun, train_adapters
 
 NAMES = ("ant", "bee", "cat")  # of ranks 2, 3, 5
+METHODS = method_names()
+RETRIEVED = [name for method in TABLE if method.retrieves == "by text" for name in method.names]
+LOGO = [name for method in TABLE if method.retrieves == "by a forward pass" for name in method.names]
 LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 
 
@@ -33,7 +39,7 @@ def write_every_part(folder, small_model):
         (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
     pool = load_mole(small_model, folder / "pool").pool
     kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {"soft": (meteora_gates(pool, 3), 3)}
-    kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, Prompt()), 3)}
+    kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, PromptMask()), 3)}
     kinds |= {f"moe_top{k}": (meteora_gates(pool, k, full=True), k) for k in (1, 3)}
     for number, (kind, (gates, k)) in enumerate(kinds.items()):
         for place, gate in enumerate(gates.values()):

@@ -12,17 +12,15 @@ import train
 from common.files import read_safetensors, write_json, write_jsonl
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
-from methods.gates import GatesRun, train_gates
-from methods.lora_retriever import RetrieverRun, train_retriever
-from methods.lorahub import LorahubRun, train_lorahub
-from methods.ramole import RouterRun, train_router
+from methods.lorahub import LorahubRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
 from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
 from pool.load import load_base
 from tasks.folders import encode
-from training.adapters import AdaptersRun, train_adapters
-from training.base import BaseRun, train_base
+from training.adapters import AdaptersRun
+from training.base import BaseRun
+from training.gates import GatesRun
 
 # Two tasks that a random base can learn: each always gives one answer, on words that the other never sees.
 ANSWERS = {"animals": "the lazy dog", "plurals": "mouse"}
@@ -33,11 +31,7 @@ WORDS = {
 KINDS = ("adapters", "top1", "top2", "base")
 PAIRS = list(itertools.product(WORDS["animals"], WORDS["plurals"]))
 TEXT = "\n\n".join(f"[{b}] the {a} fox [/{b}]\njumps over the {b} dog, {a} and {b}." for a, b in PAIRS) + "\n"
-COMMANDS = {
-    AdaptersRun: ("adapters", train_adapters), GatesRun: ("gates", train_gates), BaseRun: ("base", train_base),
-    LorahubRun: ("lorahub", train_lorahub), RetrieverRun: ("retriever", train_retriever),
-    RouterRun: ("router", train_router),
-}  # fmt: skip
+COMMANDS = {cls: (name, run) for name, (cls, run) in train.COMMANDS.items()}
 
 
 def prompts(name, count, seed=0):

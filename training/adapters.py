@@ -25,6 +25,7 @@ from pool.adapters import (
     Pool,
     PoolFolder,
     alloc_B_of,
+    check_pool,
     is_pool,
     linear_shapes,
     peft_config,
@@ -188,14 +189,6 @@ def clip_each(stacks, limit):
         for stack in stacks:
             stack.grad.mul_(factor[:, None, None])
     return float(norms.max())
-
-
-def check_pool(known, model, o, template):
-    """Raises InputError where a pool's adapters were made for another base or with another template than this run's."""
-    if known.fingerprint not in (None, model.fingerprint):
-        raise InputError(f"{known.path / 'pool.json'}: made for another base than {o.model} (fingerprint differs)")
-    if known.adapters and known.template != template:
-        raise InputError(f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}")
 
 
 def save_adapters(pool, tasks, model, known, o):

@@ -19,7 +19,7 @@ from evaluation import composites as composing
 from generate import answer, load
 from helpers_commands import assert_refused, command
 from helpers_models import tokenizer_bytes, write_adapters, write_llama
-from methods.router import router_loras, save_routers
+from methods.ramole import router_loras, save_routers
 from model import load_llama
 from moe_lora import MeteoraGate, attached
 from pool.adapters import TEMPLATE, PoolFolder, write_pool
@@ -100,7 +100,7 @@ def test_the_table_shows_what_the_results_hold():
         method: evaluation.mean_of({"t": one}) | {"tasks": {"t": one}}
         for method, one in (("base", other), ("oracle", cell))
     }
-    assert evaluation.table(results, ["t"]).splitlines() == [
+    assert evaluation.table(results, ["t"], "oracle").splitlines() == [
         "| task | n | base | oracle |",
         "|---|---|---|---|",
         "| t (bleu) | 7 | 12.3 [1.0, 31.0] | 50.0 [20.0, 80.0] |",

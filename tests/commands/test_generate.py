@@ -24,7 +24,7 @@ from decoding.sampling import Sampling, sample
 from generate import answer, load, stream
 from helpers_commands import ROOT, command
 from helpers_models import SMALL, tokenizer_bytes, write_adapters
-from methods.session import default_method, set_methods
+from methods.batch import default_method, set_methods
 from model import Llama, LlamaConfig, load_llama
 from moe_lora import MeteoraGate
 from pool.adapters import TEMPLATE, PoolFolder, read_pool, write_pool

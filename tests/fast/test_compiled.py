@@ -19,13 +19,14 @@ from generate import load, stream
 from helpers_commands import ROOT
 from helpers_models import make_pool, random_adapter, random_gates
 from helpers_training import examples, meteora_gates_of, pool_in_model
-from methods.gates import GateLoss, gates_step
+from methods.meteora import GateLoss
 from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
 from pool.adapters import linear_shapes
 from pool.gate_files import parameters_of
 from pool.load import load_base
 from tasks import tiny as tiny_tasks
 from training.adapters import adapters_step
+from training.gates import gates_step
 
 
 @pytest.fixture

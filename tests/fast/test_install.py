@@ -8,8 +8,9 @@ import torch
 
 from generate import answer, load
 from helpers_commands import ENVIRONMENT, ROOT, python
+from helpers_methods import METHODS
 from helpers_models import write_llama
-from methods.session import METHODS, retrieve, set_methods
+from methods.batch import retrieve, set_methods
 from model import Llama, load_llama
 from moe_lora import MultiLoRALinear, attached
 from pool.load import make_fast

@@ -10,24 +10,13 @@ from torch import nn
 
 from helpers_models import random_adapter
 from helpers_oracles import create_arrow_model, merge_utils, peft, transformers
-from methods.baselines import (
-    MERGES,
-    ArrowGate,
-    Follower,
-    LoRAFlowGate,
-    Prompt,
-    SmearLinear,
-    SmearRouter,
-    arrow_prototypes,
-    dare,
-    loraflow_gates,
-    lorahub,
-    lorahub_search,
-    member_mask,
-    merge,
-    merged_linear,
-    ties,
-)
+from methods.arrow import ArrowGate, arrow_prototypes
+from methods.loraflow import LoRAFlowGate, SharedMixture, loraflow_gates
+from methods.lorahub import lorahub, lorahub_search
+from methods.merges import MERGES, dare, merge, merged_linear, ties
+from methods.protocol import member_mask
+from methods.session import PromptMask
+from methods.smear import SmearLinear, SmearRouter
 from model import load_llama
 from moe_lora import MultiLoRALinear, SampleGate, attach, detach, fixed_rows
 from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
@@ -461,7 +450,7 @@ def test_loraflow_one_gate_a_layer(small_model, shapes):
     assert list(gates) == list(pool.A)
     leaders = {path: gate for path, gate in gates.items() if isinstance(gate, LoRAFlowGate)}
     assert list(leaders) == [f"model.layers.{n}.self_attn.q_proj" for n in range(3)]
-    assert all(isinstance(gate, Follower) for path, gate in gates.items() if path not in leaders)
+    assert all(isinstance(gate, SharedMixture) for path, gate in gates.items() if path not in leaders)
     modules = nn.ModuleList(gates.values())
     assert sum(p.numel() for p in modules.parameters()) == 3 * (7 * 44 + 7)
     assert len(list(modules.parameters())) == len(modules.state_dict()) == 6
@@ -508,7 +497,7 @@ def test_loraflow_starts_uniform_on_the_first_linear_there_is(shapes):
 
 def smear(pool, G, mask, known=None):
     torch.manual_seed(0)
-    return SmearLinear(nn.Linear(44, 67), *stacks(pool), SmearRouter(G, Prompt(mask), known))
+    return SmearLinear(nn.Linear(44, 67), *stacks(pool), SmearRouter(G, PromptMask(mask), known))
 
 
 def prompt_mask(*lengths, t=11):

@@ -19,18 +19,20 @@ from decoding.sampling import Sampling
 from generate import load
 from helpers_training import ANSWERS, argv, examples, file_contents, main, options, run, write_random_pool, write_tasks
 from helpers_training import prompts as make_prompts
-from methods import gates as train_gates
 from methods import lorahub as train_lorahub
-from methods.baselines import Prompt, SmearLinear, smear_routers
-from methods.gates import GatesRun, logistic, whitening
+from methods.batch import set_methods
 from methods.lorahub import LorahubRun
-from methods.session import set_methods
+from methods.meteora import logistic, whitening
+from methods.session import PromptMask
+from methods.smear import SmearLinear, smear_routers
 from model import load_llama
 from moe_lora import attach, attached, detach, meteora_gates
 from pool.adapters import TEMPLATE, linear_shapes, load_adapter, read_pool
 from pool.gate_files import load_gates, save_gates
 from tasks.folders import draw, encode, load_tasks, pick, tokenize
 from training import adapters as train_adapters
+from training import gates as train_gates
+from training.gates import GatesRun
 
 KINDS = ("soft", "loraflow", "smear")
 
@@ -180,7 +182,7 @@ def smearing(small_model, tmp_path_factory):
     """A pool of two random adapters with random SMEAR routers, far from uniform."""
     pool = write_random_pool(tmp_path_factory.mktemp("smear"), small_model)
     mole = load(small_model, pool)
-    routers = smear_routers(mole.pool, Prompt())
+    routers = smear_routers(mole.pool, PromptMask())
     for place, router in enumerate(routers.values()):
         router.weight.data = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(place)) * 0.7
     save_gates(pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers_models import make_pool, random_gates
-from methods.gates import GateLoss
+from methods.meteora import GateLoss
 from moe_lora import attach
 from pool.adapters import linear_shapes
 

@@ -26,15 +26,16 @@ from helpers_training import (
     write_random_pool,
     write_tasks,
 )
-from methods import gates as train_gates
-from methods.gates import GateLoss, GatesRun, gates_step
-from methods.session import set_methods
+from methods.batch import set_methods
+from methods.meteora import GateLoss
 from model import load_llama
 from moe_lora import Recorder, attach
 from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
 from pool.gate_files import load_gates
 from tasks.composites import compose
 from tasks.folders import some_tasks
+from training import gates as train_gates
+from training.gates import GatesRun, gates_step
 
 
 @pytest.mark.parametrize("k, composite", [(1, 0.0), (2, 0.0), (1, 0.7)])

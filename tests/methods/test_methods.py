@@ -14,10 +14,11 @@ import train
 from common.files import InputError, read_json, write_json
 from common.options import parse_command
 from generate import answer, load, stream
-from helpers_methods import LORAHUB, NAMES
+from helpers_methods import LOGO, LORAHUB, METHODS, NAMES, RETRIEVED
 from helpers_models import random_adapter, write_adapters
-from methods.baselines import SmearLinear, lorahub
-from methods.session import LOGO, METHODS, RETRIEVED, check_method, default_method, for_task, force, set_methods
+from methods.batch import check_method, default_method, for_task, force_adapters, set_methods
+from methods.lorahub import lorahub
+from methods.smear import SmearLinear
 from model import load_llama
 from moe_lora import Mixture, attach, attached, detach, meteora_gates
 from pool.adapters import TEMPLATE, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
@@ -297,19 +298,19 @@ def test_methods_that_need_another_setup_are_refused_together(mole, pair, turn):
 
 
 def test_forced_adapters_hold_for_each_token_then_for_each_row(mole):
-    """force() is what the composites' ceiling stands on; here its two forms against methods that exist."""
+    """force_adapters() is what the composites' ceiling stands on; here its two forms against methods that exist."""
     names = [["ant"] * 11, [None] * 11]
     set_methods(mole, ["base"] * 2)
-    force(mole, names)
+    force_adapters(mole, names)
     with torch.no_grad():
         got = mole.model(IDS[:2])
-        force(mole, ["cat", None])
+        force_adapters(mole, ["cat", None])
         rows = mole.model(IDS[:2])
     assert close(got, logits_of(mole, ["adapter:ant", "base"])) and close(
         rows, logits_of(mole, ["adapter:cat", "base"])
     )
     set_methods(mole, ["base"] * 2)
-    force(mole, [["ant"] * 4 + ["bee"] * 7, ["bee"] * 11])
+    force_adapters(mole, [["ant"] * 4 + ["bee"] * 7, ["bee"] * 11])
     with torch.no_grad():
         mixed = mole.model(IDS[:2])
     ant, bee = (logits_of(mole, [f"adapter:{name}"] * 2) for name in ("ant", "bee"))
@@ -386,7 +387,7 @@ def test_adapters_called_like_methods(small_model, tmp_path):
         assert close(together[row], logits_of(mole, [name], IDS[row : row + 1])[0]), name
     with pytest.raises(InputError, match=r"soft\.safetensors.*train\.py gates --kind soft"):
         set_methods(mole, ["soft"])
-    force(mole, ["base", None])
+    force_adapters(mole, ["base", None])
     with torch.no_grad():
         forced = mole.model(IDS[:2])
     assert close(forced, logits_of(mole, ["adapter:base", "base"]))
@@ -482,9 +483,9 @@ def test_a_wrong_name_gets_the_nearest_right_one(mole, name, hint):
             call(mole, name)
 
 
-def test_the_oracle_is_each_tasks_own():
+def test_the_oracle_is_each_tasks_own(mole):
     """eval.py asks for_task; a method that is left alone must come back as it is."""
-    got = [for_task(name, "fox") for name in ("oracle", "lorahub", "base", "adapter:ant", "lora_b", "smear")]
+    got = [for_task(mole, name, "fox") for name in ("oracle", "lorahub", "base", "adapter:ant", "lora_b", "smear")]
     assert got == ["adapter:fox", "lorahub:fox", "base", "adapter:ant", "lora_b", "smear"]
 
 
@@ -498,12 +499,12 @@ class First(nn.Module):
 
 @torch.no_grad()
 def test_a_gate_of_ones_own_is_a_method(small_model, folder):
-    """The promise to whoever forks this: an nn.Module in mole.own, and generate and eval know it by its name; replaced
-    by another under that name it must not stay attached."""
+    """The promise to whoever forks this: an nn.Module in mole.custom_gates, and generate and eval know it by its name;
+    replaced by another under that name it must not stay attached."""
     mole = load(small_model, folder)
     with pytest.raises(InputError, match="no method 'mine'"):
         set_methods(mole, ["mine"])
-    mole.own["mine"] = First()
+    mole.custom_gates["mine"] = First()
     got = logits_of(mole, ["mine", "base", "adapter:bee"])
     assert close(
         got[1:], torch.cat([logits_of(mole, [n], IDS[j : j + 1]) for j, n in ((1, "base"), (2, "adapter:bee"))])
@@ -515,7 +516,7 @@ def test_a_gate_of_ones_own_is_a_method(small_model, folder):
     for gate in gates.values():
         gate.weight.data[1] = 1.0
     logits_of(mole, ["mine"])
-    mole.own["mine"] = gates
+    mole.custom_gates["mine"] = gates
     detach(model)
     attach(model, mole.pool, gates)
     assert close(logits_of(mole, ["mine"]), model(IDS[:1]))
@@ -537,7 +538,7 @@ def test_smear_shares_the_pools_prompt(mole):
 def test_the_name_of_a_gate_of_ones_own_may_begin_like_anothers(small_model, folder):
     """meteora_mine must not be answered by meteora."""
     mole = load(small_model, folder)
-    mole.own |= {"mine": First(), "meteora_mine": First()}
+    mole.custom_gates |= {"mine": First(), "meteora_mine": First()}
     assert close(logits_of(mole, ["meteora_mine", "uniform"]), logits_of(mole, ["mine", "uniform"]))
 
 

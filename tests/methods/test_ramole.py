@@ -10,8 +10,8 @@ from common.files import InputError, read_json, read_metadata, read_safetensors,
 from eval import seen_tasks
 from generate import load
 from helpers_training import prompts
+from methods.batch import set_methods
 from methods.ramole import RouterRun, check_router_options, draw_candidates, train_router
-from methods.session import set_methods
 from model import load_llama
 from moe_lora import attached
 from pool.adapters import linear_shapes, read_pool

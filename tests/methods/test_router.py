@@ -9,9 +9,9 @@ from decoding.sampling import Sampling
 from fast.moe_lora import FastAX
 from generate import answer, load
 from helpers_models import random_adapter, write_adapters
+from methods.batch import retrieve, set_methods
 from methods.logo import LogoProbe
-from methods.router import RouterLoRA, candidate_rows, load_routers, router_loras, save_routers, set_candidates
-from methods.session import retrieve, set_methods
+from methods.ramole import RouterLoRA, candidate_rows, load_routers, router_loras, save_routers, set_candidates
 from model import load_llama
 from moe_lora import AX, MeteoraGate, attached
 from pool.adapters import Pool, linear_shapes

@@ -14,7 +14,8 @@ from common.files import InputError
 from helpers_commands import ROOT
 from helpers_models import random_adapter, write_adapters, write_llama
 from helpers_oracles import peft, transformers
-from methods.session import load_mole, set_methods
+from methods.batch import set_methods
+from methods.session import load_mole
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
 from pool.adapters import (

@@ -19,9 +19,9 @@ from generate import answer, load, stream
 from helpers_commands import ROOT, assert_refused, command
 from helpers_models import random_adapter, write_adapters
 from helpers_training import write_random_pool
-from methods.baselines import Prompt, smear_routers
-from methods.router import router_loras, save_routers
-from methods.session import add_adapter
+from methods.ramole import router_loras, save_routers
+from methods.session import PromptMask, add_adapter
+from methods.smear import smear_routers
 from model import load_llama
 from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
 from pool.gate_files import save_gates
@@ -161,7 +161,7 @@ def test_answers_go_on_when_a_larger_adapter_joins(method, small_model, folders,
         (folder / "adapters" / name / "samples.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
     pool = load(small_model, folder).pool
     save_routers(folder / "router.safetensors", random_weights(router_loras(pool, 5)), base, {})
-    smear = random_weights(smear_routers(pool, Prompt()))
+    smear = random_weights(smear_routers(pool, PromptMask()))
     save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names)
     texts = []
     for joins in (False, True):

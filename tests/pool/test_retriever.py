@@ -15,8 +15,9 @@ from generate import load
 from helpers_commands import command
 from helpers_models import SMALL, write_adapters
 from helpers_training import write_tasks
+from methods.batch import retrieve
 from methods.lora_retriever import bag_of_words, compare, draw_prompts, info_nce, top_1, whiten_within
-from methods.session import retrieve, retriever_of
+from methods.session import retriever_of
 from model import load_llama
 from moe_lora import SampleGate, attach, attached
 from pool.load import TINY

@@ -1,0 +1,60 @@
+"""Arrow (arXiv 2405.11157): a token goes to the adapters whose strongest input direction it lies along; no training.
+
+prototype v_j = the top right singular vector of B_j A_j,   logit = |v_j . x|,   the k largest, softmax over those
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from methods.protocol import Gated, member_mask
+from moe_lora import Mixture
+from pool.stacks import factored_svd
+
+
+def arrow_prototypes(A, B):
+    """Unit top right singular vectors (e, i) of B_j A_j, A (e, r, i), B (e, o, r); zero where B A is zero.
+
+    Their sign is arbitrary; `scale` can't change them.
+    """
+    _, S, Vh = factored_svd(A.float(), B.float())
+    return Vh[:, 0] * (S[:, :1] > 0)
+
+
+class ArrowGate(nn.Module):
+    """Arrow: logits |v_j . x|, the k largest, softmax over those at a temperature; no training.
+
+    `known` (e,) bool: the slots that may be chosen, by default those with a prototype. Where fewer than k are, k is
+    their number. As in PEFT's Arrow x is the Linear's own input, not normalised (no cosine, whatever its docstring
+    says), scale multiplies each adapter's output and isn't in the logits, and outputs are mixed, not parameters. PEFT's
+    differs in prototypes by 15 power iterations from a random start, wrong where two singular values are close;
+    prototypes and logits in the adapters' dtype, here float32; dropout on the output, not the input; one rank for all.
+    """
+
+    def __init__(self, prototypes, k, temperature=1.0, known=None):
+        super().__init__()
+        self.register_buffer("prototypes", prototypes, persistent=False)
+        if known is None:
+            known = prototypes.any(-1)
+            known = known if known.any() else ~known  # every B A is zero: any choice is right, none would be NaN
+        self.register_buffer("known", known, persistent=False)
+        self.k, self.temperature = min(k, int(known.sum())), temperature
+
+    def forward(self, x, sample, ax):
+        logits = F.linear(x.float(), self.prototypes.float()).abs().masked_fill(~self.known, float("-inf"))
+        top, idx = logits.topk(self.k, dim=-1)  # (n, k)
+        return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
+
+
+class Arrow(Gated):
+    """Prototypes from the adapters as they are."""
+
+    pattern = "arrow"
+    names = ("arrow",)
+    about = "Arrow: tokens go by the adapters' strongest input directions; no training"
+    paper = "2405.11157"
+
+    def gates(self, mole, temperature, exclude):
+        pool = mole.pool
+        known = member_mask(pool, mole.device, exclude)
+        prototypes = {path: arrow_prototypes(pool.A[path], pool.B[path]).to(mole.dtype) for path in pool.A}
+        return {path: ArrowGate(v, self.top_k, temperature, known) for path, v in prototypes.items()}

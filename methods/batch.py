@@ -1,0 +1,176 @@
+"""Sets the model up for a batch: finds methods by name, retrieves, attaches what they share, gives rows adapters."""
+
+from dataclasses import replace
+
+import torch
+
+from common.files import InputError
+from common.options import nearest
+from methods import CUSTOM, FALLBACK, METHODS
+from methods.protocol import POOL, Gated, Merged, OwnLinears
+from moe_lora import SampleGate, attach, detach, fixed_rows, set_gates
+from pool.adapters import Pool, alloc_B_of
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def method_names():
+    """The names of all methods, as help and docs list them."""
+    return [name for method in METHODS for name in method.names]
+
+
+def find_method(mole, name, top_k=2):
+    """The Method `name`; `top_k` is the k of names that leave it open. Raises InputError where there is none."""
+    if name in mole.custom_gates:
+        return CUSTOM(name, top_k)
+    for kind in METHODS:
+        if kind is not FALLBACK and (method := kind.parse(name, top_k)):
+            return method
+    method = FALLBACK.parse(name, top_k)
+    if method and (name in FALLBACK.names or (method.folder(mole) and method.folder(mole).is_dir())):
+        return method
+    raise InputError(f"no method {name!r}{nearest(name, method_names()) or ', one of ' + ', '.join(method_names())}")
+
+
+def check_method(mole, name, top_k=2):
+    """Raises InputError unless `name` is a method that this pool has the parts for. Returns it."""
+    method = find_method(mole, name, top_k)
+    if method.per_task:
+        example = method.per_task.format("NAME")
+        raise InputError(f"method {name} is another one for each task: name it, {example}, or let eval.py")
+    if method.needs_adapters and not (mole.pool and mole.pool.members):
+        raise InputError(f"method {name}: needs adapters, and there are none: name a --pool or an --adapter NAME=DIR")
+    method.check(mole)
+    return name
+
+
+def for_task(mole, name, task):
+    """The method that scores `task`: some are another one for each task."""
+    return find_method(mole, name).per_task.format(task) or name
+
+
+def default_method(mole, k, k_asked=False):
+    """(The best method that the pool has the parts for, why, in words). `k_asked`: no gates of another k will do."""
+    if not (mole.pool and mole.pool.members):
+        return "base", "no adapters here"
+    many = f"{len(mole.pool.names)} adapters"
+    for kind in METHODS:
+        if found := kind.default(mole, k, k_asked):
+            name, why = found
+            return name, f"{many}, {why}"
+    if len(mole.pool.names) == 1:
+        return f"adapter:{mole.pool.names[0]}", "the only one"
+    return "uniform", f"{many} and no gates: python train.py gates makes them"
+
+
+# Setting up ---------------------------------------------------------------------------------------------------------
+
+
+def retrieve(mole, names, prompts, k=3, exclude=(), ids=None):
+    """[[(adapter, score), ...]], one for each row, the best first: the `k` that its method retrieves for its prompt,
+    without those of `exclude`; none where the method retrieves none. `ids` are the prompts' token ids. Raises
+    InputError."""
+    found = [[] for _ in names]
+    for name in dict.fromkeys(names):
+        rows = [row for row, other in enumerate(names) if other == name]
+        row_ids = [ids[row] for row in rows] if ids is not None else None
+        pairs = find_method(mole, name).retrieve(mole, [prompts[row] for row in rows], row_ids, k, exclude)
+        for row, some in zip(rows, pairs or [[]] * len(rows), strict=True):
+            found[row] = some
+    return found
+
+
+def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retrieved=None, exclude=()):
+    """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve() found for it; none uses
+    an adapter of `exclude`. Raises InputError for an unknown name, where a part is missing, naming the command that
+    makes it, and for methods that can't share a batch."""
+    for name in set(names):
+        check_method(mole, name, top_k)
+    if mole.pool is None:
+        mole.batch_id += 1
+        return
+    methods = [find_method(mole, name, top_k) for name in names]
+    requests = list(zip(methods, retrieved or [[]] * len(names), strict=True))
+    for method, found in requests:
+        _check_request(mole, method, found, exclude)
+    shared = _shared(methods)
+    needed = [name for method, found in requests for name in method.in_memory(mole, found, exclude)]
+    mole.pool.need(needed)
+    mole.batch_id += 1
+    in_slots = shared.key[0] == POOL[0]  # what is merged is no longer in slots
+    mole.slots_in_use = mole.slots(needed) if in_slots else {}
+    pool = _attach(mole, shared, requests, gate_temperature, backend, tuple(sorted(exclude)))
+    shared.prepare(mole, requests)
+    idx, weight = fixed_rows(pool, [method.weights(mole, pool, found, exclude) for method, found in requests])
+    routed = torch.tensor([isinstance(method, Gated) and method.key == shared.key for method in methods])
+    set_gates(mole.gates, idx.to(mole.device), weight.to(mole.device), routed.to(mole.device))
+
+
+def _check_request(mole, method, found, exclude):
+    """Raises InputError where a request lacks what it has to have."""
+    if method.retrieves and not found:
+        raise InputError(f"method {method.name}: nothing was retrieved for it: retrieve() comes before set_methods()")
+    method.check_exclude(exclude)
+    if method.needs_adapters and not mole.pool.members.keys() - set(exclude):
+        raise InputError(f"method {method.name}: every adapter is excluded")
+
+
+def _shared(methods):
+    """The method whose key all of a batch go with. Raises InputError where there is none."""
+    kinds = {method.key: method for method in methods}
+    gated = {key: method for key, method in kinds.items() if key[0] == POOL[0] and key != POOL}
+    if gated:
+        kinds.pop(POOL, None)  # fixed mixtures beside one kind of gate
+    bare = not any(method.needs_adapters for method in methods if method.key == POOL)
+    if bare and any(isinstance(method, Merged) for method in methods):
+        kinds.pop(POOL, None)  # the base beside merged adapters
+    first, *others = kinds.values()
+    if others:
+        raise InputError(
+            f"one batch can't hold both {first.name} and {others[0].name}: they set the model up differently"
+        )
+    return first
+
+
+def _attach(mole, shared, requests, temperature, backend, exclude):
+    """Attaches what the batch shares, unless it is attached just so already; returns the pool that rows choose from."""
+    derived = {}
+    for method, found in requests:
+        if isinstance(method, Merged):
+            derived[method.label(found)] = (method, found)
+    members = () if shared.follows_the_pool else tuple((n, m.slot, m.hash) for n, m in mole.pool.members.items())
+    key = (shared.key, id(mole.custom_gates.get(shared.name)), tuple(sorted(derived)), shared.top_k, temperature)
+    key += (backend, members, exclude, id(mole.pool), len(mole.pool.A))
+    if mole.attached and mole.attached[0] == key:
+        return mole.attached[1]
+    detach(mole.model)
+    mole.attached = None
+    mole.gates = []
+    pool = mole.pool
+    if isinstance(shared, OwnLinears):
+        shared.attach(mole, backend, exclude)
+    else:
+        gates = dict.fromkeys(pool.A, SampleGate())
+        if isinstance(shared, Merged):
+            made = [
+                replace(method.merge(mole, found, exclude), name=label)
+                for label, (method, found) in sorted(derived.items())
+            ]
+            pool = Pool.of(made, mole.pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
+            gates = dict.fromkeys(pool.A, SampleGate())
+        elif isinstance(shared, Gated):
+            inner = shared.gates(mole, temperature, exclude)
+            gates = {path: SampleGate(inner[path]) for path in pool.A}
+        attach(mole.model, pool, gates, backend)
+        mole.gates = list(dict.fromkeys(gates.values()))
+    mole.attached = (key, pool)
+    return pool
+
+
+def force_adapters(mole, names):
+    """Another adapter for each row from the next token on (None: the base), or a list of them for each token of the
+    next forward; for a batch of methods adapter:NAME or base."""
+    mole.force_count += 1
+    flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
+    idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)
+    set_gates(mole.gates, idx, weight, each_token=flat is not names)

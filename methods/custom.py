@@ -1,0 +1,19 @@
+"""A gate of your own: mole.custom_gates["NAME"] = gate, or {module path: gate}, is a method like any other."""
+
+from common.files import InputError
+from methods.protocol import Gated
+
+
+class Custom(Gated):
+    """Gates as you left them."""
+
+    about = "a gate of your own"
+    trained_on_pool = True
+
+    def gates(self, mole, temperature, exclude):
+        own = mole.custom_gates[self.name]
+        return own if isinstance(own, dict) else dict.fromkeys(mole.pool.A, own)
+
+    def check_exclude(self, exclude):
+        if exclude:
+            raise InputError(f"method {self.name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")

@@ -1,0 +1,81 @@
+"""LoRA-Flow (arXiv 2402.11455): one trained mixture of all adapters for each token and layer.
+
+weight = softmax(G x) + bias,   x the input of the layer's first Linear; weights may be negative
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods.protocol import TrainedGates, member_mask
+from moe_lora import Mixture
+
+
+class LoRAFlowGate(nn.Module):
+    """LoRA-Flow: softmax(G x) + bias over all e slots; weights may be negative and needn't sum to 1.
+
+    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. The mixture is kept for the
+    layer's other Linears, which come after this one.
+    """
+
+    sequential = True
+
+    def __init__(self, G, bias, known=None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(G), nn.Parameter(bias)  # G (e, i), bias (e,)
+        known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
+        self.register_buffer("known", known, persistent=False)
+        self.mixture = None
+
+    def forward(self, x, sample, ax):
+        logits = F.linear(x.float(), self.weight.float()).masked_fill(~self.known, float("-inf"))  # (n, e)
+        weight = F.softmax(logits, dim=-1) + self.bias.float() * self.known
+        idx = torch.arange(logits.shape[1], device=x.device).expand_as(logits)
+        self.mixture = Mixture(idx, weight)
+        return self.mixture
+
+
+class SharedMixture(nn.Module):
+    """Uses the mixture that the layer's LoRAFlowGate has just computed."""
+
+    sequential = True
+
+    def __init__(self, leader):
+        super().__init__()
+        self.leader = (leader,)  # in a tuple it is no submodule: its parameters are counted, saved and moved once
+
+    def forward(self, x, sample, ax):
+        return self.leader[0].mixture
+
+
+def loraflow_gates(pool, known=None):
+    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the start,
+    SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
+    gates, leaders = {}, {}
+    for path, A in pool.A.items():  # in module order: what comes first also runs first
+        layer = re.match(r".*?layers\.\d+", path)[0]
+        if layer in leaders:
+            gates[path] = SharedMixture(leaders[layer])
+            continue
+        mask = member_mask(pool, A.device) if known is None else known
+        G, bias = (torch.zeros(size, device=A.device) for size in ((pool.capacity, A.shape[2]), pool.capacity))
+        gates[path] = leaders[layer] = LoRAFlowGate(G, bias, mask)
+    return gates
+
+
+class LoRAFlow(TrainedGates):
+    """One mixture a token and layer."""
+
+    pattern = "loraflow"
+    names = ("loraflow",)
+    about = "LoRA-Flow: one mixture a token and layer"
+    paper = "2402.11455"
+    made_by = "train.py gates --kind loraflow"
+    kind = "loraflow"
+    has_temperature = False
+
+    @staticmethod
+    def new_gates(pool, k, temperature=1.0, known=None):
+        return loraflow_gates(pool, known)

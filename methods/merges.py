@@ -1,0 +1,117 @@
+"""Merges of all adapters into one: mean of A and of B, TIES (arXiv 2306.01708), DARE (2311.03099), SVD of the mean.
+
+A merge acts either on A and B apart (_ab), (mean B)(mean A) with its cross terms B_i A_j, or on the matrices B A (_ba):
+the two differ by more than the size of the update itself. The mean of the B A is no merge here: it is a mixture of
+weights 1/e, exact and of full rank (methods/fixed.py, uniform). `scale` is folded into B first. An adapter that lacks a
+Linear counts as zero there. Letters as in moe_lora.py; e counts the merged adapters.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods.protocol import Merged, OwnLinears
+from moe_lora import swap
+from pool.stacks import derived_adapter, factored_svd, member_stacks
+
+MERGES = ("average_ab", "ties_ab", "ties_ba", "dare_ab", "dare_ba", "svd")
+DENSITY = {"ties": 0.2, "dare": 0.1}  # the share of entries kept; the papers' top 20 % and drop rate p = 0.9
+
+
+def merge(pool, method, density=None, seed=0, names=(), exclude=()):
+    """All members of the pool, or `names` of them, or all but `exclude`, as one: an Adapter of scale 1, or
+    {module path: delta (o, i)} for ties_ba and dare_ba.
+
+    Float32, whatever the pool's dtype, and independent of its order and spare room. The rank is that of the largest
+    member. Deltas are as large as the base: with a large one, call merge_linear for one Linear at a time.
+    """
+    generator = torch.Generator(next(iter(pool.A.values())).device).manual_seed(seed)
+    stacks = member_stacks(pool, sorted(names or pool.members.keys() - set(exclude)))
+    merged = {path: merge_linear(A, B, method, density, generator) for path, A, B in stacks}
+    return merged if method.endswith("_ba") else derived_adapter(pool, method, merged)
+
+
+def merge_linear(A, B, method, density=None, generator=None):
+    """One Linear's A (e, r, i) and scaled B (e, o, r) -> (A (r, i), B (o, r)), or delta (o, i) for the _ba methods."""
+    if method not in MERGES:
+        raise ValueError(f"merge {method!r}, expected one of {MERGES}")
+    kind, _, space = method.partition("_")
+    density = DENSITY.get(kind) if density is None else density
+    if kind == "average":
+        return A.mean(0), B.mean(0)
+    if kind == "svd":
+        return mean_svd(A, B)
+    parts = [B @ A] if space == "ba" else [A, B]
+    parts = [ties(part, density) if kind == "ties" else dare(part, density, generator) for part in parts]
+    return parts[0] if space == "ba" else tuple(parts)
+
+
+def ties(stack, density):
+    """TIES on a stack (e, ...): trim each to its `density` largest in magnitude, elect each entry's sign by the total,
+    mean over those that have it.
+
+    Trimmed within the tensor, as PEFT does; the paper trims an adapter's entries of all tensors together. Zeros aren't
+    counted: the padding of a smaller rank must not widen its share.
+    """
+    stack = torch.stack([_trim(one, density) for one in stack])
+    elected = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    agree = stack.sign() == elected
+    return (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _trim(one, density):
+    size = one.abs().flatten()
+    keep = max(1, int(density * int(size.count_nonzero())))
+    return one * (one.abs() >= size.topk(keep, sorted=False).values.min())
+
+
+def dare(stack, density, generator):
+    """DARE on a stack (e, ...): each entry kept with probability `density` and divided by it, else 0; then the mean."""
+    kept = [one * torch.bernoulli(torch.full_like(one, density), generator=generator) for one in stack]
+    return sum(kept) / (density * len(kept))
+
+
+def mean_svd(A, B):
+    """The best rank-r approximation of the mean of B A: that mean is one product of inner size e*r."""
+    e, r, i = A.shape
+    U, S, Vh = factored_svd(A.reshape(e * r, i), B.transpose(0, 1).reshape(-1, e * r) / e)
+    spare = max(0, r - len(S))  # a Linear smaller than the rank
+    return F.pad(Vh[:r], (0, 0, 0, spare)), F.pad(U[:, :r] * S[:r], (0, spare))
+
+
+def merged_linear(base, delta):
+    """A Linear like `base` whose weight is W + delta, added in float32; it keeps the original, untouched, as `base` and
+    shares its bias."""
+    merged = copy.copy(base)
+    merged._parameters = dict(base._parameters)
+    weight = (base.weight.detach().float() + delta).to(base.weight.dtype)
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged._modules = {"base": base}
+    return merged
+
+
+class MergedFactors(Merged):
+    """A and B merged apart, or an SVD of the mean: one adapter."""
+
+    pattern = "average_ab|ties_ab|dare_ab|svd"
+    names = ("average_ab", "ties_ab", "dare_ab", "svd")
+    about = "merged into one adapter: mean of A and of B; TIES; DARE; SVD of the mean of B A"
+    paper = "2306.01708, 2311.03099"
+
+    def merge(self, mole, found, exclude):
+        return merge(mole.pool, self.name, exclude=exclude)
+
+
+class MergedMatrices(OwnLinears):
+    """The matrices B A merged: a copy of W is edited."""
+
+    pattern = "ties_ba|dare_ba"
+    names = ("ties_ba", "dare_ba")
+    about = "TIES and DARE on the matrices B A"
+    paper = "2306.01708, 2311.03099"
+
+    def attach(self, mole, backend, exclude):
+        for path, delta in merge(mole.pool, self.name, exclude=exclude).items():
+            swap(mole.model, path, merged_linear(mole.model.get_submodule(path), delta))

@@ -1,0 +1,192 @@
+"""MeteoRA (arXiv 2405.13053): a gate in each Linear picks k of many adapters for each token.
+
+    y = W x + sum over i in top-k(G x) of  w_i s_i B_i A_i x,   w = softmax of the k chosen logits / T     (moe_lora.py)
+    loss = LM cross-entropy of the response + beta * mean cross-entropy of every gate's e logits against the task's own
+           adapter, over all tokens of prompt and response                                                  (GateLoss)
+
+With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone trains G, and each
+gate is a linear classifier of its own input. fit_gates() fits it as one, without a backward pass through the network.
+"""
+
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.files import InputError
+from methods.protocol import TrainedGates, check_top_k
+from moe_lora import MeteoraGate, Mixture, attach, detach, meteora_gates
+from tasks.folders import collate, pick
+
+
+class Meteora(TrainedGates):
+    """MeteoRA's gates, top-k."""
+
+    pattern = r"meteora(?:_top([1-9]\d*))?"
+    names = ("meteora", "meteora_top1", "meteora_top2")
+    about = "MeteoRA's gates, k adapters a token (meteora: --top_k of them)"
+    paper = "2405.13053"
+    kind = "meteora"
+    gates_know_tasks = True
+    new_gates = staticmethod(meteora_gates)
+
+    def __init__(self, name, top_k, k):
+        super().__init__(name, int(k or top_k))
+
+    @property
+    def file_name(self):
+        return f"meteora_top{self.top_k}"
+
+    @property
+    def made_by(self):
+        """The command for this k."""
+        return f"train.py gates --top_k {self.top_k}"
+
+    @property
+    def has_temperature(self):
+        """Of one weight there is no softmax."""
+        return self.top_k > 1
+
+    @classmethod
+    def default(cls, mole, k, k_asked):
+        """Gates top-k of this pool or, without those, of another k."""
+        if not mole.folder:
+            return None
+        others = sorted((mole.folder.path / "gates").glob("meteora_top[1-9].safetensors"))
+        for file in (cls.parse("meteora", k).file(mole), *others):
+            if file.exists():
+                same = k_asked or file.stem == f"meteora_top{k}"
+                found = file.stem.removeprefix("meteora_top")
+                return "meteora" if same else file.stem, f"top-{found} gates from gates/{file.name}"
+        return None
+
+    @classmethod
+    def run_name(cls, args):
+        return f"meteora_top{args.top_k}"
+
+    @classmethod
+    def kept_k(cls, args, names):
+        return args.top_k
+
+    @classmethod
+    def check_run(cls, args, names):
+        check_top_k(args, names)
+        if args.composite and args.fit:
+            raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
+        if args.adapters_too and args.fit:
+            raise InputError("--fit trains no adapters: leave out --adapters_too")
+
+    @classmethod
+    def attach_for_training(cls, model, pool, args):
+        gates = meteora_gates(pool, args.top_k, args.gate_temperature)
+        attach(model, pool, gates)
+        return gates, GateLoss(gates), None
+
+    @classmethod
+    def fit(cls, model, pool, examples, args):
+        """fit_gates()."""
+        return fit_gates(model, pool, examples, args)
+
+
+class GateLoss:
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
+    adapter, over all labelled tokens (beta * this is added to the LM loss).
+
+    Gates keep the logits of their last forward until remove().
+    """
+
+    def __init__(self, gates):
+        self.gates = list(gates.values())
+        for gate in self.gates:
+            gate.keep_logits = True
+
+    def __call__(self, labels):
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and for each gate in
+        module order how many labelled tokens have their label as top-1: (m,)."""
+        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
+        return total, (logits.argmax(-1) == labels).sum(-1)
+
+    def remove(self):
+        for gate in self.gates:
+            gate.keep_logits, gate.logits = False, None
+
+
+# Fitting to features ------------------------------------------------------------------------------------------------
+
+
+class FittingGate(nn.Module):
+    """In place of a MeteoraGate during one forward pass: fits it to the input that just arrives, then chooses, so that
+    the gates behind it learn from what it makes them see.
+
+    Where `own` the choice is the task's own adapter. Else each half of the examples is routed by a gate fitted to the
+    other half: on examples that it was fitted to a gate is nearly always right, and the gates behind it would learn to
+    rely on that.
+    """
+
+    def __init__(self, gate, shared, own):
+        super().__init__()
+        self.gate, self.shared, self.own = gate, shared, own
+
+    def forward(self, x, sample, ax):
+        s = self.shared
+        half = s["half"][sample]
+        if s.get("x") != (x.data_ptr(), x.shape):  # q, k and v get the same tensor, and so do gate and up
+            parts = [s["keep"]] + ([] if self.own else [s["keep"] & (half == which) for which in (1, 0)])
+            e = self.gate.weight.shape[0]
+            s["G"] = [logistic(x[part].float(), s["labels"][part], e, s["l2"]) for part in parts]
+            s |= {"x": (x.data_ptr(), x.shape), "held": x, "count": s["count"] + 1}
+        self.gate.weight.data = s["G"][0].clone()
+        if self.own:
+            return Mixture(s["labels"][:, None], torch.ones_like(x[:, :1], dtype=torch.float32))
+        a, b = (MeteoraGate(G, self.gate.k, self.gate.temperature)(x, sample, ax) for G in s["G"][1:])
+        return Mixture(*(torch.where(half[:, None] == 0, u, v) for u, v in zip(a, b, strict=True)))
+
+
+def fit_gates(model, pool, examples, args):
+    """Fits each gate by logistic regression to its own inputs: one forward pass over steps * batch_size examples, all
+    at once, and a small convex problem a Linear, no backward pass. own: every sequence runs through its own adapter, so
+    that no gate depends on another. routed: the gates choose, each from when the pass has fitted it."""
+    begin = time.perf_counter()
+    gates = meteora_gates(pool, args.top_k, args.gate_temperature)
+    device = model.head_weight.device
+    batch = collate([example for step in range(args.steps) for example in pick(examples, step, args)], device)
+    labels = batch.slots(pool).clamp(min=0).flatten()
+    half = torch.arange(len(batch.tasks), device=device) // len(examples) % 2  # every second round of the tasks
+    shared = {"keep": batch.real.flatten(), "labels": labels, "half": half, "l2": args.l2, "count": 0}
+    attach(model, pool, {path: FittingGate(gate, shared, args.fit == "own") for path, gate in gates.items()})
+    with torch.no_grad():
+        model.model(batch.ids)
+    detach(model)
+    print(f"fitted {shared['count']} classifiers for {len(gates)} gates on {int(batch.real.sum()):,} tokens in "
+          f"{time.perf_counter() - begin:.1f} s", file=sys.stderr)  # fmt: skip
+    return gates
+
+
+@torch.enable_grad()
+def logistic(x, labels, e, l2, steps=50):
+    """Multinomial logistic regression without bias, by L-BFGS: x (n, i) float32, labels (n,) -> G (e, i).
+
+    The inputs are whitened, the penalty acts on the weights of the whitened ones, and G is mapped back: few directions
+    hold most of a residual stream's variance, and without that L-BFGS, as AdamW, stops far from the optimum (LOG.md).
+    """
+    whiten = whitening(x)
+    G, x = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True), x @ whiten
+    optimizer = torch.optim.LBFGS([G], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ G.T, labels) + l2 / 2 * G.pow(2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return G.detach() @ whiten.T
+
+
+def whitening(x):
+    """(i, i): x @ whitening(x) has nearly unit second moments, directions without variance stay small."""
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    return vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt()

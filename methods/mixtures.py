@@ -1,0 +1,64 @@
+"""MeteoRA's gate learning from the LM loss alone: a softmax over all adapters (soft), the k largest of it (moe_topK).
+
+soft        weight = softmax over all e of G x / T
+moe_topK    the K largest of that softmax, not renormalised: over one adapter, renormalised, the LM loss would have no
+            gradient (RAMoLE's comparisons, arXiv 2406.16989)
+"""
+
+from common.files import InputError
+from methods.protocol import TrainedGates, check_top_k
+from moe_lora import meteora_gates
+
+
+class Soft(TrainedGates):
+    """All adapters, by a softmax."""
+
+    pattern = "soft"
+    names = ("soft",)
+    about = "MeteoRA's gate without the top-k: all adapters"
+    made_by = "train.py gates --kind soft"
+    kind = "soft"
+
+    @staticmethod
+    def new_gates(pool, k, temperature=1.0, known=None):
+        return meteora_gates(pool, pool.capacity, temperature, known)
+
+    @classmethod
+    def check_run(cls, args, names):
+        super().check_run(args, names)
+        if len(names) < 2:
+            raise InputError(f"--kind soft needs two adapters or more, {args.pool} has {len(names)}")
+
+
+class MoE(TrainedGates):
+    """A mixture of experts: the k largest of a softmax over all."""
+
+    pattern = r"moe_top([1-9]\d*)"
+    names = ("moe_top1", "moe_top3")
+    about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
+    kind = "moe"
+
+    def __init__(self, name, top_k, k):
+        super().__init__(name, int(k))
+
+    @property
+    def made_by(self):
+        """The command for this k."""
+        return f"train.py gates --kind moe --top_k {self.top_k}"
+
+    @staticmethod
+    def new_gates(pool, k, temperature=1.0, known=None):
+        return meteora_gates(pool, k, temperature, known, full=True)
+
+    @classmethod
+    def run_name(cls, args):
+        return f"moe_top{args.top_k}"
+
+    @classmethod
+    def check_run(cls, args, names):
+        super().check_run(args, names)
+        check_top_k(args, names)
+
+    @classmethod
+    def kept_k(cls, args, names):
+        return args.top_k

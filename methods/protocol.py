@@ -1,0 +1,237 @@
+"""What a method of choosing adapters is. A method is a file of this folder and a line in its table (__init__.py).
+
+A method says, for a request, which adapters its tokens use and how much. There are four ways, each a class to derive
+from:
+
+    FixedMixture   {adapter: weight}, the same for all tokens of the request
+    Gated          a gate in each Linear chooses for each token (moe_lora.py has the protocol of gates)
+    Merged         one adapter derived from others, which all tokens use with weight 1
+    OwnLinears     Linears of its own: a copy of W that is edited, or one that merges anew for each request
+
+An object is a method as somebody named it, with what the name says (adapter:NAME, meteora_top2). Requests of different
+methods share a batch where these attach the same to the model: fixed mixtures beside one kind of gate.
+"""
+
+import re
+
+import torch
+
+from common.files import InputError
+from moe_lora import attach
+from pool.gate_files import GateFile
+
+
+class Method:
+    """A way to choose adapters. Attributes of the class say what it is, in words and for whoever runs it."""
+
+    pattern = ""  # what its names look like; groups go to __init__
+    names = ()  # as help and docs list them
+    about = ""  # one line
+    paper = ""  # arXiv number, where there is one
+    made_by = ""  # the command that makes its files
+
+    needs_adapters = True  # without a pool it is an error
+    retrieves = ""  # adapters for each prompt: "by text", with the retriever, or "by a forward pass"
+    per_task = ""  # where it is another method for each task, that one's name, {} for the task
+    is_ceiling = False  # each task with its own adapter, whatever is hidden from others
+    has_task_adapter = False  # is one task's adapter, or has learnt all tasks: no adapter that it could do without
+    trained_on_pool = False  # knows the adapters that it was trained with, and no others
+    gates_know_tasks = False  # its gates were told each task's own adapter: what share of them finds it is a figure
+    has_temperature = False  # its choice depends on the gate temperature
+    answers_composites = True  # False: knows one task at a time
+    follows_the_pool = False  # adapters may come and go without attaching it anew
+
+    def __init__(self, name, top_k=2, *groups):
+        """`top_k`: how many adapters a token uses, where the name leaves it open."""
+        self.name = name
+        self.top_k = top_k
+
+    @classmethod
+    def parse(cls, name, top_k=2):
+        """The method, where `name` is one of its names, else None."""
+        match = re.fullmatch(cls.pattern, name)
+        return cls(name, top_k, *match.groups()) if match else None
+
+    @property
+    def key(self):
+        """What it attaches to the model: methods with an equal key share a batch."""
+        raise AttributeError(f"{type(self).__name__} has no key: derive from FixedMixture, Gated, Merged or OwnLinears")
+
+    def check(self, mole):
+        """Raises InputError where the pool lacks a part that the method needs, naming the command that makes it."""
+
+    def retrieve(self, mole, prompts, ids, k, exclude):
+        """[[(adapter, score), ...]], one for each prompt, the best first; None where it retrieves nothing. `ids` are
+        the prompts' token ids."""
+        return None
+
+    def in_memory(self, mole, found, exclude):
+        """Names of the adapters that have to be in slots for a request; `found` is what it retrieved."""
+        return [name for name, _ in found]
+
+    def weights(self, mole, pool, found, exclude):
+        """{adapter of `pool`: weight} of a request whose mixture is fixed; empty where something else chooses."""
+        return {}
+
+    def check_exclude(self, exclude):
+        """Raises InputError where a request can't do without the adapters of `exclude`."""
+
+    @classmethod
+    def default(cls, mole, k, k_asked):
+        """(name, why) where this method should run unasked for, else None. `k_asked`: no other k will do."""
+        return None
+
+    def prepare(self, mole, requests):
+        """Called once a batch is attached: requests [(method, what it retrieved)] of all rows."""
+
+    def need(self, path, command):
+        """Raises InputError unless the part `path` exists."""
+        if not (path and path.exists()):
+            found = path or "a pool folder with its parts"
+            raise InputError(f"method {self.name}: needs {found}: python {command} makes it")
+
+
+POOL = ("pool", None)  # what fixed mixtures attach: the pool, and one SampleGate for all Linears
+
+
+class FixedMixture(Method):
+    """weights() says how much each adapter weighs, for all tokens of a request."""
+
+    key = POOL
+    follows_the_pool = True
+
+
+class Gated(Method):
+    """gates() makes a gate for each Linear."""
+
+    has_temperature = True
+
+    @property
+    def key(self):
+        """The name stands for its gates."""
+        return ("pool", self.name)
+
+    def in_memory(self, mole, found, exclude):
+        """All adapters that the gates choose among."""
+        return all_but(mole.pool, exclude)
+
+    def gates(self, mole, temperature, exclude):
+        """{module path: gate} for mole.pool."""
+        raise AttributeError(f"{type(self).__name__} has no gates()")
+
+
+class Trained(Method):
+    """A method with a file, POOL/gates/NAME.safetensors, which `train.py gates --kind KIND` writes."""
+
+    kind = ""  # as --kind names it
+    trained_on_pool = True
+
+    def check(self, mole):
+        self.need(self.file(mole), self.made_by)
+
+    @property
+    def file_name(self):
+        """NAME."""
+        return self.name
+
+    def file(self, mole):
+        """POOL/gates/NAME.safetensors, None without a pool folder."""
+        return mole.folder.path / "gates" / f"{self.file_name}.safetensors" if mole.folder else None
+
+    @classmethod
+    def run_name(cls, args):
+        """What a run's gate file is called."""
+        return cls.kind
+
+    @classmethod
+    def check_run(cls, args, names):
+        """Raises InputError for options that don't go with this kind; `names` are the adapters."""
+        if args.fit or args.adapters_too:
+            raise InputError(f"--kind {cls.kind}: --fit and --adapters_too are for meteora")
+
+    @classmethod
+    def kept_k(cls, args, names):
+        """The k that is written into the file."""
+        return len(names)
+
+    @classmethod
+    def attach_for_training(cls, model, pool, args):
+        """Attaches new gates -> ({module path: gate}, the gate loss or None, the prompt mask or None)."""
+        raise AttributeError(f"{cls.__name__} has no attach_for_training()")
+
+
+class TrainedGates(Trained, Gated):
+    """A kind of gate, trained."""
+
+    @staticmethod
+    def new_gates(pool, k, temperature=1.0, known=None):
+        """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen, None is all in use."""
+        raise AttributeError("a kind of trained gates has new_gates()")
+
+    @property
+    def key(self):
+        return (POOL[0], self.file_name)
+
+    def gates(self, mole, temperature, exclude):
+        rows = GateFile(self.file(mole), mole.pool, exclude)
+        return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
+
+    @classmethod
+    def attach_for_training(cls, model, pool, args):
+        gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
+        attach(model, pool, gates)
+        return gates, None, None
+
+
+class Merged(Method):
+    """merge() makes one adapter, which the request's tokens use with weight 1."""
+
+    key = ("derived", None)
+
+    def in_memory(self, mole, found, exclude):
+        return [name for name, _ in found] or all_but(mole.pool, exclude)
+
+    def label(self, found):
+        """What the derived adapter is called: of retrieved ones there is another for each set."""
+        return f"{self.name} of {', '.join(sorted(name for name, _ in found))}" if found else self.name
+
+    def merge(self, mole, found, exclude):
+        """The Adapter."""
+        raise AttributeError(f"{type(self).__name__} has no merge()")
+
+    def weights(self, mole, pool, found, exclude):
+        return {self.label(found): 1.0}
+
+
+class OwnLinears(Method):
+    """attach() puts Linears of its own into the model; such a method has the batch to itself."""
+
+    @property
+    def key(self):
+        """The name stands for its Linears."""
+        return (self.name, None)
+
+    def in_memory(self, mole, found, exclude):
+        return all_but(mole.pool, exclude)
+
+    def attach(self, mole, backend, exclude):
+        """Puts its Linears into the model; detach() takes them out."""
+        raise AttributeError(f"{type(self).__name__} has no attach()")
+
+
+def all_but(pool, exclude):
+    """Names of the pool's adapters without those of `exclude`."""
+    return [name for name in pool.names if name not in exclude]
+
+
+def check_top_k(args, names):
+    """Raises InputError where a token would use more adapters than there are."""
+    if not 1 <= args.top_k <= len(names):
+        raise InputError(f"--top_k is {args.top_k}, expected 1 to {len(names)}, the adapters of {args.pool}")
+
+
+def member_mask(pool, device=None, exclude=()):
+    """(capacity,) bool: the slots in use, but for the adapters of `exclude`."""
+    mask = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
+    mask[[pool.slot(name) for name in pool.resident if name not in exclude]] = True
+    return mask

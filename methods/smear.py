@@ -1,0 +1,86 @@
+"""SMEAR (arXiv 2306.03745): one merged adapter a request, by the mean of its prompt.
+
+p = softmax(G mean x) over the prompt's tokens,   A = sum p_j A_j,   B = sum p_j s_j B_j
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.files import InputError
+from methods.protocol import OwnLinears, Trained, member_mask
+from methods.session import PromptMask
+from moe_lora import MultiLoRALinear, attach
+from pool.gate_files import GateFile
+
+
+class SmearRouter(nn.Module):
+    """p = softmax(G mean x) over a sample's prompt tokens: (b, e) float32, kept until the next prompt; set `p` to
+    choose it by hand. `known` (e,) bool as in the gates."""
+
+    def __init__(self, G, prompt, known=None):
+        super().__init__()
+        self.weight, self.prompt, self.p = nn.Parameter(G), prompt, None  # G (e, i)
+        known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
+        self.register_buffer("known", known, persistent=False)
+
+    def forward(self, x):
+        if self.prompt.mask is not None:
+            mask = self.prompt.mask[..., None]  # (b, t, 1)
+            x = x.view(*mask.shape[:2], -1)
+            mean = x.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)  # (b, i)
+            logits = F.linear(mean, self.weight.float()).masked_fill(~self.known, float("-inf"))
+            self.p = F.softmax(logits, dim=-1)
+        return self.p
+
+
+class SmearLinear(MultiLoRALinear):
+    """SMEAR: a Linear with one merged adapter a sample, (sum p_j s_j B_j)(sum p_j A_j), p by its SmearRouter; every
+    token of a sample uses it, those after the prompt too."""
+
+    def forward(self, x):
+        y, p = self.base(x), self.gate(x)
+        x = x.reshape(len(p), -1, x.shape[-1])  # (b, t, i)
+        if self.trace is not None:
+            self.trace[: x[..., 0].numel()] = p.detach().repeat_interleave(x.shape[1], 0)
+        e = p.shape[1]  # slots that joined since the router was made weigh nothing
+        A = torch.tensordot(p.to(x.dtype), self.A[:e].to(x.dtype), 1)  # (b, r, i)
+        B = torch.tensordot((p * self.scale[:e]).to(x.dtype), self.B[:e].to(x.dtype), 1)  # (b, o, r)
+        return y + (x @ A.mT @ B.mT).view(y.shape)
+
+
+def smear_routers(pool, prompt, known=None):
+    """{module path: SmearRouter}, zero and so uniform at the start; attach them with make=SmearLinear."""
+    known = member_mask(pool, next(iter(pool.A.values())).device) if known is None else known
+    zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
+    return {path: SmearRouter(G, prompt, known) for path, G in zeros.items()}
+
+
+class Smear(Trained, OwnLinears):
+    """Routers of a file, in Linears of their own."""
+
+    pattern = "smear"
+    names = ("smear",)
+    about = "SMEAR: one merged adapter a request"
+    paper = "2306.03745"
+    made_by = "train.py gates --kind smear"
+    kind = "smear"
+    has_temperature = False
+
+    def attach(self, mole, backend, exclude):
+        rows = GateFile(self.file(mole), mole.pool, exclude)
+        routers = rows.fill(smear_routers(mole.pool, mole.prompt, rows.known), mole.dtype)
+        attach(mole.model, mole.pool, routers, backend, make=SmearLinear)
+
+    @classmethod
+    def check_run(cls, args, names):
+        super().check_run(args, names)
+        if args.composite:
+            raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
+
+    @classmethod
+    def attach_for_training(cls, model, pool, args):
+        prompt = PromptMask()
+        routers = smear_routers(pool, prompt)
+        attach(model, pool, routers, make=SmearLinear)
+        return routers, None, prompt
