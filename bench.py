@@ -54,6 +54,8 @@ from pool.load import compile_blocks
 
 @dataclass
 class Bench:
+    """Options that all benchmarks share."""
+
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
     device: str = "auto"  # auto = cuda where there is one, else cpu
     threads: int = 0  # of the CPU, 0 = one a core
@@ -65,6 +67,8 @@ class Bench:
 
 @dataclass
 class LayerBench(Bench):
+    """Options of `bench.py layer`."""
+
     n: str = "1,4,32,256,1024"  # tokens
     width: str = "576x1536,2048x2048,4096x4096,4096x14336"  # in and out features of the Linear
     e: str = "4,28,128"  # adapters in the pool
@@ -73,12 +77,16 @@ class LayerBench(Bench):
 
 @dataclass
 class ModelBench(Bench):
+    """Options of benchmarks of a whole model."""
+
     model: str = ""  # model folder, default tiny/
     peers: bool = True  # also transformers and peft, where they are installed
 
 
 @dataclass
 class RoutedBench(ModelBench):
+    """Options of benchmarks of a model with adapters and gates."""
+
     pool: str = ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
     e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
@@ -87,6 +95,8 @@ class RoutedBench(ModelBench):
 
 @dataclass
 class DecodeBench(RoutedBench):
+    """Options of `bench.py decode`."""
+
     context: int = 64  # tokens of the prompt
     tokens: int = 16  # tokens decoded in a repetition
     batch_size: int = 8  # requests decoded together, beside one by itself
@@ -96,12 +106,16 @@ class DecodeBench(RoutedBench):
 
 @dataclass
 class PrefillBench(RoutedBench):
+    """Options of `bench.py prefill`."""
+
     tokens: int = 512  # of the prompt
     shape: Literal["", "llama-3-8b"] = ""  # one block of these sizes with random weights, instead of --model
 
 
 @dataclass
 class TrainBench(ModelBench):
+    """Options of `bench.py train`."""
+
     e: int = 8  # adapters trained at once
     gated: int = 28  # adapters under the gates that are trained
     tokens: int = 128  # of an example, half of them the response's
@@ -173,6 +187,7 @@ def card(o):
 
 
 def processor():
+    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
@@ -342,6 +357,7 @@ def show(facts, table):
 
 
 def cell(value):
+    """A value as a table shows it."""
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -362,6 +378,7 @@ def check_gguf(file, device):
 
 
 def main():
+    """The command: measures, prints the card, the table and all of it as JSON."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
     command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
     for name, value in vars(o).items():

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
-from common.options import numbers, parse_args
+from common.options import Count, Whole, check_bounds, numbers, parse_args
 from common.tokenizer import check_ids
 from decoding.loop import decode
 from decoding.prompts import by_length, encode_prompt
@@ -53,27 +53,29 @@ from tasks.metrics import score, score_meteora, signature
 
 @dataclass
 class Options:
+    """Options of eval.py."""
+
     model: str = ""  # model folder, default tiny/
     pool: str = ""  # pool folder, default the model's own
     tasks: str = ""  # folder of task folders, default those of tiny/
     only: list[str] = field(default_factory=list)  # this task alone; repeatable; default every adapter's own
     methods: str = "base,oracle,meteora"  # separated by commas; oracle is each task with its own adapter
     composite: str = ""  # questions in a composite prompt, as 3,5,10; each size has its columns in a table
-    composites: int = 200  # composite prompts of each size
+    composites: Count = 200  # composite prompts of each size
     composite_temperature: str = "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
     ood: bool = False  # each task without its own adapter: what do the others make of it
     unseen: bool = False  # only tasks that router and retriever were not trained on; gates do without those adapters
-    retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
-    top_k: int = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
+    top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
-    limit: int = 0  # examples a task, 0 = all
+    limit: Whole = 0  # examples a task, 0 = all
     max_new_tokens: int = 64  # tokens an answer may have
-    batch_size: int = 16  # prompts decoded together
+    batch_size: Count = 16  # prompts decoded together
     meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora), to compare with it
     dtype: str = "auto"  # of the weights, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    seed: int = 0  # of the bootstrap and of the composites
+    seed: Whole = 0  # of the bootstrap and of the composites
     out: str = "out/eval"  # folder for results.json, results.md, answers.jsonl, timing.json
 
 
@@ -182,10 +184,7 @@ def check_options(o):
     """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
     if o.ood and o.unseen or (o.composite and (o.ood or o.unseen)):
         raise InputError("--ood, --unseen and --composite exclude each other")
-    smallest = {"batch_size": 1, "top_k": 1, "limit": 0, "seed": 0, "composites": 1, "retrieve": 1}
-    for name, least in smallest.items():
-        if getattr(o, name) < least:
-            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
+    check_bounds(o)
     check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
     methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
     if not methods:
@@ -221,6 +220,7 @@ class Cells:
         return read_json(file)
 
     def remove(self):
+        """Deletes what is kept: the run is over."""
         shutil.rmtree(self.folder)
 
 
@@ -337,6 +337,7 @@ def composite_table(results, composite):
 
 
 def main():
+    """The command: scores methods on tasks and composites, writes results and tables."""
     o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
     methods, sizes, temperatures = check_options(o)
     embed = sentence_encoder(o.encoder) if o.encoder else None
@@ -382,6 +383,7 @@ def main():
 
 
 def sha256(data):
+    """The hash of `data` (bytes), hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.files import InputError, read_jsonl, run_script
-from common.options import parse_args
+from common.options import Count, Whole, parse_args
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
@@ -28,6 +28,8 @@ __all__ = ["answer", "load", "stream"]
 
 @dataclass
 class Options(Sampling):
+    """Options of generate.py."""
+
     prompt: list[str] = field(default_factory=list)  # what to answer, - reads standard input; repeatable: one batch
     model: str = ""  # model folder, default tiny/
     pool: str = ""  # pool folder, default the model's own
@@ -38,10 +40,10 @@ class Options(Sampling):
     method: list[str] = field(default_factory=list)  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
-    retrieve: int = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
     encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
-    resident: int = 0  # adapters in memory at most, the others wait on disk; 0 = all
+    resident: Whole = 0  # adapters in memory at most, the others wait on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
     truncate: Literal["no", "left", "right"] = "no"  # which end of a prompt longer than the context is cut off
@@ -67,9 +69,6 @@ def check_options(o, asked):
         raise InputError("--raw and --chat exclude each other")
     if len(o.method) > 1 and len(o.method) != len(asked):
         raise InputError(f"{len(o.method)} times --method for {len(asked)} prompts: give it once, or once a prompt")
-    for name, least in (("retrieve", 1), ("resident", 0)):
-        if getattr(o, name) < least:
-            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {least}")
     check_values(o, o.top_k, o.gate_temperature)
     if o.html and Path(o.html).is_dir():
         raise InputError(f"--html {o.html}: is a directory, expected a file to write")
@@ -97,6 +96,7 @@ def read_prompt(prompt):
 
 
 def main():
+    """The command: answers prompts, lists the pool, or prompts for more."""
     o = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
     asked = read_requests(o)
     if not (o.prompt or o.prompts or o.list_ or o.interactive):

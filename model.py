@@ -49,6 +49,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        """(n, h) -> (n, h)."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -84,6 +85,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
+        """(n, h) -> (n, h)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -98,6 +100,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, layout, stored=None):
+        """(n, h) -> (n, h); `stored` as in Attention."""
         x = x + self.self_attn(self.input_layernorm(x), layout, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -120,16 +123,15 @@ class Trunk(nn.Module):
         With `lengths`, ids (1, n) are packed sequences of these lengths; with `depth` only so many blocks run: both
         without a cache. Raises ValueError where the cache is too small.
         """
-        b, t = ids.shape
         if cache is not None and counts is None:
-            counts = torch.full_like(cache.lengths, t)
+            counts = torch.full_like(cache.lengths, ids.shape[1])
         x = self.embed_tokens(ids.flatten())  # (n, h)
         layout = lay_out(self.config, ids, cache, counts, lengths, x.dtype)
         self.token_rows.sample = layout.sample
         x = self.run_blocks(x, layout, cache, depth)
         if cache is not None:
-            cache.advance(counts, t)
-        return self.norm(x).view(b, t, -1)
+            cache.advance(counts, ids.shape[1])
+        return self.norm(x).view(*ids.shape, -1)
 
     def run_blocks(self, x, layout, cache=None, depth=None):
         """x (n, h) through the first `depth` blocks -> (n, h)."""
@@ -163,6 +165,7 @@ class Llama(nn.Module):
         return self.linear(hidden, self.head_weight)
 
     def forward(self, ids, cache=None, counts=None):
+        """ids (b, t) -> logits (b, t, v); see Trunk.forward."""
         return self.head(self.model(ids, cache, counts))
 
     def new_cache(self, b, capacity):
@@ -215,8 +218,8 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
 def visible(positions, cached):
     """positions (b, t) of the new tokens, of which no row's is beyond cached + t -> mask (b, 1, t, s), s = cached + t:
     True where a key's position is not later than the token's own."""
-    s = cached + positions.shape[1]
-    return torch.arange(s, device=positions.device) <= positions[:, None, :, None]
+    keys = torch.arange(cached + positions.shape[1], device=positions.device)  # (s,)
+    return keys <= positions[:, None, :, None]
 
 
 def rope_frequencies(config, length, device=None):
@@ -227,14 +230,13 @@ def rope_frequencies(config, length, device=None):
     if rope["rope_type"] == "dynamic" and length > config.max_position_embeddings:
         stretch = rope["factor"] * length / config.max_position_embeddings - (rope["factor"] - 1)
         theta = theta * stretch ** (d / (d - 2))
-    exponent = torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d
-    frequency = 1.0 / theta**exponent
+    frequency = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
     if rope["rope_type"] == "llama3":  # long waves are stretched, short ones kept, those between interpolated
-        low = rope["low_freq_factor"]
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        keep = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
+        width = rope["high_freq_factor"] - rope["low_freq_factor"]
+        keep = ((turns - rope["low_freq_factor"]) / width).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / rope["factor"]
     return frequency
 
@@ -284,8 +286,7 @@ class KVCache:
     each row holds.
 
     `end` is a Python int that no row's length exceeds. What is cached is never computed again, whatever changes in the
-    model. `replayable` is for fast/ alone: as long as the caller leaves it equal, and not None, nothing but the tokens
-    changes from one step to the next.
+    model. `replayable` is for fast/: while the caller leaves it equal, and not None, only the tokens change.
     """
 
     replayable = None

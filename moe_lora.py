@@ -128,6 +128,7 @@ class MeteoraGate(nn.Module):
         self.logits = None
 
     def forward(self, x, sample, ax):
+        """x (n, i) -> Mixture of k adapters a token."""
         logits = F.linear(x.float(), self.weight.float())  # (n, e)
         if self.known is not None:
             logits = logits.masked_fill(~self.known, float("-inf"))
@@ -166,6 +167,7 @@ class SampleGate(nn.Module):
         self.all_routed = routed is not None and bool(routed.all())
 
     def forward(self, x, sample, ax):
+        """x (n, i), sample (n,) -> Mixture, fixed or the inner gate's."""
         if self.all_routed:
             return self.inner(x, sample, ax)
         if self.some_routed:
@@ -202,6 +204,7 @@ class KnownAdapterGate(nn.Module):
         self.idx, self.weight = slots[:, None], weight[:, None]
 
     def forward(self, x, sample, ax):
+        """The Mixture it was set to, k = 1."""
         return Mixture(self.idx, self.weight)
 
 

@@ -13,58 +13,45 @@ POOL/runs/gates_top2 and so on.
 """
 
 import json
-import math
 import sys
 from dataclasses import asdict
 from functools import partial
 
-from common.files import InputError, run_script
-from common.options import parse_command
+from common.files import run_script
+from common.options import check_bounds, parse_command
 from methods import METHODS
+from methods.joint import SAMPLING
 from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
 from methods.ramole import RouterRun, check_router_options, train_router
 from training.adapters import AdaptersRun, check_adapter_options, train_adapters
-from training.base import BASE_SIZES, BaseRun, check_heads, train_base
+from training.base import BaseRun, check_heads, train_base
 from training.gates import GatesRun, train_gates
 
 KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", "")}  # of gates
 
+# {command: (its options, what trains, what else is checked of the options)}
 COMMANDS = {
-    "base": (BaseRun, train_base),
-    "adapters": (AdaptersRun, train_adapters),
-    "gates": (GatesRun, partial(train_gates, kinds=KINDS)),
-    "lorahub": (LorahubRun, train_lorahub),
-    "retriever": (RetrieverRun, train_retriever),
-    "router": (RouterRun, train_router),
+    "base": (BaseRun, train_base, check_heads),
+    "adapters": (AdaptersRun, partial(train_adapters, sampling=SAMPLING), check_adapter_options),
+    "gates": (GatesRun, partial(train_gates, kinds=KINDS), None),
+    "lorahub": (LorahubRun, train_lorahub, None),
+    "retriever": (RetrieverRun, train_retriever, None),
+    "router": (RouterRun, train_router, check_router_options),
 }
 
 
 def main():
-    commands = {name: cls for name, (cls, _) in COMMANDS.items()}
+    """The command: reads and checks a run's options, and trains."""
+    commands = {name: cls for name, (cls, *_) in COMMANDS.items()}
     about = "Train a base, adapters, and what chooses among them."
-    command, o = parse_command(commands, description=about, choices={"kind": KINDS})
-    least = {"steps": 1, "batch_size": 1, "micro_tokens": 1, "save_every": 1, "lr": 0, "warmup": 0, "clip": 0}
-    least |= {"seed": 0, "weight_decay": 0}
-    least |= {"r": 1, "samples": 0} if command == "adapters" else {}
-    least |= dict.fromkeys(("l2", "adapter_lr", "beta", "lm_weight"), 0) if command == "gates" else {}
-    least |= {"gate_temperature": 1e-6} if command == "gates" else {}
-    least |= dict.fromkeys(BASE_SIZES, 1) if command == "base" else {}
-    least |= {"r": 1, "divisor": 0, "prior": 1e-6 if o.prior else 0} if command == "router" else {}
-    least = {"steps": 1, "shots": 1, "l1": 0, "seed": 0} if command == "lorahub" else least
-    if command == "retriever":
-        least = {"steps": 0, "prompts": 3, "max_length": 32, "depth": 0, "lr": 0, "temperature": 1e-6, "seed": 0}
-    for name, smallest in least.items():
-        if not smallest <= getattr(o, name) < (2**63 if name == "seed" else math.inf):
-            raise InputError(f"--{name} is {getattr(o, name)}, expected at least {smallest}")
-    if command == "adapters":
-        check_adapter_options(o)
-    if command == "base":
-        check_heads(o)
-    if command == "router":
-        check_router_options(o)
-    print(json.dumps(asdict(o)), file=sys.stderr)
-    COMMANDS[command][1](o)
+    command, args = parse_command(commands, description=about, choices={"kind": KINDS, "joint": ("", *SAMPLING)})
+    _, train, check = COMMANDS[command]
+    check_bounds(args)
+    if check:
+        check(args)
+    print(json.dumps(asdict(args)), file=sys.stderr)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def _keep_memory():
 
 
 def warn(message):
+    """One line on standard error."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -96,6 +97,7 @@ def read_known(path):
 
 
 def read_text(path):
+    """The file's text. Raises InputError where it can't be read or isn't UTF-8."""
     data = read_known(path)
     try:
         return data.decode("utf-8")
@@ -104,6 +106,7 @@ def read_text(path):
 
 
 def parse_json(text, where):
+    """JSON text -> value. Raises InputError naming `where`, line and column."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -237,14 +240,17 @@ def write_bytes(path, *parts):
 
 
 def write_text(path, text):
+    """write_bytes of `text` as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path, value):
+    """write_bytes of `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path, rows):
+    """write_bytes of `rows` as one JSON value a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

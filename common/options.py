@@ -8,6 +8,7 @@ import argparse
 import difflib
 import inspect
 import io
+import math
 import sys
 import textwrap
 import tokenize
@@ -16,6 +17,31 @@ import typing
 from dataclasses import MISSING, fields
 
 from common.files import InputError
+
+
+class Least(typing.NamedTuple):
+    """What an option has to be at least, and what it has to be below: beside its field, as Annotated[int, Least(1)]."""
+
+    value: float
+    below: float = math.inf
+
+
+# The types of most numbers that a script can be told.
+Count = typing.Annotated[int, Least(1)]
+Whole = typing.Annotated[int, Least(0)]
+NotNegative = typing.Annotated[float, Least(0)]
+Above0 = typing.Annotated[float, Least(1e-6)]
+Seed = typing.Annotated[int, Least(0, 2**63)]
+
+
+def check_bounds(args):
+    """Raises InputError for an option that is not within the bounds beside its field."""
+    hints = typing.get_type_hints(type(args), include_extras=True)
+    for field in fields(args):
+        value = getattr(args, field.name)
+        for bound in getattr(hints[field.name], "__metadata__", ()):
+            if not bound.value <= value < bound.below:
+                raise InputError(f"--{field.name} is {value}, expected at least {bound.value}")
 
 
 def nearest(name, names):

@@ -135,6 +135,7 @@ class Printer:
         self.line_open = not text.endswith("\n") if text else self.line_open
 
     def push(self, token):
+        """One more token; prints what its row's turn allows."""
         self.waiting[token.row].append(token)
         self.done[token.row] = token.finish is not None
         while self.row < len(self.prompts) and self.waiting[self.row]:
@@ -149,5 +150,6 @@ class Printer:
             self._next()
 
     def close(self):
+        """The legend, where there is routing to explain."""
         if self.routing and self.palette.weight:
             print(legend(self.palette))

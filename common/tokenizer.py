@@ -193,6 +193,7 @@ class TextStream:
         self.tokenizer, self.ids, self.start, self.read = tokenizer, [], 0, 0
 
     def push(self, index, last=False):
+        """One more token id -> the text that is now whole."""
         if index is not None:
             self.ids.append(index)
         known = self.tokenizer.decode(self.ids[self.start : self.read])
@@ -205,4 +206,5 @@ class TextStream:
         return text[len(known) :]
 
     def flush(self):
+        """What is left, at the end."""
         return self.push(None, last=True)

@@ -49,6 +49,7 @@ def interact(mole, method, o):
 
 
 def print_pool(mole):
+    """One line an adapter: name, rank, alpha, hash, Linears, a prompt that it was trained on."""
     if not (mole.pool and mole.pool.members):
         print("no adapters")
         return

@@ -5,24 +5,23 @@ from dataclasses import dataclass
 import torch
 
 from common.files import InputError
+from common.options import Count, NotNegative, Whole, check_bounds
 
 
 @dataclass
 class Sampling:
     """How tokens are chosen and when they end; temperature 0 is greedy."""
 
-    max_new_tokens: int = 64  # tokens to generate at most
-    temperature: float = 0.0  # of the sampler, 0 = greedy
-    sample_top_k: int = 0  # sample among the k likeliest tokens, 0 = all
+    max_new_tokens: Count = 64  # tokens to generate at most
+    temperature: NotNegative = 0.0  # of the sampler, 0 = greedy
+    sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
     seed: int = 0  # of the sampler; prompt j of a batch draws with seed + j
 
 
 def check_values(sampling, top_k, gate_temperature):
     """Raises InputError for values that no sampler or gate can use."""
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("sample_top_k", 0)):
-        if not getattr(sampling, name) >= least:
-            raise InputError(f"--{name} is {getattr(sampling, name)}, expected at least {least}")
+    check_bounds(sampling)
     if not -(2**63) <= sampling.seed < 2**63:
         raise InputError(f"--seed is {sampling.seed}, expected a number of 64 bits")
     if not 0 < sampling.top_p <= 1:

@@ -35,6 +35,7 @@ def repository_off_path():
 
 
 def has(package):
+    """Whether `package` is installed."""
     try:
         return bool(version(package))
     except PackageNotFoundError:
@@ -76,6 +77,7 @@ class HfDecoder:
 
     @torch.inference_mode()
     def prefill(self):
+        """Reads the prompts into a new cache."""
         return self.model(self.ids, use_cache=True, logits_to_keep=1, **self.options)
 
     @torch.inference_mode()
@@ -105,6 +107,7 @@ class LlamaCpp:
         self.prefill()
 
     def prefill(self):
+        """Reads the prompt into an empty cache."""
         self.program.reset()
         self.program.eval(self.ids)
 

@@ -269,6 +269,7 @@ def _serve(pipe, make, o):
 
 
 def adapters_trainer(o):
+    """A Trainer of o.e adapters at once."""
     model = load(o)
     compile_blocks(model, True, saves=0, costs=0)
     shapes = linear_shapes(model)
@@ -293,6 +294,7 @@ def one_adapter_trainer(o):
 
 
 def gates_trainer(o, backend):
+    """A Trainer of the gates of o.gated adapters."""
     model = with_adapters(o, o.gated, backend)
     if backend == "auto":
         compile_blocks(model, True, saves=0, costs=0)

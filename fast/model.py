@@ -81,9 +81,11 @@ class FastLlama(Llama):
     linear = staticmethod(linear)
 
     def new_cache(self, b, capacity):
+        """An empty FastKVCache for b sequences of at most `capacity` tokens."""
         return FastKVCache(self.config, b, capacity, self.head_weight.dtype, self.head_weight.device)
 
     def head(self, hidden):
+        """(..., h) -> logits (..., v)."""
         run = self.model.compiled
         if run and hidden.dim() == 2 and len(hidden) <= MAX_DECODE_ROWS:
             (hidden,) = mark_dynamic_tokens(hidden.contiguous(), decode=True)
@@ -112,6 +114,7 @@ class FastTrunk(Trunk):
     compiled = None  # a CompiledBlock
 
     def run_blocks(self, x, layout, cache=None, depth=None):
+        """x (n, h) -> (n, h); replays, captures or runs a decode step, runs anything else by halves of blocks."""
         b, t = layout.positions.shape
         decode = self.compiled is not None and cache is not None and t == 1 and b <= MAX_DECODE_ROWS
         if decode:

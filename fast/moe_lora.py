@@ -20,6 +20,7 @@ class FastMultiLoRALinear(MultiLoRALinear):
     """MultiLoRALinear, with what fast/ knows of its gate."""
 
     def forward(self, x):
+        """x (n, i) or (b, t, i) -> (n, o) or (b, t, o)."""
         y = self.base(x)
         sample = self.rows_of(x)
         x = x.reshape(-1, x.shape[-1])

@@ -40,6 +40,7 @@ class ArrowGate(nn.Module):
         self.k, self.temperature = min(k, int(known.sum())), temperature
 
     def forward(self, x, sample, ax):
+        """x (n, i) -> Mixture of k adapters a token."""
         logits = F.linear(x.float(), self.prototypes.float()).abs().masked_fill(~self.known, float("-inf"))
         top, idx = logits.topk(self.k, dim=-1)  # (n, k)
         return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
@@ -54,6 +55,7 @@ class Arrow(Gated):
     paper = "2405.11157"
 
     def gates(self, mole, temperature, exclude):
+        """ArrowGates over the pool's adapters but those of `exclude`."""
         pool = mole.pool
         known = member_mask(pool, mole.device, exclude)
         prototypes = {path: arrow_prototypes(pool.A[path], pool.B[path]).to(mole.dtype) for path in pool.A}

@@ -26,15 +26,19 @@ class Named(FixedMixture):
         self.adapter = adapter
 
     def check(self, mole):
+        """The adapter has to be in the pool."""
         mole.pool.member(self.adapter)
 
     def in_memory(self, mole, found, exclude):
+        """That adapter."""
         return [self.adapter]
 
     def weights(self, mole, pool, found, exclude):
+        """That adapter, at weight 1."""
         return {self.adapter: 1.0}
 
     def check_exclude(self, exclude):
+        """Nothing is left without it."""
         if self.adapter in exclude:
             raise InputError(f"method {self.name}: that adapter is excluded")
 
@@ -57,8 +61,10 @@ class Uniform(FixedMixture):
     about = "all adapters, each weighing 1/e"
 
     def in_memory(self, mole, found, exclude):
+        """All but those of `exclude`."""
         return all_but(mole.pool, exclude)
 
     def weights(self, mole, pool, found, exclude):
+        """1/e each."""
         used = all_but(pool, exclude)
         return {name: 1 / len(used) for name in used}

@@ -4,11 +4,24 @@ from methods.protocol import Merged
 from pool.adapters import load_adapter
 
 
+def as_it_is(examples, name):
+    """{task: [Example]} -> all of them as one task: a step draws more of those that have more."""
+    return {name: [example for some in examples.values() for example in some]}
+
+
+def evenly(examples, name):
+    """{task: [Example]} as they are: a step draws as many of each task."""
+    return examples
+
+
+SAMPLING = {"lora_f": as_it_is, "lora_b": evenly}
+
+
 class Joint(Merged):
     """An adapter of POOL/baselines/NAME: those of `train.py adapters --joint`, or one of yours."""
 
     pattern = r"[\w-]+"
-    names = ("lora_f", "lora_b")
+    names = tuple(SAMPLING)
     about = "one adapter on all the data as it is, or evenly of all tasks"
     has_task_adapter = True
 
@@ -22,10 +35,13 @@ class Joint(Merged):
         return mole.folder.path / "baselines" / self.name if mole.folder else None
 
     def in_memory(self, mole, found, exclude):
+        """None: its adapter isn't the pool's."""
         return []
 
     def check(self, mole):
+        """The folder has to be there."""
         self.need(self.folder(mole), self.made_by)
 
     def merge(self, mole, found, exclude):
+        """The adapter of the folder."""
         return load_adapter(self.folder(mole), self.name, mole.shapes)

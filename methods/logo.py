@@ -19,9 +19,11 @@ class LoGo(FixedMixture):
     retrieves = "by a forward pass"
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k adapters of the highest scores."""
         return logo(mole, ids, k, exclude, self.name)
 
     def weights(self, mole, pool, found, exclude):
+        """Scores over their sum."""
         total = sum(score for _, score in found) or 1.0
         return {name: score / total for name, score in found}
 
@@ -37,6 +39,7 @@ class LogoProbe(nn.Module):
         self.B, self.scale, self.method, self.score = B, scale, method, None
 
     def forward(self, x, sample, ax):
+        """x (n, i) -> a Mixture of weight 0; keeps `score`."""
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
         v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
         entropy = -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)

@@ -17,12 +17,13 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
 from common.files import InputError, write_text
+from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tokenizer import Tokenizer
 from methods.protocol import FixedMixture, Merged
 from methods.session import rank_by_text, retriever_of
@@ -48,12 +49,15 @@ class Selection(FixedMixture):
     retrieves = "by text"
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k best, of which the first is used."""
         return rank_by_text(mole, prompts, k, exclude)
 
     def in_memory(self, mole, found, exclude):
+        """The best."""
         return [found[0][0]]
 
     def weights(self, mole, pool, found, exclude):
+        """The best, at weight 1."""
         return {found[0][0]: 1.0}
 
 
@@ -68,9 +72,11 @@ class RetrievedMixture(FixedMixture):
     retrieves = "by text"
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k best."""
         return rank_by_text(mole, prompts, k, exclude)
 
     def weights(self, mole, pool, found, exclude):
+        """1/k each."""
         return {name: 1 / len(found) for name, _ in found}
 
 
@@ -85,9 +91,11 @@ class Fusion(Merged):
     retrieves = "by text"
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k best."""
         return rank_by_text(mole, prompts, k, exclude)
 
     def merge(self, mole, found, exclude):
+        """(mean B)(mean A) of those retrieved."""
         return average_factors(mole.pool, self.name, [name for name, _ in found])
 
 
@@ -100,6 +108,7 @@ class AdapterSoup(Fusion):
     paper = "2302.07027"
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k nearest to the mean of all prompts, for each of them."""
         retriever = retriever_of(mole)
         mean = retriever.embed(list(prompts)).mean(0, keepdim=True)
         return [retriever.nearest(mean, k, exclude)[0]] * len(prompts)
@@ -110,20 +119,22 @@ class AdapterSoup(Fusion):
 
 @dataclass
 class RetrieverRun:
+    """Options of `train.py retriever`."""
+
     model: str  # model folder
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder; its adapters' samples get their vectors, and their tasks alone are used
     share: float = 0.4  # of the tasks: the others are never seen
-    depth: int = 0  # the block whose hidden states are used, 0 = two thirds of the way up
-    prompts: int = 60  # of each task, as they are and without what they share
-    steps: int = 100  # of InfoNCE, 0 = the whitening alone
-    lr: float = 1e-4  # learning rate
-    temperature: float = 0.02  # of the cosines
-    max_length: int = 160  # tokens of a text that are read, the instruction's among them
+    depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
+    prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
+    steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
+    lr: NotNegative = 1e-4  # learning rate
+    temperature: Above0 = 0.02  # of the cosines
+    max_length: Annotated[int, Least(32)] = 160  # tokens of a text that are read, the instruction's among them
     test: bool = False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    seed: int = 0  # of the tasks, of the prompts and of their order
+    seed: Seed = 0  # of the tasks, of the prompts and of their order
 
 
 def train_retriever(o):

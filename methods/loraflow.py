@@ -30,6 +30,7 @@ class LoRAFlowGate(nn.Module):
         self.mixture = None
 
     def forward(self, x, sample, ax):
+        """x (n, i) -> Mixture of all e adapters."""
         logits = F.linear(x.float(), self.weight.float()).masked_fill(~self.known, float("-inf"))  # (n, e)
         weight = F.softmax(logits, dim=-1) + self.bias.float() * self.known
         idx = torch.arange(logits.shape[1], device=x.device).expand_as(logits)
@@ -47,6 +48,7 @@ class SharedMixture(nn.Module):
         self.leader = (leader,)  # in a tuple it is no submodule: its parameters are counted, saved and moved once
 
     def forward(self, x, sample, ax):
+        """The layer's Mixture."""
         return self.leader[0].mixture
 
 
@@ -78,4 +80,5 @@ class LoRAFlow(TrainedGates):
 
     @staticmethod
     def new_gates(pool, k, temperature=1.0, known=None):
+        """loraflow_gates()."""
         return loraflow_gates(pool, known)

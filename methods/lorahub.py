@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
-from common.options import nearest
+from common.options import Count, NotNegative, Seed, nearest
 from common.tokenizer import Tokenizer
 from methods.protocol import Merged
 from moe_lora import SampleGate, attach, fixed_rows
@@ -77,6 +77,7 @@ class LoraHub(Merged):
         self.per_task = "" if task else LoraHub.per_task
 
     def check(self, mole):
+        """The file has to know the task."""
         known = self.known_weights(mole)
         if self.task not in known:
             hint = nearest(self.task, known) or ", only for " + ", ".join(known)
@@ -97,22 +98,25 @@ class LoraHub(Merged):
         return found["weights"]
 
     def merge(self, mole, found, exclude):
+        """The merged adapter of the task's weights, without the adapters of `exclude`."""
         weights = self.known_weights(mole, self.task in exclude).get(self.task, {})
         return lorahub(mole.pool, {name: w for name, w in weights.items() if name not in exclude})
 
 
 @dataclass
 class LorahubRun:
+    """Options of `train.py lorahub`."""
+
     model: str  # model folder
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task alone; repeatable; default all
     ood: bool = False  # without each task's own adapter, into baselines/lorahub_ood.json: what eval.py --ood needs
-    shots: int = 5  # training examples the weights are judged by
-    steps: int = 40  # weights tried a task (the paper's budget)
-    l1: float = 0.05  # penalty on the mean size of the weights
+    shots: Count = 5  # training examples the weights are judged by
+    steps: Count = 40  # weights tried a task (the paper's budget)
+    l1: NotNegative = 0.05  # penalty on the mean size of the weights
     max_length: int = 512  # longer examples are left out
-    seed: int = 0  # of the examples and of the search
+    seed: Seed = 0  # of the examples and of the search
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
 

@@ -101,6 +101,7 @@ class MergedFactors(Merged):
     paper = "2306.01708, 2311.03099"
 
     def merge(self, mole, found, exclude):
+        """merge() of all adapters but those of `exclude`."""
         return merge(mole.pool, self.name, exclude=exclude)
 
 
@@ -113,5 +114,6 @@ class MergedMatrices(OwnLinears):
     paper = "2306.01708, 2311.03099"
 
     def attach(self, mole, backend, exclude):
+        """A Linear of weight W + delta for each that the pool covers."""
         for path, delta in merge(mole.pool, self.name, exclude=exclude).items():
             swap(mole.model, path, merged_linear(mole.model.get_submodule(path), delta))

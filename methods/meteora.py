@@ -37,6 +37,7 @@ class Meteora(TrainedGates):
 
     @property
     def file_name(self):
+        """meteora_topK."""
         return f"meteora_top{self.top_k}"
 
     @property
@@ -64,14 +65,22 @@ class Meteora(TrainedGates):
 
     @classmethod
     def run_name(cls, args):
+        """meteora_topK."""
         return f"meteora_top{args.top_k}"
 
     @classmethod
+    def run_folder(cls, args):
+        """gates_topK."""
+        return f"gates_top{args.top_k}"
+
+    @classmethod
     def kept_k(cls, args, names):
+        """--top_k."""
         return args.top_k
 
     @classmethod
     def check_run(cls, args, names):
+        """Raises InputError for a k beyond the pool, and for options that exclude each other."""
         check_top_k(args, names)
         if args.composite and args.fit:
             raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
@@ -80,6 +89,7 @@ class Meteora(TrainedGates):
 
     @classmethod
     def attach_for_training(cls, model, pool, args):
+        """MeteoraGates of zero, and their GateLoss."""
         gates = meteora_gates(pool, args.top_k, args.gate_temperature)
         attach(model, pool, gates)
         return gates, GateLoss(gates), None
@@ -110,6 +120,7 @@ class GateLoss:
         return total, (logits.argmax(-1) == labels).sum(-1)
 
     def remove(self):
+        """Gates keep no logits any more."""
         for gate in self.gates:
             gate.keep_logits, gate.logits = False, None
 
@@ -131,6 +142,7 @@ class FittingGate(nn.Module):
         self.gate, self.shared, self.own = gate, shared, own
 
     def forward(self, x, sample, ax):
+        """x (n, i) -> Mixture of the adapters that the next gates shall see."""
         s = self.shared
         half = s["half"][sample]
         if s.get("x") != (x.data_ptr(), x.shape):  # q, k and v get the same tensor, and so do gate and up

@@ -21,10 +21,12 @@ class Soft(TrainedGates):
 
     @staticmethod
     def new_gates(pool, k, temperature=1.0, known=None):
+        """MeteoraGates with k = e."""
         return meteora_gates(pool, pool.capacity, temperature, known)
 
     @classmethod
     def check_run(cls, args, names):
+        """Raises InputError where there is one adapter, of which no softmax learns."""
         super().check_run(args, names)
         if len(names) < 2:
             raise InputError(f"--kind soft needs two adapters or more, {args.pool} has {len(names)}")
@@ -48,17 +50,21 @@ class MoE(TrainedGates):
 
     @staticmethod
     def new_gates(pool, k, temperature=1.0, known=None):
+        """MeteoraGates whose k weights are those of the softmax over all."""
         return meteora_gates(pool, k, temperature, known, full=True)
 
     @classmethod
     def run_name(cls, args):
+        """moe_topK."""
         return f"moe_top{args.top_k}"
 
     @classmethod
     def check_run(cls, args, names):
+        """Raises InputError for a k beyond the pool."""
         super().check_run(args, names)
         check_top_k(args, names)
 
     @classmethod
     def kept_k(cls, args, names):
+        """--top_k."""
         return args.top_k

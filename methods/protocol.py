@@ -127,6 +127,7 @@ class Trained(Method):
     trained_on_pool = True
 
     def check(self, mole):
+        """The file has to be there."""
         self.need(self.file(mole), self.made_by)
 
     @property
@@ -142,6 +143,11 @@ class Trained(Method):
     def run_name(cls, args):
         """What a run's gate file is called."""
         return cls.kind
+
+    @classmethod
+    def run_folder(cls, args):
+        """What the run's own folder is called."""
+        return f"gates_{cls.run_name(args)}"
 
     @classmethod
     def check_run(cls, args, names):
@@ -170,14 +176,17 @@ class TrainedGates(Trained, Gated):
 
     @property
     def key(self):
+        """The file's name stands for its gates."""
         return (POOL[0], self.file_name)
 
     def gates(self, mole, temperature, exclude):
+        """The file's gates, rows joined to the pool's slots."""
         rows = GateFile(self.file(mole), mole.pool, exclude)
         return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
 
     @classmethod
     def attach_for_training(cls, model, pool, args):
+        """New gates alone: they learn from the LM loss."""
         gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
         attach(model, pool, gates)
         return gates, None, None
@@ -189,6 +198,7 @@ class Merged(Method):
     key = ("derived", None)
 
     def in_memory(self, mole, found, exclude):
+        """Those retrieved, else all but those of `exclude`."""
         return [name for name, _ in found] or all_but(mole.pool, exclude)
 
     def label(self, found):
@@ -200,6 +210,7 @@ class Merged(Method):
         raise AttributeError(f"{type(self).__name__} has no merge()")
 
     def weights(self, mole, pool, found, exclude):
+        """The derived adapter, at weight 1."""
         return {self.label(found): 1.0}
 
 
@@ -212,6 +223,7 @@ class OwnLinears(Method):
         return (self.name, None)
 
     def in_memory(self, mole, found, exclude):
+        """All but those of `exclude`."""
         return all_but(mole.pool, exclude)
 
     def attach(self, mole, backend, exclude):

@@ -19,6 +19,7 @@ from torch import nn
 
 from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
+from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
 from kernels import sum_dtype
 from methods.protocol import Gated
@@ -43,6 +44,7 @@ class Ramole(Gated):
     follows_the_pool = True
 
     def check(self, mole):
+        """The router's file has to be there."""
         self.need(self.file(mole), self.made_by)
 
     def file(self, mole):
@@ -50,12 +52,15 @@ class Ramole(Gated):
         return mole.folder.path / "router.safetensors" if mole.folder else None
 
     def retrieve(self, mole, prompts, ids, k, exclude):
+        """The k best, by text."""
         return rank_by_text(mole, prompts, k, exclude)
 
     def in_memory(self, mole, found, exclude):
+        """Those retrieved: the router knows none."""
         return [name for name, _ in found]
 
     def gates(self, mole, temperature, exclude):
+        """The file's routers, bound to what the slots hold now."""
         mole.router_version = mole.pool.version
         return load_routers(self.file(mole), mole.pool, mole.model, mole.dtype)
 
@@ -109,6 +114,7 @@ class RouterLoRA(nn.Module):
         return inner * scale[:, None, None].to(inner.dtype) if self.scaled else inner
 
     def forward(self, x, sample, ax):
+        """x (n, i), sample (n,) -> Mixture of the row's candidates."""
         inner = self._inner() if self.inner is None else self.inner
         idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
         q = F.linear(x.to(inner.dtype), self.A.to(inner.dtype))  # (n, r_q)
@@ -192,19 +198,21 @@ def load_routers(file, pool, model, dtype=torch.float32):
 
 @dataclass
 class RouterRun(Run):
+    """Options of `train.py router`."""
+
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters, and with the retriever where candidates are retrieved
     share: float = 0.4  # of the tasks: the others are never seen
-    r: int = 8  # rank of A_r, B_r
+    r: Count = 8  # rank of A_r, B_r
     retrieve: int = 4  # candidates of an example before the dropout, its own adapter among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn: retrieved, or random
     drop: float = 0.5  # LoRA dropout: how likely each candidate is left out of a step; two or more stay
-    divisor: float = 0.0  # of the scores, 0 = sqrt(r)
+    divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
-    prior: float = 0.0  # temperature of the retrieval scores that are added to the router's, 0 = not added
+    prior: NotNegative = 0.0  # temperature of the retrieval scores that are added to the router's, 0 = not added
     max_length: int = 512  # longer examples are left out; at most the model's context
-    batch_size: int = 16  # examples a step, of all tasks in turn
-    lr: float = 3e-3  # peak learning rate
+    batch_size: Count = 16  # examples a step, of all tasks in turn
+    lr: NotNegative = 3e-3  # peak learning rate
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved router
 
 
@@ -288,6 +296,9 @@ def router_step(model, pool, routers, gates, picked, drawn, o):
 
 
 def check_router_options(o):
+    """Raises InputError for values that no router can be trained with."""
+    if 0 < o.prior < 1e-6:
+        raise InputError(f"--prior is {o.prior}, expected 0 or at least 1e-06")
     if o.candidates not in ("retrieved", "random"):
         raise InputError(f"--candidates is {o.candidates!r}, expected retrieved or random")
     if not 0 <= o.drop < 1:

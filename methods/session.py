@@ -52,10 +52,12 @@ class Mole:
 
     @property
     def dtype(self):
+        """The model's."""
         return self.model.model.embed_tokens.weight.dtype
 
     @property
     def device(self):
+        """The model's."""
         return self.model.model.embed_tokens.weight.device
 
 

@@ -25,6 +25,7 @@ class SmearRouter(nn.Module):
         self.register_buffer("known", known, persistent=False)
 
     def forward(self, x):
+        """x (n, i) of b samples -> p (b, e)."""
         if self.prompt.mask is not None:
             mask = self.prompt.mask[..., None]  # (b, t, 1)
             x = x.view(*mask.shape[:2], -1)
@@ -39,6 +40,7 @@ class SmearLinear(MultiLoRALinear):
     token of a sample uses it, those after the prompt too."""
 
     def forward(self, x):
+        """x (n, i) -> (n, o)."""
         y, p = self.base(x), self.gate(x)
         x = x.reshape(len(p), -1, x.shape[-1])  # (b, t, i)
         if self.trace is not None:
@@ -68,18 +70,21 @@ class Smear(Trained, OwnLinears):
     has_temperature = False
 
     def attach(self, mole, backend, exclude):
+        """SmearLinears with the file's routers."""
         rows = GateFile(self.file(mole), mole.pool, exclude)
         routers = rows.fill(smear_routers(mole.pool, mole.prompt, rows.known), mole.dtype)
         attach(mole.model, mole.pool, routers, backend, make=SmearLinear)
 
     @classmethod
     def check_run(cls, args, names):
+        """Raises InputError for composites, whose prompts are of several tasks."""
         super().check_run(args, names)
         if args.composite:
             raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
 
     @classmethod
     def attach_for_training(cls, model, pool, args):
+        """SmearLinears with routers of zero, and the mask that they decide by."""
         prompt = PromptMask()
         routers = smear_routers(pool, prompt)
         attach(model, pool, routers, make=SmearLinear)

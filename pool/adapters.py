@@ -84,6 +84,7 @@ class Adapter:
 
     @property
     def rank(self):
+        """The largest rank of its Linears."""
         return max(a.shape[0] for a in self.A.values())
 
 
@@ -299,6 +300,8 @@ def peft_config(r, alpha, dropout, targets, base):
 
 @dataclass
 class Member:
+    """What a pool knows of an adapter."""
+
     slot: int | None  # None: on disk only
     hash: str | None  # None until it was loaded
     adapter: Adapter  # its tensors dropped: name, scales, config, samples, folder
@@ -450,6 +453,7 @@ class Pool:
         return slot
 
     def remove(self, name):
+        """Takes an adapter out. Raises InputError where there is none of that name."""
         if self.member(name).slot is not None:
             self._empty(name)
         del self.members[name]
@@ -505,6 +509,7 @@ class PoolFolder:
 
 
 def is_pool(path):
+    """Whether a folder is one: by its pool.json, or by PEFT folders in it."""
     path = Path(path)
     return (path / "pool.json").exists() or any(path.glob("*/adapter_config.json"))
 

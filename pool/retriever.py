@@ -131,6 +131,7 @@ class Retriever:
         self.digests[name] = digest
 
     def remove(self, name):
+        """Forgets an adapter."""
         self.vectors.pop(name, None), self.digests.pop(name, None)
 
     def keep(self, members):

@@ -20,6 +20,7 @@ class Composite:
 
     @property
     def prompt(self):
+        """The prompt as one text."""
         return "".join(text for text, _ in self.spans)
 
 
@@ -51,6 +52,7 @@ def questions(asked, template):
 
 
 def answers(asked):
+    """Spans of numbered answers [(task, row)]."""
     return [(f"{j}. {row['response'].strip()}\n", task) for j, (task, row) in enumerate(asked, 1)]
 
 

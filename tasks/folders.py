@@ -65,6 +65,7 @@ class Example:
 
     @property
     def parts(self):
+        """Itself: a Context of one."""
         return [self]
 
 
@@ -77,6 +78,7 @@ class Context:
 
     @property
     def ids(self):
+        """Token ids of all parts."""
         return [index for part in self.parts for index in part.ids]
 
 
@@ -178,6 +180,7 @@ class Batch:
 
     @property
     def tasks(self):
+        """The task of each part, "" where it has none."""
         return [part.task for part in self.parts]
 
     @property

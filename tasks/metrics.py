@@ -39,6 +39,7 @@ def normalise(text):
 
 
 def exact_match(answer, target):
+    """Whether answer and target, normalised, are the same text and not empty."""
     return float(normalise(answer) == normalise(target) and normalise(answer) != "")
 
 
@@ -56,6 +57,7 @@ def final_number(text):
 
 
 def gsm8k(answer, target):
+    """Whether the final numbers of answer and target are the same."""
     return float(final_number(answer) is not None and final_number(answer) == final_number(target))
 
 

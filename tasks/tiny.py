@@ -21,6 +21,8 @@ from common.options import parse_args
 
 @dataclass
 class TinyTasksConfig:
+    """Options of `python -m tasks.tiny`."""
+
     out: str  # folder that gets one task folder a task, and corpus.txt
     train: int = 1000  # training examples a task, at the most (a finite task may have fewer distinct prompts)
     test: int = 100  # held-out examples a task, at the most (a finite task has each held-out input once)
@@ -30,6 +32,8 @@ class TinyTasksConfig:
 
 @dataclass(frozen=True)
 class TinyTask:
+    """One small function: how it is asked for, and how pairs of it are made."""
+
     name: str
     family: str
     phrasings: tuple[str, ...]  # instructions, each with one {x}
@@ -466,6 +470,7 @@ def write(out, train=1000, test=100, documents=150000, seed=0):
 
 
 def main():
+    """The command: writes the task folders and the corpus."""
     config = parse_args(TinyTasksConfig, description=__doc__)
     write(config.out, config.train, config.test, config.documents, config.seed)
 

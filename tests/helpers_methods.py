@@ -8,6 +8,7 @@ from common.files import write_json, write_jsonl
 from helpers_models import write_adapters
 from methods import METHODS as TABLE
 from methods.batch import method_names
+from methods.joint import SAMPLING
 from methods.loraflow import loraflow_gates
 from methods.ramole import router_loras, save_routers
 from methods.session import PromptMask, load_mole
@@ -57,7 +58,7 @@ def write_every_part(folder, small_model):
             write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
     paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
-        train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.1))
+        train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.1), SAMPLING)
     made_for = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
     write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})

@@ -31,7 +31,7 @@ WORDS = {
 KINDS = ("adapters", "top1", "top2", "base")
 PAIRS = list(itertools.product(WORDS["animals"], WORDS["plurals"]))
 TEXT = "\n\n".join(f"[{b}] the {a} fox [/{b}]\njumps over the {b} dog, {a} and {b}." for a, b in PAIRS) + "\n"
-COMMANDS = {cls: (name, run) for name, (cls, run) in train.COMMANDS.items()}
+COMMANDS = {cls: (name, run) for name, (cls, run, _) in train.COMMANDS.items()}
 
 
 def prompts(name, count, seed=0):

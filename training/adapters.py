@@ -17,6 +17,7 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.options import Count, Whole
 from common.tokenizer import Tokenizer
 from moe_lora import KnownAdapterGate, attach
 from pool.adapters import (
@@ -43,12 +44,14 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class AdaptersRun(Run):
+    """Options of `train.py adapters`."""
+
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
-    joint: Literal["", "lora_f", "lora_b"] = ""  # one adapter instead: of all data as it is, or evenly of all tasks
+    joint: str = ""  # one adapter instead: of all data as it is, or evenly of all tasks
     name: str = ""  # what the joint adapter is called, default lora_f or lora_b
-    r: int = 8  # rank
+    r: Count = 8  # rank
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
     composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
@@ -56,17 +59,17 @@ class AdaptersRun(Run):
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out; at most the model's context
-    samples: int = 20  # prompts kept beside each adapter for retrieval
+    samples: Whole = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved adapters
 
 
-def train_adapters(o):
+def train_adapters(o, sampling=None):
     """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task, each sample uses
     its own adapter, and each adapter gets the gradient and the clipping that it would get alone. In composites it also
     learns from the answers behind its tokens.
 
-    With `joint` one adapter learns all tasks (MeteoRA's baselines LoRA-F and LoRA-B) from as many examples a step;
-    lora_b from the very same ones. It goes to POOL/baselines/NAME.
+    With `joint` one adapter learns all tasks from as many examples a step, drawn as `sampling` says, {joint: function
+    of {task: examples} and the adapter's name} (methods/joint.py). It goes to POOL/baselines/NAME.
     """
     tasks = load_tasks(required(o, "tasks"), o.only)
     check_composite(o.composite, o.batch_size * len(tasks))
@@ -92,8 +95,7 @@ def train_adapters(o):
     learners = list(tasks.values())
     if o.joint:
         learners = [Task(name, "", [row for task in learners for row in task.train], [])]
-    if o.joint == "lora_f":
-        examples = {name: [x for some in examples.values() for x in some]}
+        examples = sampling[o.joint](examples, name)
     pool = Pool.of(
         [new_adapter(task, targets, o) for task in learners],
         targets,

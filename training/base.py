@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from common.devices import find_device
 from common.files import InputError, read_text, write_bytes, write_json, write_safetensors
+from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
 from pool.load import compile_blocks, make_fast
@@ -25,29 +26,27 @@ from training.loop import Checkpoint, Run, finished, fit
 
 @dataclass
 class BaseRun(Run):
+    """Options of `train.py base`."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, auto = float32; saved in bfloat16
     text: str = ""  # UTF-8 text to train on, an empty line between its documents
-    vocab_size: int = 2048  # sentencepiece pieces
-    hidden_size: int = 384  # width
-    intermediate_size: int = 512  # width of the MLP
-    num_hidden_layers: int = 4  # blocks
-    num_attention_heads: int = 12  # query heads
-    num_key_value_heads: int = 6  # key and value heads
-    max_position_embeddings: int = 1024  # context
-    block_size: int = 1024  # tokens in a training window
+    vocab_size: Count = 2048  # sentencepiece pieces
+    hidden_size: Count = 384  # width
+    intermediate_size: Count = 512  # width of the MLP
+    num_hidden_layers: Count = 4  # blocks
+    num_attention_heads: Count = 12  # query heads
+    num_key_value_heads: Count = 6  # key and value heads
+    max_position_embeddings: Count = 1024  # context
+    block_size: Count = 1024  # tokens in a training window
     symbol: list[str] = field(default_factory=lambda: ["[", "[/", "]", "\n"])  # always tokens of their own; repeatable
-    steps: int = 3500  # optimizer steps
-    batch_size: int = 4  # windows a step
-    micro_tokens: int = 4096  # tokens in one forward; a step of more accumulates gradients
+    steps: Count = 3500  # optimizer steps
+    batch_size: Count = 4  # windows a step
+    micro_tokens: Count = 4096  # tokens in one forward; a step of more accumulates gradients
     optimizer: Literal["adamw", "muon"] = "muon"  # for matrices, AdamW for the rest
-    lr: float = 5e-3  # peak learning rate
-    weight_decay: float = 0.1  # the optimizer's
-    save_every: int = 200  # steps between checkpoints
+    lr: NotNegative = 5e-3  # peak learning rate
+    weight_decay: NotNegative = 0.1  # the optimizer's
+    save_every: Count = 200  # steps between checkpoints
     compile: bool = True  # torch.compile each block: 1.4 times the speed, 20 s of warm-up
-
-
-BASE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "max_position_embeddings", "vocab_size", "block_size")  # fmt: skip
 
 
 def train_tokenizer(text, o, folder):

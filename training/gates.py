@@ -12,6 +12,7 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
 from pool.adapters import Pool, PoolFolder, alloc_B_of, check_pool, linear_shapes, read_pool, save_adapter, write_pool
 from pool.gate_files import parameters_of, save_gates
@@ -24,23 +25,25 @@ from training.loop import Checkpoint, Run, compile_for, finished, fit, hidden_st
 
 @dataclass
 class GatesRun(Run):
+    """Options of `train.py gates`."""
+
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters
     share: float = 1.0  # of the tasks: the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # of gate: a file of methods/ each
     top_k: int = 2  # adapters a token uses (meteora, moe)
-    gate_temperature: float = 1.0  # of the softmax over the k
-    lm_weight: float = 1.0  # of the language-modelling loss; without effect at top-1, where it gives gates no gradient
-    beta: float = 50.0  # of the gate term (the paper's reported runs); meteora only
+    gate_temperature: Above0 = 1.0  # of the softmax over the k
+    lm_weight: NotNegative = 1.0  # of the LM loss; without effect at top-1, where it gives gates no gradient
+    beta: NotNegative = 50.0  # of the gate term (the paper's reported runs); meteora only
     fit: Literal["", "own", "routed"] = ""  # fit to features, each task through its own adapter or as the gates route
-    l2: float = 1e-4  # weight penalty of the fit
+    l2: NotNegative = 1e-4  # weight penalty of the fit
     adapters_too: str = ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
-    adapter_lr: float = 1e-4  # their peak learning rate
+    adapter_lr: NotNegative = 1e-4  # their peak learning rate
     composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
     max_length: int = 512  # longer examples are left out; at most the model's context
-    batch_size: int = 16  # examples a step, of all tasks in turn
-    lr: float = 7e-3  # peak learning rate
-    clip: float = 0.3  # largest gradient norm, 0 = no clipping
+    batch_size: Count = 16  # examples a step, of all tasks in turn
+    lr: NotNegative = 7e-3  # peak learning rate
+    clip: NotNegative = 0.3  # largest gradient norm, 0 = no clipping
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates and adapters
 
 
@@ -63,9 +66,9 @@ def train_gates(args, kinds):
     folders = {name: known.adapters[name] for name in names}
     shapes = linear_shapes(model)
     pool = Pool.load(folders, shapes, dtype, model.head_weight.device, alloc_B=alloc_B_of(model))
-    run_name = kind.run_name(args)
-    file = Path(args.adapters_too or known.path) / "gates" / f"{run_name}.safetensors"
-    run = file.parents[1] / "runs" / f"gates_{run_name.removeprefix('meteora_')}"
+    folder = Path(args.adapters_too or known.path)
+    file = folder / "gates" / f"{kind.run_name(args)}.safetensors"
+    run = folder / "runs" / kind.run_folder(args)
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     checkpoint = Checkpoint(run, args, [*bound, f"base {model.fingerprint}"])
     if checkpoint.finished:

@@ -26,6 +26,7 @@ from common.files import (
     write_safetensors,
     write_text,
 )
+from common.options import Count, NotNegative, Seed
 from pool.load import compile_blocks
 
 BLOCK = 2048  # words of the vocabulary at a time: their logits and weights stay in a processor's caches
@@ -33,31 +34,35 @@ BLOCK = 2048  # words of the vocabulary at a time: their logits and weights stay
 
 @dataclass
 class Run:
+    """Options that all runs of gradient steps share."""
+
     model: str  # model folder
-    steps: int = 300  # optimizer steps
-    batch_size: int = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
-    micro_tokens: int = 4096  # tokens in one forward; a step of more accumulates gradients
-    lr: float = 1e-3  # peak learning rate
-    warmup: float = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
+    steps: Count = 300  # optimizer steps
+    batch_size: Count = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
+    micro_tokens: Count = 4096  # tokens in one forward; a step of more accumulates gradients
+    lr: NotNegative = 1e-3  # peak learning rate
+    warmup: NotNegative = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, evens out the directions of a step
-    weight_decay: float = 0.0  # the optimizer's
-    clip: float = 1.0  # largest gradient norm, 0 = no clipping
-    seed: int = 0  # of weights, dropout and data order
+    weight_decay: NotNegative = 0.0  # the optimizer's
+    clip: NotNegative = 1.0  # largest gradient norm, 0 = no clipping
+    seed: Seed = 0  # of weights, dropout and data order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
     compile: bool | None = None  # the blocks, by torch.compile; default where the run is long enough to pay for it
-    save_every: int = 50  # steps between checkpoints
+    save_every: Count = 50  # steps between checkpoints
     resume: bool = False  # go on where a killed run stopped
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
 
 
 def required(o, name):
+    """The option's value. Raises InputError where it was not given."""
     if not getattr(o, name):
         raise InputError(f"--{name} is missing")
     return getattr(o, name)
 
 
 def finished(checkpoint):
+    """Says that there is nothing left to do."""
     print(f"{checkpoint.folder}: finished already", file=sys.stderr)
 
 
@@ -85,6 +90,7 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, W, targets, linear):
+        """hidden (n, h), W (v, h), targets (n,) -> losses (n,), float32."""
         own = W[targets].float()  # (n, h)
         logit = (hidden.float() * own).sum(-1, True)  # (n, 1), the target's
         top, rest, pull = logit, torch.zeros_like(logit), torch.zeros_like(own)
@@ -102,6 +108,7 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradient of `hidden` alone, computed with the losses."""
         (slopes,) = ctx.saved_tensors
         return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
@@ -162,6 +169,7 @@ class Checkpoint:
         self.finished = finished
 
     def write_config(self, finished):
+        """Writes RUN/config.json."""
         write_json(self.folder / "config.json", self.config | {"finished": finished})
 
     def load(self, params, optimizers):
@@ -185,6 +193,7 @@ class Checkpoint:
             self.rows = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= self.step]
 
     def save(self, step, params, optimizers):
+        """Writes RUN/checkpoint.safetensors after `step` steps."""
         tensors = {"rng": torch.get_rng_state()} | {f"param.{name}": param.data for name, param in params.items()}
         if torch.cuda.is_initialized():
             tensors["cuda_rng"] = torch.cuda.get_rng_state()
@@ -193,6 +202,7 @@ class Checkpoint:
         write_safetensors(self.file, tensors, {"step": str(step)})
 
     def finish(self, written):
+        """Marks the run as finished and says what it wrote."""
         self.write_config(finished=True)
         self.file.unlink(missing_ok=True)
         print(f"wrote {written}", file=sys.stderr)

@@ -67,7 +67,7 @@ def test_the_python_example_runs():
 def test_every_option_in_a_command_exists():
     """A README that names an option which is gone sends its readers into an error."""
     scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tasks.tiny": TinyTasksConfig}
-    classes = {name: cls for commands in (train.COMMANDS, bench.COMMANDS) for name, (cls, _) in commands.items()}
+    classes = {name: cls for commands in (train.COMMANDS, bench.COMMANDS) for name, (cls, *_) in commands.items()}
     seen = 0
     for script, rest in COMMANDS:
         first = rest.split()[0] if rest else ""
