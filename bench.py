@@ -30,8 +30,8 @@ from common.files import InputError, run_script, warn
 from common.options import numbers, parse_command
 from evaluation.peers import PEERS, HfDecoder, LlamaCpp, has
 from evaluation.timed import (
-    Apart,
     Decoder,
+    InSubprocess,
     adapters_trainer,
     bytes_read,
     gates_trainer,
@@ -168,19 +168,19 @@ def bandwidth(dtype, device):
 
 
 def arithmetic(dtype, device):
-    """Floating-point operations a second of a large product."""
+    """Floating-point operations a second of a large matmul."""
     a, b = torch.ones(2, 2048, 2048, dtype=dtype, device=device)
-    return 2 * 2048**3 / min(in_turn({"product": lambda: linear(a, b)}, 9)["product"])
+    return 2 * 2048**3 / min(in_turn({"matmul": lambda: linear(a, b)}, 9)["matmul"])
 
 
-def card(o):
+def card(args):
     """What a figure depends on besides the code, and the limits."""
     load = os.getloadavg()[0]
     if load > 0.5:
         warn(f"the machine is busy (load {load:.1f}): ratios may hold, times don't")
     return {
-        "device": torch.cuda.get_device_name(o.device) if o.device.startswith("cuda") else "cpu",
-        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": o.dtype,
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": args.dtype,
         "load": round(load, 2), "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", *PEERS) if has(name)},
     }  # fmt: skip
@@ -198,31 +198,31 @@ def processor():
 # The operation ------------------------------------------------------------------------------------------------------
 
 
-def bench_layer(o, limits):
+def bench_layer(args, limits):
     """One Linear with its adapters: every backend, by itself and in a compiled block, and how far auto's choice is
     from the best of them."""
-    table, dtype = [], DTYPES[o.dtype]
-    widths = [numbers("--width", width, comma="x") for width in o.width.split(",")]
-    if min(numbers("--k", o.k)) > max(numbers("--e", o.e)):
-        raise InputError(f"--k is {o.k!r}, expected adapters that a token uses of the {o.e} of --e")
+    table, dtype = [], DTYPES[args.dtype]
+    widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
+    if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
+        raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
     if any(len(width) != 2 for width in widths):
-        raise InputError(f"--width is {o.width!r}, expected pairs of in and out features as 576x1536")
-    for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(o, name)) for name in "enk")):
+        raise InputError(f"--width is {args.width!r}, expected pairs of in and out features as 576x1536")
+    for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(args, name)) for name in "enk")):
         if k > e:
             continue
-        g = torch.Generator().manual_seed(o.seed)
-        shapes = (out, i), (n, i), (e, o.r, i), (e, out, o.r)
-        W, x, A, B = (torch.randn(shape, generator=g).to(o.device, dtype) for shape in shapes)
-        idx = torch.rand(n, e, generator=g).topk(k).indices.to(o.device)
-        weight, scale = torch.full((n, k), 1 / k, device=o.device), torch.ones(e, device=o.device)
-        B = alloc_B(e, out, o.r, device=o.device, dtype=dtype).copy_(B)  # laid out as a pool's
-        row = layer_row(o, x, W, A, B, scale, idx, weight)
+        g = torch.Generator().manual_seed(args.seed)
+        shapes = (out, i), (n, i), (e, args.r, i), (e, out, args.r)
+        W, x, A, B = (torch.randn(shape, generator=g).to(args.device, dtype) for shape in shapes)
+        idx = torch.rand(n, e, generator=g).topk(k).indices.to(args.device)
+        weight, scale = torch.full((n, k), 1 / k, device=args.device), torch.ones(e, device=args.device)
+        B = alloc_B(e, out, args.r, device=args.device, dtype=dtype).copy_(B)  # laid out as a pool's
+        row = layer_row(args, x, W, A, B, scale, idx, weight)
         table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
         print(json.dumps(table[-1]), file=sys.stderr)
     return table
 
 
-def layer_row(o, x, W, A, B, scale, idx, weight):
+def layer_row(args, x, W, A, B, scale, idx, weight):
     """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
     weights are in no cache: in a model the layers before have swept it."""
     rows, sweep = {"Linear": lambda: linear(x, W)}, torch.ones(2**25, device=x.device).sum
@@ -237,7 +237,7 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
             )
             rows[f"{backend}, compiled"] = lambda run=run: run(x, idx, weight)
     with torch.inference_mode():
-        row = {name: spread(times)["ms"] for name, times in in_turn(rows, o.repeats, sweep).items()}
+        row = {name: spread(times)["ms"] for name, times in in_turn(rows, args.repeats, sweep).items()}
     for kind in ("", ", compiled") if can_compile(x.device) else ("",):
         best = min(row[backend + kind] for backend in BACKENDS[1:] if backend + kind in row)
         row[f"auto / best{kind}"] = row[f"auto{kind}"] / best
@@ -247,51 +247,54 @@ def layer_row(o, x, W, A, B, scale, idx, weight):
 # Decoding and prefill -----------------------------------------------------------------------------------------------
 
 
-def bench_decode(o, limits):
+def bench_decode(args, limits):
     """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step reads."""
-    base, rows, facts = load(o), {}, {}
-    one, many = (prompts(o, b, o.context, base.config.vocab_size) for b in (1, o.batch_size))
+    base, rows, facts = load(args), {}, {}
+    one, many = (prompts(args, b, args.context, base.config.vocab_size) for b in (1, args.batch_size))
 
     def row(name, run, b=1, size=None):
         rows[name], facts[name] = run, (b, size)
 
     def both(name, model):
         compile_blocks(model, True, saves=0, costs=0)
-        row(name, Decoder(model, one, o.tokens), 1, bytes_read(model))
-        row(f"{name}, batch", Decoder(model, many, o.tokens), o.batch_size)
+        row(name, Decoder(model, one, args.tokens), 1, bytes_read(model))
+        row(f"{name}, batch", Decoder(model, many, args.tokens), args.batch_size)
 
     both("base", base)
-    for e in pool_sizes(o):
-        both(f"{e} adapters", with_adapters(o, e, folder=o.pool))
+    for e in pool_sizes(args):
+        both(f"{e} adapters", with_adapters(args, e, folder=args.pool))
     for backend in ("auto", "loop"):
-        model = with_adapters(o, e, backend, o.pool)
-        row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, o.tokens))
-    if o.requests:
-        ids = prompts(o, o.requests, o.context, base.config.vocab_size)
-        row(f"{o.requests} requests, base", Decoder(base, ids, o.tokens), o.requests, bytes_read(base))
-        for union in numbers("--union", o.union):
-            model = with_requests(o, union)
+        model = with_adapters(args, e, backend, args.pool)
+        row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, args.tokens))
+    if args.requests:
+        ids = prompts(args, args.requests, args.context, base.config.vocab_size)
+        row(f"{args.requests} requests, base", Decoder(base, ids, args.tokens), args.requests, bytes_read(base))
+        for union in numbers("--union", args.union):
+            model = with_requests(args, union)
             row(
-                f"{o.requests} requests, {union} adapters", Decoder(model, ids, o.tokens), o.requests, bytes_read(model)
+                f"{args.requests} requests, {union} adapters",
+                Decoder(model, ids, args.tokens),
+                args.requests,
+                bytes_read(model),
             )
-    for name, model, options in hf_models(o, e):
-        row(name, HfDecoder(model, one, o.tokens, **options(1)))
-        row(f"{name}, batch", HfDecoder(model, many, o.tokens, **options(o.batch_size)), o.batch_size)
-    if o.gguf:
-        row("llama.cpp", LlamaCpp(o.gguf, one, o.tokens))
+    for name, model, options in hf_models(args, e):
+        row(name, HfDecoder(model, one, args.tokens, **options(1)))
+        row(f"{name}, batch", HfDecoder(model, many, args.tokens, **options(args.batch_size)), args.batch_size)
+    if args.gguf:
+        row("llama.cpp", LlamaCpp(args.gguf, one, args.tokens))
     table = []
-    for name, times in in_turn(rows, o.repeats).items():
-        step, (b, size) = spread([s / o.tokens for s in times]), facts[name]
+    for name, times in in_turn(rows, args.repeats).items():
+        step, (b, size) = spread([s / args.tokens for s in times]), facts[name]
         share = size and size / limits().bytes / step["ms"] * 1e3
         table.append({"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share})
     return table
 
 
-def bench_prefill(o, limits):
-    """Milliseconds for a prompt of `tokens`; the limit is the arithmetic of the base's products."""
-    base = load(o)
-    ids = prompts(o, 1, o.tokens, base.config.vocab_size)
-    flops = 2 * o.tokens * sum(out * i for out, i in linear_shapes(base).values())
+def bench_prefill(args, limits):
+    """Milliseconds for a prompt of `tokens`; the limit is the arithmetic of the base's matmuls."""
+    base = load(args)
+    ids = prompts(args, 1, args.tokens, base.config.vocab_size)
+    flops = 2 * args.tokens * sum(out * i for out, i in linear_shapes(base).values())
 
     def prefill(model):
         @torch.inference_mode()
@@ -303,19 +306,19 @@ def bench_prefill(o, limits):
 
     compile_blocks(base, True, saves=0, costs=0)
     rows = {"base": prefill(base)}
-    for e in pool_sizes(o):
-        model = with_adapters(o, e, folder=o.pool)
+    for e in pool_sizes(args):
+        model = with_adapters(args, e, folder=args.pool)
         compile_blocks(model, True, saves=0, costs=0)
         rows[f"{e} adapters"] = prefill(model)
     for backend in ("auto", "loop"):
-        rows[f"{e} adapters, {backend}, not compiled"] = prefill(with_adapters(o, e, backend, o.pool))
-    for name, model, options in hf_models(o, e):
+        rows[f"{e} adapters, {backend}, not compiled"] = prefill(with_adapters(args, e, backend, args.pool))
+    for name, model, options in hf_models(args, e):
         rows[name] = HfDecoder(model, ids, **options(1)).prefill
-    if o.gguf:
-        rows["llama.cpp"] = LlamaCpp(o.gguf, ids).prefill
-    table = [{"row": name, **spread(times)} for name, times in in_turn(rows, o.repeats).items()]
+    if args.gguf:
+        rows["llama.cpp"] = LlamaCpp(args.gguf, ids).prefill
+    table = [{"row": name, **spread(times)} for name, times in in_turn(rows, args.repeats).items()]
     for line in table:
-        line |= {"tokens/s": o.tokens / line["ms"] * 1e3, "/ base": line["ms"] / table[0]["ms"]}
+        line |= {"tokens/s": args.tokens / line["ms"] * 1e3, "/ base": line["ms"] / table[0]["ms"]}
         line["of the limit"] = flops / limits().flops / line["ms"] * 1e3
     return table
 
@@ -323,18 +326,18 @@ def bench_prefill(o, limits):
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def bench_train(o, limits):
+def bench_train(args, limits):
     """Milliseconds of an optimizer step, and tokens a second without the padding: `e` adapters at once, then the gates
     of `gated` adapters by the LM term and the gate term. peft trains one adapter after another, on as many examples a
     step."""
-    learners = {f"{o.e} adapters": adapters_trainer}
-    if o.peers and has("peft"):
+    learners = {f"{args.e} adapters": adapters_trainer}
+    if args.peers and has("peft"):
         learners["transformers + peft, one by one"] = one_adapter_trainer
-    gates = {f"gates of {o.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")}
+    gates = {f"gates of {args.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")}
     table = []
     for group in (learners, gates):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
-        rows = {name: Apart(make, o) for name, make in group.items()}
-        for name, times in in_turn(rows, o.repeats).items():
+        rows = {name: InSubprocess(make, args) for name, make in group.items()}
+        for name, times in in_turn(rows, args.repeats).items():
             rates = [tokens / seconds for tokens, seconds in zip(rows[name].results[2:], times, strict=True)]
             table.append({"row": name, **spread(times), "tokens/s": statistics.median(rates)})
         for row in rows.values():
@@ -380,20 +383,20 @@ def check_gguf(file, device):
 def main():
     """The command: measures, prints the card, the table and all of it as JSON."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    command, o = parse_command(options, description="Time the operation, decoding, prefill or training.")
-    for name, value in vars(o).items():
+    command, args = parse_command(options, description="Time the operation, decoding, prefill or training.")
+    for name, value in vars(args).items():
         least = 0 if name in ("threads", "seed", "requests") else 1
         if type(value) is int and not least <= value < 2**63:
             raise InputError(f"--{name}: expected {least} or more, found {value}")
-    if o.threads > os.cpu_count():
-        raise InputError(f"--threads is {o.threads}, expected at most {os.cpu_count()}, the cores")
-    torch.set_num_threads(o.threads or os.cpu_count())
-    o.device = find_device(o.device)
-    if getattr(o, "gguf", ""):
-        check_gguf(o.gguf, o.device)
-    facts, about = card(o), (DTYPES[o.dtype], o.device)
+    if args.threads > os.cpu_count():
+        raise InputError(f"--threads is {args.threads}, expected at most {os.cpu_count()}, the cores")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    args.device = find_device(args.device)
+    if getattr(args, "gguf", ""):
+        check_gguf(args.gguf, args.device)
+    facts, about = card(args), (DTYPES[args.dtype], args.device)
     limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
-    table = COMMANDS[command][1](o, limits)
+    table = COMMANDS[command][1](args, limits)
     show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)
 
 

@@ -85,32 +85,32 @@ def tiny_test_tasks(names, n=100):
     return {name: Task(name, "exact_match", *both) for name, both in splits.items()}
 
 
-def answer_all(mole, prompts, method, o, exclude=()):
+def answer_all(mole, prompts, method, args, exclude=()):
     """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their own order."""
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
-    found = retrieve(mole, [method] * len(ids), prompts, o.retrieve, exclude, ids)
+    found = retrieve(mole, [method] * len(ids), prompts, args.retrieve, exclude, ids)
     texts = [""] * len(ids)
-    for rows in by_length(ids, o.batch_size):
+    for rows in by_length(ids, args.batch_size):
         some = [found[j] for j in rows]
-        set_methods(mole, [method] * len(rows), o.top_k, o.gate_temperature, retrieved=some, exclude=exclude)
-        for token in decode(mole, [ids[j] for j in rows], Sampling(o.max_new_tokens)):
+        set_methods(mole, [method] * len(rows), args.top_k, args.gate_temperature, retrieved=some, exclude=exclude)
+        for token in decode(mole, [ids[j] for j in rows], Sampling(args.max_new_tokens)):
             texts[rows[token.row]] += token.text
     return texts
 
 
 @torch.inference_mode()
-def gate_accuracy(mole, tasks, method, o):
+def gate_accuracy(mole, tasks, method, args):
     """How often a gate's first choice is the task's own adapter, the gates routing, in percent of the response tokens
     of the test splits: {"right": mean over all gates but layer 0's q, k, v, "first_qkv": mean over those three, which
     see the token's embedding alone, "tokens": how many}."""
-    set_methods(mole, [method], o.top_k, o.gate_temperature)
+    set_methods(mole, [method], args.top_k, args.gate_temperature)
     gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
     loss, right, n = GateLoss(gates), 0, 0
     examples = [encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test]
     check_ids([index for example in examples for index in example.ids], mole.model.config.vocab_size)
     for part in micro_batches(examples, 4096, padded=True):
         batch = collate(part)
-        set_methods(mole, [method] * len(part), o.top_k, o.gate_temperature)
+        set_methods(mole, [method] * len(part), args.top_k, args.gate_temperature)
         labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)
         mole.model.model(batch.ids.to(mole.device))
         right, n = right + loss(labels.flatten().to(mole.device))[1], n + int((labels >= 0).sum())
@@ -133,13 +133,13 @@ def retrieval(mole, tasks):
     return {**{str(k): round(100 * count / n, 2) for k, count in best.items()}, "n": n}
 
 
-def hidden_from(mole, method, name, o):
+def hidden_from(mole, method, name, args):
     """The adapters that `method` has to do without on task `name`: in --ood the task's own; in --unseen what is trained
     for a fixed pool does without those of all tasks that are unseen."""
-    found = find_method(mole, method, o.top_k)
-    if o.ood and name in mole.pool.members and not found.is_ceiling:
+    found = find_method(mole, method, args.top_k)
+    if args.ood and name in mole.pool.members and not found.is_ceiling:
         return (name,)
-    if o.unseen and found.trained_on_pool:
+    if args.unseen and found.trained_on_pool:
         return tuple(sorted(mole.pool.members.keys() - seen_tasks(mole)))
     return ()
 
@@ -153,50 +153,50 @@ def seen_tasks(mole):
     return {name for names in found for name in names}
 
 
-# What is asked for --------------------------------------------------------------------------------------------------
+# What is asked for --------------------------------------------------------------------------------
 
 
-def choose_tasks(mole, o):
+def choose_tasks(mole, args):
     """{name: Task} to score: the tasks named, else those that the pool has an adapter for."""
     known = mole.pool.names if mole.pool else []
-    if o.tasks:
-        tasks = load_tasks(o.tasks, o.only or known)
+    if args.tasks:
+        tasks = load_tasks(args.tasks, args.only or known)
     else:
-        wanted = o.only or [name for name in known if name in tiny_tasks.TASKS]
+        wanted = args.only or [name for name in known if name in tiny_tasks.TASKS]
         if unknown := [name for name in wanted if name not in tiny_tasks.TASKS]:
             raise InputError(f"no embedded task {unknown[0]!r}: name a folder with --tasks")
         tasks = tiny_test_tasks(wanted)
     if not tasks:
         raise InputError("nothing to evaluate: no adapter of the pool has the name of a task; name some with --only")
-    if o.unseen:
+    if args.unseen:
         seen = seen_tasks(mole)
         tasks = {name: task for name, task in tasks.items() if name not in seen}
         if not tasks:
             raise InputError("--unseen: router and retriever have seen every task: train.py router --share 0.4")
     for task in tasks.values():
-        task.test = task.test[: o.limit or None]
+        task.test = task.test[: args.limit or None]
         if not task.test:
             raise InputError(f"task {task.name}: test.jsonl holds no example")
     return tasks
 
 
-def check_options(o):
+def check_options(args):
     """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
-    if o.ood and o.unseen or (o.composite and (o.ood or o.unseen)):
+    if args.ood and args.unseen or (args.composite and (args.ood or args.unseen)):
         raise InputError("--ood, --unseen and --composite exclude each other")
-    check_bounds(o)
-    check_values(Sampling(o.max_new_tokens), o.top_k, o.gate_temperature)
-    methods = list(dict.fromkeys(m.strip() for m in o.methods.split(",") if m.strip()))
+    check_bounds(args)
+    check_values(Sampling(args.max_new_tokens), args.top_k, args.gate_temperature)
+    methods = list(dict.fromkeys(m.strip() for m in args.methods.split(",") if m.strip()))
     if not methods:
         raise InputError("--methods names none")
-    temperatures = numbers("--composite_temperature", o.composite_temperature, float)
-    return methods, numbers("--composite", o.composite) if o.composite else [], temperatures
+    temperatures = numbers("--composite_temperature", args.composite_temperature, float)
+    return methods, numbers("--composite", args.composite) if args.composite else [], temperatures
 
 
-# Cells: what is done is kept ----------------------------------------------------------------------------------------
+# AnswerCache: what is done is kept ----------------------------------------------------------------
 
 
-class Cells:
+class AnswerCache:
     """OUT/cells: the answers of each method on each task, written as they are done; a later run with the same options,
     base and adapters takes them from there, a run with others begins anew."""
 
@@ -224,10 +224,10 @@ class Cells:
         shutil.rmtree(self.folder)
 
 
-def evaluate(mole, tasks, methods, cells, o):
+def evaluate(mole, tasks, methods, cells, args):
     """Every method on every task -> (results, rows of answers.jsonl, seconds a method)."""
     results, answers, timing = {}, [], {}
-    score_one = score_meteora if o.meteora_metrics else score
+    score_one = score_meteora if args.meteora_metrics else score
     with tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1) as bar:
         for method in methods:
             scores, timing[method] = {}, 0.0
@@ -235,49 +235,50 @@ def evaluate(mole, tasks, methods, cells, o):
                 bar.set_postfix_str(f"{method} on {name}")
                 used = for_task(mole, method, name)
                 prompts = [row["prompt"] for row in task.test]
-                hidden = hidden_from(mole, method, name, o)
+                hidden = hidden_from(mole, method, name, args)
                 cell = cells.get(
-                    f"{used} on {name}", lambda p=prompts, m=used, x=hidden: {"answers": answer_all(mole, p, m, o, x)}
+                    f"{used} on {name}",
+                    lambda p=prompts, m=used, x=hidden: {"answers": answer_all(mole, p, m, args, x)},
                 )
                 texts, timing[method] = cell["answers"], timing[method] + cell["seconds"]
-                scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], o.seed))
+                scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], args.seed))
                 rows = zip(task.test, texts, strict=True)
                 answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
                 bar.update(len(texts))
             results[method] = {**mean_of(scores), "tasks": scores}
             own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
-            if find_method(mole, method, o.top_k).gates_know_tasks and own and not (o.ood or o.unseen):
-                found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, o))
+            if find_method(mole, method, args.top_k).gates_know_tasks and own and not (args.ood or args.unseen):
+                found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, args))
                 results[method]["gates"] = {key: found[key] for key in ("right", "first_qkv", "tokens")}
     return results, answers, {method: round(seconds, 2) for method, seconds in timing.items()}
 
 
-def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, o):
+def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, args):
     """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl). `oracle` is the
     ceiling: each question and each answer runs through its own task's adapter. A method that knows one task at
     a time is left out."""
     results, answers = {}, []
     for n, asked in drawn.items():
         table = results[str(n)] = {}
-        answering = [method for method in methods if find_method(mole, method, o.top_k).answers_composites]
+        answering = [method for method in methods if find_method(mole, method, args.top_k).answers_composites]
         for method in tqdm(answering, desc=f"composite-{n}", file=sys.stderr):
-            kind = find_method(mole, method, o.top_k)
+            kind = find_method(mole, method, args.top_k)
             search = len(temperatures) > 1 and kind.has_temperature
             temperature = temperatures[0]
             if search:
-                trial = composites(tasks, n, max(1, o.composites // 4), mole.template, o.seed, split="train")
+                trial = composites(tasks, n, max(1, args.composites // 4), mole.template, args.seed, split="train")
                 temperature = cells.get(
                     f"temperature of {method} on composite-{n}",
-                    lambda m=method, t=trial: {"best": choose_temperature(mole, t, m, tasks, temperatures, o)},
+                    lambda m=method, t=trial: {"best": choose_temperature(mole, t, m, tasks, temperatures, args)},
                 )["best"]
             cell = cells.get(
                 f"{method} on composite-{n}",
-                lambda m=method, t=temperature, a=asked: {"answers": answer_composites(mole, a, m, t, o)},
+                lambda m=method, t=temperature, a=asked: {"answers": answer_composites(mole, a, m, t, args)},
             )
-            table[method] = score_composites(asked, cell["answers"], tasks, o)
+            table[method] = score_composites(asked, cell["answers"], tasks, args)
             if isinstance(kind, Gated):
-                picture = draw_composite(mole, asked[0], method, temperature, o)
-                write_text(Path(o.out) / f"composite-{n}-{method}.svg", picture)
+                picture = draw_composite(mole, asked[0], method, temperature, args)
+                write_text(Path(args.out) / f"composite-{n}-{method}.svg", picture)
             if search:
                 table[method]["temperature"] = temperature
             for c, text in zip(asked, cell["answers"], strict=True):
@@ -293,7 +294,7 @@ def mean_of(scores):
     return {"mean": round(mean, 2), "plus_minus": round(half, 2)}
 
 
-# The tables ---------------------------------------------------------------------------------------------------------
+# The tables ---------------------------------------------------------------------------------------
 
 
 def table(results, tasks, ceiling=None):
@@ -338,36 +339,36 @@ def composite_table(results, composite):
 
 def main():
     """The command: scores methods on tasks and composites, writes results and tables."""
-    o = parse_args(Options, description="Score methods of choosing adapters on tasks.")
-    methods, sizes, temperatures = check_options(o)
-    embed = sentence_encoder(o.encoder) if o.encoder else None
-    mole = load_mole(o.model or TINY, o.pool or None, (), o.dtype, o.device)
+    args = parse_args(Options, description="Score methods of choosing adapters on tasks.")
+    methods, sizes, temperatures = check_options(args)
+    embed = sentence_encoder(args.encoder) if args.encoder else None
+    mole = load_mole(args.model or TINY, args.pool or None, (), args.dtype, args.device)
     mole.embed = embed
-    tasks = choose_tasks(mole, o)
+    tasks = choose_tasks(mole, args)
     for method in methods:
-        if o.ood and find_method(mole, method, o.top_k).has_task_adapter:
+        if args.ood and find_method(mole, method, args.top_k).has_task_adapter:
             raise InputError(f"--ood: {method} has no adapter of a task that it could do without")
         for name in tasks:
-            check_method(mole, for_task(mole, method, name), o.top_k)
+            check_method(mole, for_task(mole, method, name), args.top_k)
     hashes = {name: mole.pool.members[name].hash for name in mole.pool.names} if mole.pool else {}
     parts = {str(f.relative_to(mole.folder.path)): sha256(f.read_bytes()) for f in trained_parts(mole)}
-    options = {key: value for key, value in asdict(o).items() if key != "out"}
+    options = {key: value for key, value in asdict(args).items() if key != "out"}
     examples = {name: sha256(repr((task.train, task.test)).encode()) for name, task in tasks.items()}
     meta = {"base": mole.model.fingerprint, "adapters": hashes, "parts": parts, "tasks": examples, "options": options,
             "metrics": {m: signature(m) for m in sorted({t.metric for t in tasks.values()})},
             "torch": torch.__version__}  # fmt: skip
-    asked = {n: composites(tasks, n, o.composites, mole.template, o.seed) for n in sizes}
+    asked = {n: composites(tasks, n, args.composites, mole.template, args.seed) for n in sizes}
     for composite in [composite for some in asked.values() for composite in some]:
         encode_spans(mole, composite)  # one that doesn't fit is refused before hours of work
-    cells = Cells(o.out, meta)
-    results, answers, timing = evaluate(mole, tasks, methods, cells, o)
-    composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, o)
-    ceiling = next((name for name in methods if find_method(mole, name, o.top_k).is_ceiling), None)
+    cells = AnswerCache(args.out, meta)
+    results, answers, timing = evaluate(mole, tasks, methods, cells, args)
+    composite, more = evaluate_composites(mole, tasks, methods, asked, temperatures, cells, args)
+    ceiling = next((name for name in methods if find_method(mole, name, args.top_k).is_ceiling), None)
     text = table(results, tasks, ceiling) + ("\n" + composite_table(results, composite) if composite else "")
-    out = Path(o.out)
-    setting = "ood" if o.ood else "unseen" if o.unseen else "iid"
+    out = Path(args.out)
+    setting = "ood" if args.ood else "unseen" if args.unseen else "iid"
     written = {"setting": setting, "methods": results, "composite": composite, "meta": meta}
-    if not o.ood and any(find_method(mole, name, o.top_k).retrieves == "by text" for name in methods):
+    if not args.ood and any(find_method(mole, name, args.top_k).retrieves == "by text" for name in methods):
         own = {name: task for name, task in tasks.items() if name in mole.pool.members}
         written["retrieval"] = found = retrieval(mole, own)
         shares = ", ".join(f"top-{k} {found[k]:.1f}" for k in found if k != "n")

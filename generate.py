@@ -63,23 +63,23 @@ START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among t
   python generate.py --model DIR --adapter NAME=DIR ...   your own Llama, your own PEFT adapters"""
 
 
-def check_options(o, asked):
+def check_options(args, asked):
     """Raises InputError for options that exclude each other, and for values that nothing can use."""
-    if o.raw and o.chat:
+    if args.raw and args.chat:
         raise InputError("--raw and --chat exclude each other")
-    if len(o.method) > 1 and len(o.method) != len(asked):
-        raise InputError(f"{len(o.method)} times --method for {len(asked)} prompts: give it once, or once a prompt")
-    check_values(o, o.top_k, o.gate_temperature)
-    if o.html and Path(o.html).is_dir():
-        raise InputError(f"--html {o.html}: is a directory, expected a file to write")
+    if len(args.method) > 1 and len(args.method) != len(asked):
+        raise InputError(f"{len(args.method)} times --method for {len(asked)} prompts: give it once, or once a prompt")
+    check_values(args, args.top_k, args.gate_temperature)
+    if args.html and Path(args.html).is_dir():
+        raise InputError(f"--html {args.html}: is a directory, expected a file to write")
 
 
-def read_requests(o):
+def read_requests(args):
     """[(prompt, its own method or "")] of --prompt and --prompts. Raises InputError."""
-    asked = [(read_prompt(prompt), "") for prompt in o.prompt]
-    for row in read_jsonl(o.prompts, ("prompt",)) if o.prompts else []:
+    asked = [(read_prompt(prompt), "") for prompt in args.prompt]
+    for row in read_jsonl(args.prompts, ("prompt",)) if args.prompts else []:
         if not isinstance(row.get("method", ""), str):
-            raise InputError(f"{o.prompts}: method is {row['method']!r}, expected the name of one")
+            raise InputError(f"{args.prompts}: method is {row['method']!r}, expected the name of one")
         asked.append((row["prompt"], row.get("method", "")))
     return asked
 
@@ -97,32 +97,32 @@ def read_prompt(prompt):
 
 def main():
     """The command: answers prompts, lists the pool, or prompts for more."""
-    o = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
-    asked = read_requests(o)
-    if not (o.prompt or o.prompts or o.list_ or o.interactive):
+    args = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
+    asked = read_requests(args)
+    if not (args.prompt or args.prompts or args.list_ or args.interactive):
         print(START)
         return
-    check_options(o, asked)
-    adapters = read_adapters(o.adapter)
-    embed = sentence_encoder(o.encoder) if o.encoder else None
-    mole = load_mole(o.model or TINY, o.pool or None, adapters, o.dtype, o.device, o.resident)
+    check_options(args, asked)
+    adapters = read_adapters(args.adapter)
+    embed = sentence_encoder(args.encoder) if args.encoder else None
+    mole = load_mole(args.model or TINY, args.pool or None, adapters, args.dtype, args.device, args.resident)
     mole.embed = embed
-    if o.list_:
+    if args.list_:
         print_pool(mole)
         return
-    for name in o.exclude:
+    for name in args.exclude:
         if not mole.pool:
             raise InputError(f"--exclude {name}: there are no adapters")
         mole.pool.member(name)
-    name, why = default_method(mole, o.top_k, k_asked=o.top_k != Options.top_k)
-    chosen = [check_method(mole, m, o.top_k) for m in (o.method or [name])]
-    print(f"method: {', '.join(chosen)}" + ("" if o.method else f" ({why})"), file=sys.stderr)
+    name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
+    chosen = [check_method(mole, m, args.top_k) for m in (args.method or [name])]
+    print(f"method: {', '.join(chosen)}" + ("" if args.method else f" ({why})"), file=sys.stderr)
     if asked:
         chosen = chosen if len(chosen) == len(asked) else chosen * len(asked)
-        methods = [check_method(mole, own, o.top_k) if own else m for (_, own), m in zip(asked, chosen, strict=True)]
-        respond(mole, [prompt for prompt, _ in asked], methods, o)
-    if o.interactive:
-        interact(mole, chosen[0], o)
+        methods = [check_method(mole, own, args.top_k) if own else m for (_, own), m in zip(asked, chosen, strict=True)]
+        respond(mole, [prompt for prompt, _ in asked], methods, args)
+    if args.interactive:
+        interact(mole, chosen[0], args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool 
 /quit, Ctrl-D    leave                    anything else is a prompt"""
 
 
-def interact(mole, method, o):
+def interact(mole, method, args):
     """A prompt loop; between prompts the pool and the method may change. Ctrl-C stops an answer."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding: an error of that prompt alone
@@ -33,7 +33,7 @@ def interact(mole, method, o):
                     raise InputError("there are no adapters")
                 mole.pool.remove(rest)
             elif word == "/method":
-                method = check_method(mole, rest, o.top_k)
+                method = check_method(mole, rest, args.top_k)
             elif word == "/adapters":
                 print_pool(mole)
             elif word in ("/quit", "/exit"):
@@ -41,7 +41,7 @@ def interact(mole, method, o):
             elif word.startswith("/"):
                 print(HELP)
             elif line:
-                respond(mole, [line], [check_method(mole, method, o.top_k)], o)
+                respond(mole, [line], [check_method(mole, method, args.top_k)], args)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:

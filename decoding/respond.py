@@ -42,23 +42,23 @@ def trace_prompt(mole, ids, adapters):
     return rows
 
 
-def respond(mole, prompts, methods, o):
+def respond(mole, prompts, methods, args):
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page."""
-    ids = [encode_prompt(mole, prompt, o.raw, o.chat, o.truncate) for prompt in prompts]
-    found = retrieve(mole, methods, prompts, o.retrieve, o.exclude, ids)
-    compile_for(mole.model, o.compile, o.max_new_tokens)
-    set_methods(mole, methods, o.top_k, o.gate_temperature, retrieved=found, exclude=o.exclude)
+    ids = [encode_prompt(mole, prompt, args.raw, args.chat, args.truncate) for prompt in prompts]
+    found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
+    compile_for(mole.model, args.compile, args.max_new_tokens)
+    set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
     for pairs in found:
         if pairs:
             print("retrieved: " + ", ".join(f"{name} {score:.3f}" for name, score in pairs), file=sys.stderr)
-    routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if o.routing is None else o.routing
-    recording = bool((routing and not o.json) or o.json or o.html)
+    routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if args.routing is None else args.routing
+    recording = bool((routing and not args.json) or args.json or args.html)
     begin, tokens, seconds = time.perf_counter(), [[] for _ in prompts], [0.0] * len(prompts)
-    events = decode(mole, ids, Sampling(*(getattr(o, f.name) for f in fields(Sampling))), recording)
+    events = decode(mole, ids, Sampling(*(getattr(args, f.name) for f in fields(Sampling))), recording)
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_traces = [trace_prompt(mole, row, adapters) for row, adapters in zip(ids, seen, strict=True)]
     pairs = [[(t["text"], t["adapters"]) for t in trace] for trace in prompt_traces]
-    printer = None if o.json else Printer(prompts, pairs, routing)
+    printer = None if args.json else Printer(prompts, pairs, routing)
     for token in events:
         tokens[token.row].append(token)
         seconds[token.row] = time.perf_counter() - begin
@@ -66,10 +66,10 @@ def respond(mole, prompts, methods, o):
             printer.push(token)
     if printer:
         printer.close()
-    if o.json:
+    if args.json:
         for row, prompt in enumerate(prompts):
             line = result(prompt, methods[row], tokens[row], prompt_traces[row], seconds[row], found[row])
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    if o.html:
+    if args.html:
         answers = [[(t.text, t.adapters) for t in row] for row in tokens]
-        write_text(o.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token"))
+        write_text(args.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token"))

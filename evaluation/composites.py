@@ -17,20 +17,20 @@ from tasks.composites import cut
 from tasks.metrics import COUNTED, draws, numbered, right, score, score_meteora
 
 
-def answer_composites(mole, asked, method, temperature, o):
+def answer_composites(mole, asked, method, temperature, args):
     """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
     task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing of adapters
     that were trained by themselves."""
     forced = find_method(mole, method).is_ceiling
     encoded = [encode_spans(mole, composite) for composite in asked]
     room, texts = mole.model.config.max_position_embeddings, [""] * len(asked)
-    for rows in by_length([ids for ids, _ in encoded], o.batch_size):
+    for rows in by_length([ids for ids, _ in encoded], args.batch_size):
         n = len(asked[rows[0]].questions)
         ids = [encoded[j][0] for j in rows]
-        budget = min(n * o.max_new_tokens, room)
+        budget = min(n * args.max_new_tokens, room)
         used = "base" if forced else method
-        found = retrieve(mole, [used] * len(rows), [asked[j].prompt for j in rows], o.retrieve, (), ids)
-        set_methods(mole, [used] * len(rows), o.top_k, temperature, retrieved=found)
+        found = retrieve(mole, [used] * len(rows), [asked[j].prompt for j in rows], args.retrieve, (), ids)
+        set_methods(mole, [used] * len(rows), args.top_k, temperature, retrieved=found)
         names = [[name for name, _ in asked[j].questions] for j in rows]
         if forced:
             longest = max(map(len, ids))
@@ -58,17 +58,17 @@ def encode_spans(mole, composite):
     return ids, [name for (_, name), begin, end in counts for _ in range(end - begin)]
 
 
-def draw_composite(mole, composite, method, temperature, o):
+def draw_composite(mole, composite, method, temperature, args):
     """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest adapter."""
     ids, _ = encode_spans(mole, composite)
-    found = retrieve(mole, [method], [composite.prompt], o.retrieve, (), [ids])
-    set_methods(mole, [method], o.top_k, temperature, retrieved=found)
-    events = decode(mole, [ids], Sampling(len(composite.questions) * o.max_new_tokens), routing=True)
+    found = retrieve(mole, [method], [composite.prompt], args.retrieve, (), [ids])
+    set_methods(mole, [method], args.top_k, temperature, retrieved=found)
+    events = decode(mole, [ids], Sampling(len(composite.questions) * args.max_new_tokens), routing=True)
     prompt = [(row["text"], row["adapters"]) for row in trace_prompt(mole, ids, next(events)[0])]
     return svg_picture(prompt, [(token.text, token.adapters) for token in events])
 
 
-def score_composites(asked, texts, tasks, o):
+def score_composites(asked, texts, tasks, args):
     """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that knows right and
     wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks": {task: its metric's score}}."""
     attempted, rights, by_task = [], [], {}
@@ -84,20 +84,20 @@ def score_composites(asked, texts, tasks, o):
     found = {"n": len(asked)}
     for key, values in (("attempted", attempted), ("right", rights)):
         values = np.array(values, dtype=float)
-        low, high = np.percentile(values[draws(len(values), o.seed)].mean(1), [2.5, 97.5])
+        low, high = np.percentile(values[draws(len(values), args.seed)].mean(1), [2.5, 97.5])
         found |= {key: round(values.mean(), 3), f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
-    one = score_meteora if o.meteora_metrics else score
+    one = score_meteora if args.meteora_metrics else score
     scores = {
-        name: one(tasks[name].metric, *zip(*pairs, strict=True), o.seed) for name, pairs in sorted(by_task.items())
+        name: one(tasks[name].metric, *zip(*pairs, strict=True), args.seed) for name, pairs in sorted(by_task.items())
     }
     return found | {"tasks": {name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()}}
 
 
-def choose_temperature(mole, trial, method, tasks, temperatures, o):
+def choose_temperature(mole, trial, method, tasks, temperatures, args):
     """The gate temperature that gets most right on validation composites, made of training questions; the first of
     equals."""
     found = {
-        t: score_composites(trial, answer_composites(mole, trial, method, t, o), tasks, o)["right"]
+        t: score_composites(trial, answer_composites(mole, trial, method, t, args), tasks, args)["right"]
         for t in temperatures
     }
     return max(found, key=found.get)

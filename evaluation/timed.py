@@ -1,8 +1,9 @@
 """What bench.py times: Llamas with many adapters and gates that choose evenly among them, decoding, training steps.
 
-Also what runs one of these in a process of its own (Apart), which has to import it from a module, not from the script.
+Also what runs one of these in a process of its own (InSubprocess), which has to import it from a module, not from the
+script.
 
-`o` are the options of a command of bench.py.
+`args` are the options of a command of bench.py.
 """
 
 import itertools
@@ -44,85 +45,85 @@ LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 1433
               "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 
 
-def load(o):
+def load(args):
     """The Llama of --model, or one block of --shape with random weights."""
-    if not getattr(o, "shape", ""):
-        return load_base(o.model or TINY, o.dtype, o.device)
-    model = Llama(LlamaConfig(**LLAMA_3_8B)).to(o.device, DTYPES[o.dtype])
+    if not getattr(args, "shape", ""):
+        return load_base(args.model or TINY, args.dtype, args.device)
+    model = Llama(LlamaConfig(**LLAMA_3_8B)).to(args.device, DTYPES[args.dtype])
     return make_fast(model.requires_grad_(False).eval())
 
 
-def random_adapters(o, e, shapes):
+def random_adapters(args, e, shapes):
     """e adapters of rank r on all Linears."""
-    generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
-    config = peft_config(o.r, 2 * o.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
+    generator, dtype = torch.Generator().manual_seed(args.seed), DTYPES[args.dtype]
+    config = peft_config(args.r, 2 * args.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
     adapters = []
     for index in range(e):
-        A = {p: torch.randn(o.r, i, generator=generator) * 0.01 for p, (_, i) in shapes.items()}
-        B = {p: torch.randn(out, o.r, generator=generator) * 0.01 for p, (out, _) in shapes.items()}
+        A = {p: torch.randn(args.r, i, generator=generator) * 0.01 for p, (_, i) in shapes.items()}
+        B = {p: torch.randn(out, args.r, generator=generator) * 0.01 for p, (out, _) in shapes.items()}
         A, B = ({p: y.to(dtype) for p, y in part.items()} for part in (A, B))
         adapters.append(Adapter(f"random{index}", A, B, dict.fromkeys(A, 2.0), config))
     return adapters
 
 
-def random_gates(o, e, shapes):
+def random_gates(args, e, shapes):
     """Gates that choose evenly among e adapters."""
-    generator, dtype = torch.Generator().manual_seed(o.seed), DTYPES[o.dtype]
-    weights = {path: torch.randn(e, i, generator=generator).to(o.device, dtype) for path, (_, i) in shapes.items()}
-    return {path: MeteoraGate(G, o.k).requires_grad_(False) for path, G in weights.items()}
+    generator, dtype = torch.Generator().manual_seed(args.seed), DTYPES[args.dtype]
+    weights = {path: torch.randn(e, i, generator=generator).to(args.device, dtype) for path, (_, i) in shapes.items()}
+    return {path: MeteoraGate(G, args.k).requires_grad_(False) for path, G in weights.items()}
 
 
-def with_adapters(o, e, backend="auto", folder=""):
+def with_adapters(args, e, backend="auto", folder=""):
     """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
-    model = load(o)
-    shapes, dtype = linear_shapes(model), DTYPES[o.dtype]
+    model = load(args)
+    shapes, dtype = linear_shapes(model), DTYPES[args.dtype]
     if folder:
-        pool = Pool.load(read_pool(folder).adapters, shapes, dtype, o.device, alloc_B=alloc_B_of(model))
-        gates = load_gates(Path(folder) / "gates" / f"meteora_top{o.k}.safetensors", pool, dtype=dtype)
+        pool = Pool.load(read_pool(folder).adapters, shapes, dtype, args.device, alloc_B=alloc_B_of(model))
+        gates = load_gates(Path(folder) / "gates" / f"meteora_top{args.k}.safetensors", pool, dtype=dtype)
     else:
-        pool = Pool.of(random_adapters(o, e, shapes), shapes, dtype, o.device, alloc_B_of(model))
-        gates = random_gates(o, e, shapes)
+        pool = Pool.of(random_adapters(args, e, shapes), shapes, dtype, args.device, alloc_B_of(model))
+        gates = random_gates(args, e, shapes)
     asked = {path: SampleGate(gate) for path, gate in gates.items()}
     for gate in asked.values():  # as methods.py asks gates
-        gate.set(None, None, torch.ones(64, dtype=torch.bool, device=o.device))
+        gate.set(None, None, torch.ones(64, dtype=torch.bool, device=args.device))
     attach(model, pool, asked, backend)
     return model
 
 
-def pool_sizes(o):
+def pool_sizes(args):
     """How many adapters: --pool's, or each of --e."""
-    return [len(read_pool(o.pool).adapters)] if o.pool else numbers("--e", o.e)
+    return [len(read_pool(args.pool).adapters)] if args.pool else numbers("--e", args.e)
 
 
-def hf_models(o, e):
+def hf_models(args, e):
     """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with the adapters of the
     pool or e random ones: one of them, and peft's mixed batch, another for each row."""
-    if not o.peers or getattr(o, "shape", "") or not has("transformers"):
+    if not args.peers or getattr(args, "shape", "") or not has("transformers"):
         return
-    folder, dtype = o.model or TINY, DTYPES[o.dtype]
-    yield "transformers", hf_llama(folder, dtype).to(o.device), lambda b: {}
+    folder, dtype = args.model or TINY, DTYPES[args.dtype]
+    yield "transformers", hf_llama(folder, dtype).to(args.device), lambda b: {}
     if has("peft"):
-        if o.pool:
-            adapters = [load_adapter(path, name) for name, path in read_pool(o.pool).adapters.items()]
+        if args.pool:
+            adapters = [load_adapter(path, name) for name, path in read_pool(args.pool).adapters.items()]
         else:
-            adapters = random_adapters(o, e, linear_shapes(load(o)))
-        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters).to(o.device)
+            adapters = random_adapters(args, e, linear_shapes(load(args)))
+        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters).to(args.device)
         yield "peft, one adapter", model, lambda b: {}
         yield "peft, mixed batch", model, lambda b: {"adapter_names": [names[j % e] for j in range(b)]}
 
 
-def prompts(o, b, t, v):
+def prompts(args, b, t, v):
     """Token ids (b, t): of the tasks' prompts, one after another until t are full, or random."""
-    if not o.tasks:
-        return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(o.seed)).to(o.device)
-    tokenizer, folder = Tokenizer(o.model or TINY), read_pool(o.pool or o.model or TINY)
-    tasks, rows = list(load_tasks(o.tasks, sorted(folder.adapters)).values()), []
+    if not args.tasks:
+        return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(args.seed)).to(args.device)
+    tokenizer, folder = Tokenizer(args.model or TINY), read_pool(args.pool or args.model or TINY)
+    tasks, rows = list(load_tasks(args.tasks, sorted(folder.adapters)).values()), []
     for row in range(b):
         ids, examples = [], tasks[row % len(tasks)].test
         for example in examples * (t // len(examples) + 1):
             ids += encode(tokenizer, folder.template, example).ids
         rows.append(ids[:t])
-    return torch.tensor(rows, device=o.device)
+    return torch.tensor(rows, device=args.device)
 
 
 class Decoder:
@@ -145,28 +146,28 @@ class Decoder:
         return ids
 
 
-def with_requests(o, union):
-    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of o.requests rows with
+def with_requests(args, union):
+    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of args.requests rows with
     three adapters each, no two rows with the same ones, all of them together the union."""
-    if not -(-union // 3) <= o.requests <= math.comb(union, 3):
-        raise InputError(f"--union: {o.requests} sets of three adapters aren't {union} adapters together")
-    model, rng = load(o), random.Random(o.seed)
+    if not -(-union // 3) <= args.requests <= math.comb(union, 3):
+        raise InputError(f"--union: {args.requests} sets of three adapters aren't {union} adapters together")
+    model, rng = load(args), random.Random(args.seed)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(o, union, shapes), shapes, DTYPES[o.dtype], o.device, alloc_B_of(model))
+    pool = Pool.of(random_adapters(args, union, shapes), shapes, DTYPES[args.dtype], args.device, alloc_B_of(model))
     names = rng.sample(pool.names, union)
     sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
-    while len(sets) < o.requests:
+    while len(sets) < args.requests:
         if (more := sorted(rng.sample(pool.names, 3))) not in sets:
             sets.append(more)
-    routers = {path: router.eval() for path, router in router_loras(pool, o.r, o.seed).items()}
+    routers = {path: router.eval() for path, router in router_loras(pool, args.r, args.seed).items()}
     for path, router in routers.items():
-        router.B.data.copy_(torch.randn(router.B.shape, generator=torch.Generator().manual_seed(o.seed)))
-        router.to(DTYPES[o.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
+        router.B.data.copy_(torch.randn(router.B.shape, generator=torch.Generator().manual_seed(args.seed)))
+        router.to(DTYPES[args.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
     asked = {path: SampleGate(router) for path, router in routers.items()}
     compile_blocks(model, True, saves=0, costs=0)
-    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3, device=o.device)
+    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3, device=args.device)
     set_candidates(routers.values(), *retrieved)
-    nothing = torch.zeros(o.requests, 1, device=o.device)
+    nothing = torch.zeros(args.requests, 1, device=args.device)
     set_gates(asked.values(), nothing.long(), nothing, nothing[:, 0] == 0)
     attach(model, pool, asked)
     return model
@@ -184,22 +185,22 @@ def bytes_read(model):
     return total
 
 
-def examples(o, names, v):
+def examples(args, names, v):
     """{name: Examples that an adapter of that name learns}: random tokens, or for each those of one of --tasks."""
-    if not o.tasks:
-        generator, shape = torch.Generator().manual_seed(o.seed), (len(names), o.e * o.each, o.tokens)
+    if not args.tasks:
+        generator, shape = torch.Generator().manual_seed(args.seed), (len(names), args.e * args.each, args.tokens)
         rows = torch.randint(3, v, shape, generator=generator).tolist()
         return {
-            name: [Example(ids, o.tokens // 2, name) for ids in some] for name, some in zip(names, rows, strict=True)
+            name: [Example(ids, args.tokens // 2, name) for ids in some] for name, some in zip(names, rows, strict=True)
         }
-    tokenizer, tasks = Tokenizer(o.model or TINY), list(load_tasks(o.tasks).values())
+    tokenizer, tasks = Tokenizer(args.model or TINY), list(load_tasks(args.tasks).values())
     rows = {name: tasks[j % len(tasks)].train[:64] for j, name in enumerate(names)}
     return {name: encode_all(tokenizer, TEMPLATE, some, name, 512)[0] for name, some in rows.items()}
 
 
-def steps_of(o, learnt):
-    """The examples of eight steps, o.e * o.each of them in each, {name: Examples} in turn."""
-    names, count = list(learnt), o.e * o.each
+def steps_of(args, learnt):
+    """The examples of eight steps, args.e * args.each of them in each, {name: Examples} in turn."""
+    names, count = list(learnt), args.e * args.each
     turns = [divmod(j, len(names)) for j in range(8 * count)]
     picked = [learnt[names[j]][turn % len(learnt[names[j]])] for turn, j in turns]
     return [picked[j : j + count] for j in range(0, 8 * count, count)]
@@ -221,14 +222,14 @@ class Trainer:
         return sum(len(example.ids) for example in picked)
 
 
-class Apart:
-    """make(o) in a process of its own, whose memory no other row of a table scatters; called, it runs there once, and
-    `results` are what came of it."""
+class InSubprocess:
+    """make(args) in a process of its own, whose memory no other row of a table scatters; called, it runs there once,
+    and `results` are what came of it."""
 
-    def __init__(self, make, o):
+    def __init__(self, make, args):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, SimpleNamespace(**vars(o))), daemon=True)
+        process = context.Process(target=_child, args=(theirs, make, SimpleNamespace(**vars(args))), daemon=True)
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process that waits
         process.start()
         signal.signal(signal.SIGINT, heard)
@@ -250,12 +251,12 @@ class Apart:
         self.results.append(self._take())
 
 
-def _serve(pipe, make, o):
+def _child(pipe, make, args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # with the end of its locks
-    torch.set_num_threads(o.threads or os.cpu_count())
+    torch.set_num_threads(args.threads or os.cpu_count())
     try:
-        find_device(o.device)  # torch's current one is each process's own
-        run, result = make(o), None
+        find_device(args.device)  # torch's current one is each process's own
+        run, result = make(args), None
         while True:
             pipe.send(result)
             pipe.recv()
@@ -268,39 +269,39 @@ def _serve(pipe, make, o):
         pipe.send(error)
 
 
-def adapters_trainer(o):
-    """A Trainer of o.e adapters at once."""
-    model = load(o)
+def adapters_trainer(args):
+    """A Trainer of args.e adapters at once."""
+    model = load(args)
     compile_blocks(model, True, saves=0, costs=0)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(o, o.e, shapes), shapes, device=o.device, alloc_B=alloc_B_of(model))
+    pool = Pool.of(random_adapters(args, args.e, shapes), shapes, device=args.device, alloc_B=alloc_B_of(model))
     gate = KnownAdapterGate()
     attach(model, pool, gate)
     model.train()
     params = [stack.requires_grad_() for stacks in (pool.A, pool.B) for stack in stacks.values()]
-    batches = steps_of(o, examples(o, pool.names, model.config.vocab_size))
+    batches = steps_of(args, examples(args, pool.names, model.config.vocab_size))
     run = AdaptersRun(model="", tasks="", pool="")
     return Trainer(params, lambda picked: adapters_step(model, pool, gate, picked, run), batches)
 
 
-def one_adapter_trainer(o):
+def one_adapter_trainer(args):
     """peft's adapter, for which one adapter's examples come after another's: as many in a step, padded."""
-    model = load(o)
+    model = load(args)
     targets = {path.rpartition(".")[2] for path in linear_shapes(model)}
-    params, step = peft_trainer(o.model or TINY, DTYPES[o.dtype], o.r, targets, o.device)
-    learnt = examples(o, [f"random{j}" for j in range(o.e)], model.config.vocab_size)
-    batches = [steps_of(o, {name: some})[0] for name, some in learnt.items()]
-    return Trainer(params, lambda picked: step(collate(picked, o.device)), batches)
+    params, step = peft_trainer(args.model or TINY, DTYPES[args.dtype], args.r, targets, args.device)
+    learnt = examples(args, [f"random{j}" for j in range(args.e)], model.config.vocab_size)
+    batches = [steps_of(args, {name: some})[0] for name, some in learnt.items()]
+    return Trainer(params, lambda picked: step(collate(picked, args.device)), batches)
 
 
-def gates_trainer(o, backend):
-    """A Trainer of the gates of o.gated adapters."""
-    model = with_adapters(o, o.gated, backend)
+def gates_trainer(args, backend):
+    """A Trainer of the gates of args.gated adapters."""
+    model = with_adapters(args, args.gated, backend)
     if backend == "auto":
         compile_blocks(model, True, saves=0, costs=0)
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
-    batches = steps_of(o, examples(o, [f"random{j}" for j in range(o.gated)], model.config.vocab_size))
-    run, loss = GatesRun(model="", tasks="", pool="", top_k=o.k), GateLoss(gates)
+    batches = steps_of(args, examples(args, [f"random{j}" for j in range(args.gated)], model.config.vocab_size))
+    run, loss = GatesRun(model="", tasks="", pool="", top_k=args.k), GateLoss(gates)
     params = list(parameters_of(gates).values())
     return Trainer(params, lambda picked: gates_step(model, pool, loss, None, picked, run), batches)

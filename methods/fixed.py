@@ -54,7 +54,7 @@ class Oracle(FixedMixture):
 
 
 class Uniform(FixedMixture):
-    """All adapters, each weighing 1/e: the mean of the products B A, exact."""
+    """All adapters, each weighing 1/e: the mean of the matrices B A, exact."""
 
     pattern = "uniform|average_ba"
     names = ("uniform", "average_ba")

@@ -137,37 +137,37 @@ class RetrieverRun:
     seed: Seed = 0  # of the tasks, of the prompts and of their order
 
 
-def train_retriever(o):
+def train_retriever(args):
     """Tunes the projection and writes POOL/retriever.safetensors."""
-    folder = Path(required(o, "pool"))
+    folder = Path(required(args, "pool"))
     known = read_pool(folder) if is_pool(folder) else None
-    tasks = load_tasks(required(o, "tasks"), sorted(known.adapters) if known else None)
-    names = some_tasks(tasks, o.share, o.seed)
-    if o.test and len(names) == len(tasks):
+    tasks = load_tasks(required(args, "tasks"), sorted(known.adapters) if known else None)
+    names = some_tasks(tasks, args.share, args.seed)
+    if args.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
-    model = load_base(o.model, o.dtype, o.device)
-    tokenizer = Tokenizer(o.model)
+    model = load_base(args.model, args.dtype, args.device)
+    tokenizer = Tokenizer(args.model)
     layers = model.config.num_hidden_layers
-    if o.depth > layers:
-        raise InputError(f"--depth is {o.depth}, expected at most {layers}, the base's blocks")
-    untuned = LlamaEncoder(model, tokenizer, o.depth or max(1, layers * 2 // 3), max_length=o.max_length)
-    least = min(o.prompts, *(len(tasks[name].train) for name in names))
-    texts = [[row for name in names for row in draw_prompts(tasks[name], least, o.seed, bare)] for bare in (0, 1)]
+    if args.depth > layers:
+        raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
+    untuned = LlamaEncoder(model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length)
+    least = min(args.prompts, *(len(tasks[name].train) for name in names))
+    texts = [[row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)] for bare in (0, 1)]
     views = [F.normalize(untuned.pooled(some), dim=-1).view(len(names), least, -1) for some in texts]
     mean, projection = whiten_within(views)
-    projection = info_nce([view - mean for view in views], projection, o)
-    encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, o.max_length)
+    projection = info_nce([view - mean for view in views], projection, args)
+    encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, args.max_length)
     retriever = Retriever(encoder)
     for name, path in sorted(known.adapters.items()) if known else ():
         retriever.add(name, load_adapter(path, name, header=True).samples)
     file = folder / "retriever.safetensors"
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
     print(f"wrote {file}", file=sys.stderr)
-    if o.test:
+    if args.test:
         pooled = cache(untuned.pooled)  # what both project, a forward pass of every text
         encoders = {"untuned": lambda texts: untuned.project(pooled(tuple(texts))),
                     "tuned": lambda texts: encoder.project(pooled(tuple(texts)))}  # fmt: skip
-        table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, o.seed)
+        table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, args.seed)
         write_text(folder / "runs" / "retriever.md", table)
         print(table, end="")
 
@@ -191,18 +191,18 @@ def whiten_within(views, shrink=0.3):
     return torch.cat(views).mean((0, 1)), projection / projection.norm() * len(projection) ** 0.5
 
 
-def info_nce(views, projection, o):
+def info_nce(views, projection, args):
     """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns the tuned one."""
     W = projection.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([W], lr=o.lr, weight_decay=0.0)
-    generator, (k, n, h) = torch.Generator().manual_seed(o.seed), views[0].shape
+    optimizer = torch.optim.AdamW([W], lr=args.lr, weight_decay=0.0)
+    generator, (k, n, h) = torch.Generator().manual_seed(args.seed), views[0].shape
     labels = torch.arange(k)[:, None]
-    for step in range(o.steps):
+    for step in range(args.steps):
         m = min(int(SAMPLES ** torch.rand((), generator=generator)), n - 1)
         order = torch.rand(k, n, generator=generator).argsort(1)[..., None].expand(-1, -1, h)
         drawn = F.normalize(F.linear(views[step % 2].gather(1, order[:, : m + 8]), W), dim=-1)
         adapters = F.normalize(drawn[:, :m].mean(1), dim=-1)  # (tasks, d)
-        scores = drawn[:, m:] @ adapters.T / o.temperature  # (tasks, others, tasks)
+        scores = drawn[:, m:] @ adapters.T / args.temperature  # (tasks, others, tasks)
         loss = F.cross_entropy(scores.flatten(0, 1), labels.expand(scores.shape[:2]).flatten())
         optimizer.zero_grad()
         loss.backward()

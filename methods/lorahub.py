@@ -25,7 +25,7 @@ from training.loop import lm_losses, required
 
 
 def lorahub(pool, weights):
-    """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts twice: the product
+    """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts twice: B A
     goes with its square."""
     names = sorted(weights)
     if not names:
@@ -121,21 +121,21 @@ class LorahubRun:
     device: str = "auto"  # auto = cuda where there is one, else cpu
 
 
-def train_lorahub(o):
+def train_lorahub(args):
     """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}}; tasks that it holds
     already, searched with these options over these adapters, are kept (LoraHub, section 2.2)."""
-    known = read_pool(required(o, "pool"))
-    tasks = load_tasks(required(o, "tasks"), o.only or None)
-    model = load_base(o.model, o.dtype, o.device)
-    tokenizer = Tokenizer(o.model)
-    o.max_length = min(o.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, o, known.template)
+    known = read_pool(required(args, "pool"))
+    tasks = load_tasks(required(args, "tasks"), args.only or None)
+    model = load_base(args.model, args.dtype, args.device)
+    tokenizer = Tokenizer(args.model)
+    args.max_length = min(args.max_length, model.config.max_position_embeddings)
+    check_pool(known, model, args, known.template)
     shapes = linear_shapes(model)
     like = model.head_weight
     pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model))
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
-    file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * o.ood}.json", sorted(pool.names)
-    how = {"shots": o.shots, "steps": o.steps, "l1": o.l1, "seed": o.seed, "max_length": o.max_length}
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
+    file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json", sorted(pool.names)
+    how = {"shots": args.shots, "steps": args.steps, "l1": args.l1, "seed": args.seed, "max_length": args.max_length}
     made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
     known_weights = read_json(file) if file.exists() else made
     if {key: known_weights.get(key) for key in ("adapters", "options")} != {
@@ -147,8 +147,8 @@ def train_lorahub(o):
     gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
-        used = [name for name in names if not (o.ood and name == task)]
-        batch = collate(draw(examples[task], task, 0, min(o.shots, len(examples[task])), o.seed), like.device)
+        used = [name for name in names if not (args.ood and name == task)]
+        batch = collate(draw(examples[task], task, 0, min(args.shots, len(examples[task])), args.seed), like.device)
 
         @torch.inference_mode()
         def loss(weights, batch=batch, used=used):
@@ -159,7 +159,7 @@ def train_lorahub(o):
             gate.set(*fixed_rows(slot, [{adapter.name: 1.0}] * len(batch.tasks), like.device))
             return float(lm_losses(model, batch).mean())
 
-        weights, _ = lorahub_search(loss, len(used), o.steps, o.seed, o.l1)
+        weights, _ = lorahub_search(loss, len(used), args.steps, args.seed, args.l1)
         found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
         write_json(file, made | {"weights": found})
     print(f"wrote {file}", file=sys.stderr)

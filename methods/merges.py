@@ -74,7 +74,7 @@ def dare(stack, density, generator):
 
 
 def mean_svd(A, B):
-    """The best rank-r approximation of the mean of B A: that mean is one product of inner size e*r."""
+    """The best rank-r approximation of the mean of B A: that mean is one matmul of inner size e*r."""
     e, r, i = A.shape
     U, S, Vh = factored_svd(A.reshape(e * r, i), B.transpose(0, 1).reshape(-1, e * r) / e)
     spare = max(0, r - len(S))  # a Linear smaller than the rank

@@ -216,15 +216,15 @@ class RouterRun(Run):
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved router
 
 
-def train_router(o):
+def train_router(args):
     """Trains RouterLoRA on the LM loss and writes POOL/router.safetensors."""
-    known = read_pool(required(o, "pool"))
-    names = some_tasks(known.adapters, o.share, o.seed)
-    tasks = load_tasks(required(o, "tasks"), names)
-    model = load_base(o.model, o.dtype, o.device)
-    tokenizer = Tokenizer(o.model)
-    o.max_length = min(o.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, o, known.template)
+    known = read_pool(required(args, "pool"))
+    names = some_tasks(known.adapters, args.share, args.seed)
+    tasks = load_tasks(required(args, "tasks"), names)
+    model = load_base(args.model, args.dtype, args.device)
+    tokenizer = Tokenizer(args.model)
+    args.max_length = min(args.max_length, model.config.max_position_embeddings)
+    check_pool(known, model, args, known.template)
     shapes = linear_shapes(model)
     # Without the other tasks' adapters: as candidates that are never right they would be learnt to be avoided.
     like = model.head_weight
@@ -233,59 +233,59 @@ def train_router(o):
     )
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     file = Path(known.path) / "router.safetensors"
-    checkpoint = Checkpoint(file.parent / "runs" / "router", o, [*names, *bound, f"base {model.fingerprint}"])
+    checkpoint = Checkpoint(file.parent / "runs" / "router", args, [*names, *bound, f"base {model.fingerprint}"])
     if checkpoint.finished:
         return finished(checkpoint)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, o.max_length)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     scores = None
-    if o.candidates == "retrieved" or o.prior:
+    if args.candidates == "retrieved" or args.prior:
         retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
-        rows = list({id(row): row for step in range(o.steps) for row in pick(examples, step, o)}.values())
+        rows = list({id(row): row for step in range(args.steps) for row in pick(examples, step, args)}.values())
         if silent := [name for name in names if name not in retriever.vectors]:
             raise InputError(f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random")
         found = retriever([row.row["prompt"] for row in rows], len(names))
         scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
-    routers = router_loras(pool, o.r, o.seed, o.divisor, o.scaled, o.prior)
+    routers = router_loras(pool, args.r, args.seed, args.divisor, args.scaled, args.prior)
     attach(model, pool, {path: SampleGate(router) for path, router in routers.items()})
     params = {f"{path}.{n}": getattr(router, n) for path, router in routers.items() for n in "AB"}
     gates = [linear.gate for linear in (model.get_submodule(path) for path in routers)]
-    compile_for(model, o, pick(examples, 0, o))
+    compile_for(model, args, pick(examples, 0, args))
 
     def step_loss(step):
-        picked = pick(examples, step, o)
-        rng = random.Random(f"{o.seed}/candidates/{step}")
+        picked = pick(examples, step, args)
+        rng = random.Random(f"{args.seed}/candidates/{step}")
         known = scores or {id(row): dict.fromkeys(names, 0.0) for row in picked}
-        drawn = {id(row): draw_candidates(row.task, known[id(row)], rng, o) for row in picked}
-        return router_step(model, pool, routers, gates, picked, drawn, o)
+        drawn = {id(row): draw_candidates(row.task, known[id(row)], rng, args) for row in picked}
+        return router_step(model, pool, routers, gates, picked, drawn, args)
 
-    fit(checkpoint, params, o, step_loss)
+    fit(checkpoint, params, args, step_loss)
     for param in params.values():
-        param.data = param.data.to(DTYPES[o.save_dtype])
+        param.data = param.data.to(DTYPES[args.save_dtype])
     save_routers(file, routers, model, {"tasks": "\n".join(names)})
     checkpoint.finish(file)
 
 
-def draw_candidates(task, scores, rng, o):
+def draw_candidates(task, scores, rng, args):
     """The candidates of an example, [(adapter, score), ...] of `scores` {adapter: score}, the best first: its own among
     `retrieve` (of those retrieved, or random ones), then the dropout, which may take its own too, so that the router
     doesn't learn "always the own"."""
-    others = sorted(scores) if o.candidates == "random" else sorted(scores, key=scores.get, reverse=True)
+    others = sorted(scores) if args.candidates == "random" else sorted(scores, key=scores.get, reverse=True)
     others = [name for name in others if name != task]
-    others = rng.sample(others, len(others)) if o.candidates == "random" else others
-    found = [task, *others[: o.retrieve - 1]]
-    kept = [name for name in found if rng.random() >= o.drop]
+    others = rng.sample(others, len(others)) if args.candidates == "random" else others
+    found = [task, *others[: args.retrieve - 1]]
+    kept = [name for name in found if rng.random() >= args.drop]
     while len(kept) < min(2, len(found)):
         kept.append(rng.choice([name for name in found if name not in kept]))
     return [(name, scores[name]) for name in kept]
 
 
-def router_step(model, pool, routers, gates, picked, drawn, o):
+def router_step(model, pool, routers, gates, picked, drawn, args):
     """Forward and backward of one step: the mean loss of a response token."""
     n, total = sum(len(example.ids) - example.n_prompt for example in picked), 0.0
-    for some in micro_batches(picked, o.micro_tokens):
+    for some in micro_batches(picked, args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)
-        rows = candidate_rows(pool, [drawn[id(example)] for example in some], o.retrieve, o.prior, device)
+        rows = candidate_rows(pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device)
         set_candidates(routers.values(), *rows)
         nothing = torch.zeros(len(some), 1, device=device)
         set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0)
@@ -295,13 +295,13 @@ def router_step(model, pool, routers, gates, picked, drawn, o):
     return {"loss": total}
 
 
-def check_router_options(o):
+def check_router_options(args):
     """Raises InputError for values that no router can be trained with."""
-    if 0 < o.prior < 1e-6:
-        raise InputError(f"--prior is {o.prior}, expected 0 or at least 1e-06")
-    if o.candidates not in ("retrieved", "random"):
-        raise InputError(f"--candidates is {o.candidates!r}, expected retrieved or random")
-    if not 0 <= o.drop < 1:
-        raise InputError(f"--drop is {o.drop}, expected 0 or more and less than 1")
-    if o.retrieve < 2:
-        raise InputError(f"--retrieve is {o.retrieve}, expected 2 or more: among one there is nothing to weigh")
+    if 0 < args.prior < 1e-6:
+        raise InputError(f"--prior is {args.prior}, expected 0 or at least 1e-06")
+    if args.candidates not in ("retrieved", "random"):
+        raise InputError(f"--candidates is {args.candidates!r}, expected retrieved or random")
+    if not 0 <= args.drop < 1:
+        raise InputError(f"--drop is {args.drop}, expected 0 or more and less than 1")
+    if args.retrieve < 2:
+        raise InputError(f"--retrieve is {args.retrieve}, expected 2 or more: among one there is nothing to weigh")

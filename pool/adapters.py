@@ -542,9 +542,9 @@ def write_pool(folder):
     write_json(folder.path / "pool.json", raw)
 
 
-def check_pool(known, model, o, template):
+def check_pool(known, model, args, template):
     """Raises InputError where a pool's adapters were made for another base or with another template than this run's."""
     if known.fingerprint not in (None, model.fingerprint):
-        raise InputError(f"{known.path / 'pool.json'}: made for another base than {o.model} (fingerprint differs)")
+        raise InputError(f"{known.path / 'pool.json'}: made for another base than {args.model} (fingerprint differs)")
     if known.adapters and known.template != template:
         raise InputError(f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}")

@@ -7,7 +7,7 @@ from pool.adapters import Adapter, peft_config
 
 def factored_svd(A, B):
     """SVD of B A, A (..., r, i), B (..., o, r): U (..., o, c), S (..., c), Vh (..., c, i), from QR of the factors and
-    an SVD of at most (r, r); the product (o, i) is never formed."""
+    an SVD of at most (r, r); the matrix (o, i) is never formed."""
     Qa, Ra = torch.linalg.qr(A.mT)
     Qb, Rb = torch.linalg.qr(B)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)

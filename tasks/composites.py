@@ -64,11 +64,11 @@ def check_composite(share, count):
         raise InputError(f"--composite {share} of {count} examples a step is less than two: raise --batch_size")
 
 
-def compose(examples, tokenizer, template, step, o):
-    """The Examples of a training step, a share `o.composite` of them put together in composites: Contexts of one to
-    three rounds of up to ten questions and their answers, of at most `o.max_length` tokens. What is left over stays by
-    itself, and so does an answer of several lines, which would look like several."""
-    rng, count = random.Random(f"{o.seed}/composite/{step}"), round(o.composite * len(examples))
+def compose(examples, tokenizer, template, step, args):
+    """The Examples of a training step, a share `args.composite` of them put together in composites: PackedExamples of
+    one to three rounds of up to ten questions and their answers, of at most `args.max_length` tokens. What is left over
+    stays by itself, and so does an answer of several lines, which would look like several."""
+    rng, count = random.Random(f"{args.seed}/composite/{step}"), round(args.composite * len(examples))
     mixed = sorted(rng.sample(examples, len(examples)), key=_has_lines) if count else examples
     count = min(count, len(mixed) - sum(map(_has_lines, mixed)))
     made, rest = mixed[count:], mixed[:count]
@@ -76,8 +76,8 @@ def compose(examples, tokenizer, template, step, o):
         rounds, size = rng.randint(1, 3), rng.randint(2, 10)
         some = rest[: rounds * size]
         context = _context(some, rounds, tokenizer, template)
-        while len(context.ids) > o.max_length and len(some) > 1:
-            some = some[: max(1, min(len(some) - 1, len(some) * o.max_length // len(context.ids)))]
+        while len(context.ids) > args.max_length and len(some) > 1:
+            some = some[: max(1, min(len(some) - 1, len(some) * args.max_length // len(context.ids)))]
             context = _context(some, rounds, tokenizer, template)
         made.append(context if len(some) > 1 else some[0])
         rest = rest[len(some) :]

@@ -65,13 +65,13 @@ class Example:
 
     @property
     def parts(self):
-        """Itself: a Context of one."""
+        """Itself: a PackedExample of one."""
         return [self]
 
 
 @dataclass
-class Context:
-    """Several questions and answers one behind the other: parts are Examples, each a piece of the text; a piece without
+class PackedExample:
+    """Several questions and answers in one text: parts are Examples, each a piece of it; a piece without
     a task ("") belongs to no adapter."""
 
     parts: list
@@ -126,11 +126,11 @@ def draw(items, name, step, count, seed):
     return picked
 
 
-def pick(examples, step, o):
-    """The o.batch_size examples of a step, of {task: [Example]} in turn."""
+def pick(examples, step, args):
+    """The args.batch_size examples of a step, of {task: [Example]} in turn."""
     names = sorted(examples)
-    turns = [divmod(j, len(names)) for j in range(step * o.batch_size, (step + 1) * o.batch_size)]
-    return [draw(examples[names[j]], names[j], turn, 1, o.seed)[0] for turn, j in turns]
+    turns = [divmod(j, len(names)) for j in range(step * args.batch_size, (step + 1) * args.batch_size)]
+    return [draw(examples[names[j]], names[j], turn, 1, args.seed)[0] for turn, j in turns]
 
 
 def some_tasks(names, share, seed):
@@ -196,7 +196,7 @@ class Batch:
 
 
 def collate(examples, device=None):
-    """Examples and Contexts -> Batch."""
+    """Examples and PackedExamples -> Batch."""
     lengths = [len(example.ids) for example in examples]
     t = max(lengths)
     ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))

@@ -36,7 +36,7 @@ from pool.adapters import (
 )
 from pool.load import load_base
 from tasks.composites import check_composite, compose
-from tasks.folders import Context, Task, collate, draw, load_tasks, micro_batches, tokenize
+from tasks.folders import PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,7 +63,7 @@ class AdaptersRun(Run):
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved adapters
 
 
-def train_adapters(o, sampling=None):
+def train_adapters(args, sampling=None):
     """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task, each sample uses
     its own adapter, and each adapter gets the gradient and the clipping that it would get alone. In composites it also
     learns from the answers behind its tokens.
@@ -71,109 +71,111 @@ def train_adapters(o, sampling=None):
     With `joint` one adapter learns all tasks from as many examples a step, drawn as `sampling` says, {joint: function
     of {task: examples} and the adapter's name} (methods/joint.py). It goes to POOL/baselines/NAME.
     """
-    tasks = load_tasks(required(o, "tasks"), o.only)
-    check_composite(o.composite, o.batch_size * len(tasks))
-    folder = Path(required(o, "pool"))
+    tasks = load_tasks(required(args, "tasks"), args.only)
+    check_composite(args.composite, args.batch_size * len(tasks))
+    folder = Path(required(args, "pool"))
     if is_pool(folder) and not (folder / "pool.json").exists():
         raise InputError(
             f"{folder}: holds PEFT folders and no pool.json, which would leave them out: name another --pool"
         )
-    model = load_base(o.model, o.dtype, o.device)
-    tokenizer = Tokenizer(o.model)
-    o.max_length = min(o.max_length, model.config.max_position_embeddings)
-    name = o.name or o.joint
-    checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), o, [*tasks, f"base {model.fingerprint}"])
+    model = load_base(args.model, args.dtype, args.device)
+    tokenizer = Tokenizer(args.model)
+    args.max_length = min(args.max_length, model.config.max_position_embeddings)
+    name = args.name or args.joint
+    checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), args, [*tasks, f"base {model.fingerprint}"])
     if checkpoint.finished:
         return finished(checkpoint)
-    known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=o.template)
-    check_pool(known, model, o, o.template)
+    known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=args.template)
+    check_pool(known, model, args, args.template)
     shapes = linear_shapes(model)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, o.template, o.max_length)
-    targets = {path: shape for path, shape in shapes.items() if path.endswith(tuple(o.target))}
-    if unknown := [t for t in o.target if not any(path.endswith(f".{t}") for path in shapes)]:
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
+    targets = {path: shape for path, shape in shapes.items() if path.endswith(tuple(args.target))}
+    if unknown := [t for t in args.target if not any(path.endswith(f".{t}") for path in shapes)]:
         raise InputError(f"--target {unknown[0]}: no such Linear, expected some of {', '.join(LINEARS)}")
     learners = list(tasks.values())
-    if o.joint:
+    if args.joint:
         learners = [Task(name, "", [row for task in learners for row in task.train], [])]
-        examples = sampling[o.joint](examples, name)
+        examples = sampling[args.joint](examples, name)
     pool = Pool.of(
-        [new_adapter(task, targets, o) for task in learners],
+        [new_adapter(task, targets, args) for task in learners],
         targets,
         device=model.head_weight.device,
         alloc_B=alloc_B_of(model),
     )
     gate = KnownAdapterGate()
-    attach(model, pool, gate, dropout=o.dropout)
+    attach(model, pool, gate, dropout=args.dropout)
     model.train()
     params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
-    count = o.batch_size * len(tasks) // len(examples)
+    count = args.batch_size * len(tasks) // len(examples)
 
     def pick(step):
-        return [x for task, some in examples.items() for x in draw(some, task, step, count, o.seed)]
+        return [x for task, some in examples.items() for x in draw(some, task, step, count, args.seed)]
 
     def step_loss(step):
         picked = pick(step)
-        picked = compose(picked, tokenizer, o.template, step, o)
-        if o.joint:
-            picked = [Context([replace(part, task=name) for part in example.parts]) for example in picked]
-        return adapters_step(model, pool, gate, picked, o)
+        picked = compose(picked, tokenizer, args.template, step, args)
+        if args.joint:
+            picked = [PackedExample([replace(part, task=name) for part in example.parts]) for example in picked]
+        return adapters_step(model, pool, gate, picked, args)
 
-    compile_for(model, o, pick(0))
-    fit(checkpoint, params, o, step_loss, clip_each)
-    if o.joint:
+    compile_for(model, args, pick(0))
+    fit(checkpoint, params, args, step_loss, clip_each)
+    if args.joint:
         written = folder / "baselines" / name
-        save_adapter(trained(pool, name, o), written)
+        save_adapter(trained(pool, name, args), written)
     else:
         written = f"{known.path / 'adapters'}/{{{','.join(tasks)}}}"
-        save_adapters(pool, tasks, model, known, o)
+        save_adapters(pool, tasks, model, known, args)
     checkpoint.finish(written)
 
 
-def check_adapter_options(o):
+def check_adapter_options(args):
     """Raises InputError for what would end in a traceback, or in a pool that nothing can read."""
-    if o.name and not o.joint:
+    if args.name and not args.joint:
         raise InputError("--name is the joint adapter's: it goes with --joint")
-    if o.name and not re.fullmatch(rf"{o.joint}[\w-]*", o.name):
-        raise InputError(f"--name is {o.name!r}, expected {o.joint} and letters, digits, - or _: it becomes a folder")
-    if o.joint and o.late:
+    if args.name and not re.fullmatch(rf"{args.joint}[\w-]*", args.name):
+        raise InputError(
+            f"--name is {args.name!r}, expected {args.joint} and letters, digits, - or _: it becomes a folder"
+        )
+    if args.joint and args.late:
         raise InputError("--late is for adapters that gates choose among: leave it out with --joint")
-    if not 0 <= o.dropout < 0.99:
-        raise InputError(f"--dropout is {o.dropout}, expected 0 or more and less than 0.99")
-    if o.optimizer == "muon":
+    if not 0 <= args.dropout < 0.99:
+        raise InputError(f"--dropout is {args.dropout}, expected 0 or more and less than 0.99")
+    if args.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
-    if not 0 <= o.late <= 1:
-        raise InputError(f"--late is {o.late}, expected 0 to 1")
-    if not math.isfinite(o.alpha) or o.alpha <= 0:
-        raise InputError(f"--alpha is {o.alpha}, expected a number above 0")
-    if "{prompt}" not in o.template:
-        raise InputError(f"--template is {o.template!r}, expected a text that holds {{prompt}}")
+    if not 0 <= args.late <= 1:
+        raise InputError(f"--late is {args.late}, expected 0 to 1")
+    if not math.isfinite(args.alpha) or args.alpha <= 0:
+        raise InputError(f"--alpha is {args.alpha}, expected a number above 0")
+    if "{prompt}" not in args.template:
+        raise InputError(f"--template is {args.template!r}, expected a text that holds {{prompt}}")
 
 
-def new_adapter(task, targets, o):
+def new_adapter(task, targets, args):
     """B zero, A uniform within 1/sqrt(i) as PEFT starts it, seeded by the name: the order of tasks changes nothing."""
-    seed = int.from_bytes(hashlib.sha256(f"{o.seed}/{task.name}".encode()).digest()[:7], "big")
+    seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{task.name}".encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(seed)
-    A = {p: (torch.rand(o.r, i, generator=generator) * 2 - 1) / math.sqrt(i) for p, (_, i) in targets.items()}
-    B = {p: torch.zeros(out, o.r) for p, (out, _) in targets.items()}
-    alpha = int(o.alpha) if o.alpha == int(o.alpha) else o.alpha
-    config = peft_config(o.r, alpha, o.dropout, o.target, Path(o.model).resolve().name)
-    samples = random.Random(f"{o.seed}/{task.name}").sample(task.train, min(o.samples, len(task.train)))
-    return Adapter(task.name, A, B, dict.fromkeys(A, alpha / o.r), config, [row["prompt"] for row in samples])
+    A = {p: (torch.rand(args.r, i, generator=generator) * 2 - 1) / math.sqrt(i) for p, (_, i) in targets.items()}
+    B = {p: torch.zeros(out, args.r) for p, (out, _) in targets.items()}
+    alpha = int(args.alpha) if args.alpha == int(args.alpha) else args.alpha
+    config = peft_config(args.r, alpha, args.dropout, args.target, Path(args.model).resolve().name)
+    samples = random.Random(f"{args.seed}/{task.name}").sample(task.train, min(args.samples, len(task.train)))
+    return Adapter(task.name, A, B, dict.fromkeys(A, alpha / args.r), config, [row["prompt"] for row in samples])
 
 
-def adapters_step(model, pool, gate, picked, o):
+def adapters_step(model, pool, gate, picked, args):
     """Forward and backward of one step; the loss is the sum over adapters of the mean over its response tokens."""
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
     total, device = 0.0, model.head_weight.device
-    for some in micro_batches(picked, o.micro_tokens):
+    for some in micro_batches(picked, args.micro_tokens):
         batch = collate(some, device)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
-        if o.late:  # gates can't know the task from a prompt's first words
+        if args.late:  # gates can't know the task from a prompt's first words
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
-            starts = last * (torch.rand(len(last)).to(device) / o.late - 1 / o.late + 1)
+            starts = last * (torch.rand(len(last)).to(device) / args.late - 1 / args.late + 1)
             on = on & (batch.at >= starts[batch.part])
         gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float())
         share = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)[batch.part]
@@ -193,17 +195,17 @@ def clip_each(stacks, limit):
     return float(norms.max())
 
 
-def save_adapters(pool, tasks, model, known, o):
+def save_adapters(pool, tasks, model, known, args):
     """Writes the adapters, then pool.json that names them beside those that were there."""
     for name in tasks:
-        save_adapter(trained(pool, name, o), known.path / "adapters" / name)
+        save_adapter(trained(pool, name, args), known.path / "adapters" / name)
     adapters = known.adapters | {name: known.path / "adapters" / name for name in tasks}
-    write_pool(PoolFolder(known.path, adapters, model.fingerprint, o.template))
+    write_pool(PoolFolder(known.path, adapters, model.fingerprint, args.template))
 
 
-def trained(pool, name, o):
+def trained(pool, name, args):
     """The pool's adapter `name` in the dtype it is saved in."""
     adapter = pool.adapter(name)
     for part in (adapter.A, adapter.B):
-        part.update({path: y.to(DTYPES[o.save_dtype]) for path, y in part.items()})
+        part.update({path: y.to(DTYPES[args.save_dtype]) for path, y in part.items()})
     return adapter

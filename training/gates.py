@@ -107,16 +107,16 @@ def train_by_steps(kind, model, pool, tokenizer, examples, template, checkpoint,
     return gates
 
 
-def gates_step(model, pool, gate_loss, prompt, picked, o):
+def gates_step(model, pool, gate_loss, prompt, picked, args):
     """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy over all tokens.
     `prompt` is SMEAR's, which needs whole rows, else None."""
-    use_lm = gate_loss is None or (o.lm_weight > 0 and (o.top_k > 1 or o.adapters_too != ""))
+    use_lm = gate_loss is None or (args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too != ""))
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     seen = {"lm_loss": 0.0, "gate_loss": 0.0, "right": 0.0}
     padded = prompt is not None
-    for some in micro_batches(picked, o.micro_tokens, padded):
+    for some in micro_batches(picked, args.micro_tokens, padded):
         batch = collate(some, model.head_weight.device)
         if padded:
             prompt.mask = batch.prompt
@@ -124,12 +124,12 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
             lm_loss = lm_losses(model, batch, padded).sum() / n_response
         else:
             lm_loss = hidden_states(model, batch, padded).new_zeros(())
-        loss = o.lm_weight * lm_loss.float()
+        loss = args.lm_weight * lm_loss.float()
         if gate_loss:
             labels = batch.slots(pool)[batch.real]
             mean, right = gate_loss(labels)
             gate_term = mean * (labels >= 0).sum() / n
-            loss = loss + o.beta * gate_term
+            loss = loss + args.beta * gate_term
             seen["gate_loss"] += gate_term.item()
             seen["right"] += float(right.float().mean()) / n
         loss.backward()
@@ -138,11 +138,11 @@ def gates_step(model, pool, gate_loss, prompt, picked, o):
     return {key: seen[key] for key in kept}
 
 
-def save_pool(known, pool, shapes, o):
+def save_pool(known, pool, shapes, args):
     """Writes the trained adapters as a pool of their own; returns it as loaded, for the gates to be bound to."""
-    folder = Path(o.adapters_too)
+    folder = Path(args.adapters_too)
     paths = {name: folder / "adapters" / name for name in pool.names}
     for name, path in paths.items():
-        save_adapter(trained(pool, name, o), path)
+        save_adapter(trained(pool, name, args), path)
     write_pool(PoolFolder(folder, paths, known.fingerprint, known.template))
     return Pool.load(paths, shapes)

@@ -29,7 +29,7 @@ from common.files import (
 from common.options import Count, NotNegative, Seed
 from pool.load import compile_blocks
 
-BLOCK = 2048  # words of the vocabulary at a time: their logits and weights stay in a processor's caches
+BLOCK = 2048  # vocabulary entries at a time: their logits and weights stay in the caches
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Run:
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
 
 
-def required(o, name):
+def required(args, name):
     """The option's value. Raises InputError where it was not given."""
-    if not getattr(o, name):
+    if not getattr(args, name):
         raise InputError(f"--{name} is missing")
-    return getattr(o, name)
+    return getattr(args, name)
 
 
 def finished(checkpoint):
@@ -66,20 +66,20 @@ def finished(checkpoint):
     print(f"{checkpoint.folder}: finished already", file=sys.stderr)
 
 
-def compile_for(model, o, examples):
+def compile_for(model, args, examples):
     """Compiles the model's blocks where that is asked for or, --compile left out, where it saves more than the minute
     that it may take: about 4e-12 seconds a parameter and token (SmolLM2-135M, LOG.md). `examples`: those of a step."""
-    tokens = o.steps * sum(len(example.ids) for example in examples)
-    compile_blocks(model, o.compile, saves=tokens * sum(p.numel() for p in model.parameters()) * 4e-12, costs=60)
+    tokens = args.steps * sum(len(example.ids) for example in examples)
+    compile_blocks(model, args.compile, saves=tokens * sum(p.numel() for p in model.parameters()) * 4e-12, costs=60)
 
 
-def learning_rate(step, o):
+def learning_rate(step, args):
     """Linear warmup, then a cosine to a tenth of the peak."""
-    warm = max(1, round(o.warmup * o.steps))
+    warm = max(1, round(args.warmup * args.steps))
     if step < warm:
-        return o.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, o.steps - warm)
-    return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return args.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, args.steps - warm)
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 class BlockwiseCrossEntropy(torch.autograd.Function):
@@ -215,7 +215,7 @@ def states(params, optimizers):
         yield from ((names[p], p, optimizer.state) for group in optimizer.param_groups for p in group["params"])
 
 
-def make_optimizers(params, o, rates):
+def make_optimizers(params, args, rates):
     """AdamW for all, or Muon for the matrices and AdamW for the rest; {name: factor} `rates` of the learning rate.
 
     Muon gives all singular vectors of a step the same length. It is scaled to the length of AdamW's steps, so that one
@@ -224,50 +224,52 @@ def make_optimizers(params, o, rates):
     muon, adamw = {}, {}  # {rate: parameters}
     for name, param in params.items():
         matrix = param.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        groups = muon if o.optimizer == "muon" and matrix else adamw
+        groups = muon if args.optimizer == "muon" and matrix else adamw
         groups.setdefault(rates.get(name, 1.0), []).append(param)
     muon, adamw = ([{"params": some, "rate": rate} for rate, some in groups.items()] for groups in (muon, adamw))
-    made = [torch.optim.Muon(muon, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else []
-    return made + ([torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=o.weight_decay)] if adamw else [])
+    made = [torch.optim.Muon(muon, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else []
+    return made + ([torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=args.weight_decay)] if adamw else [])
 
 
-def fit(checkpoint, params, o, step_loss, clip=clip_norm, rates=None):
+def fit(checkpoint, params, args, step_loss, clip=clip_norm, rates=None):
     """Trains `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
 
     Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes. `rates`
     {name: factor} gives some params another learning rate.
     """
     checkpoint.write_config(finished=False)
-    torch.manual_seed(o.seed)
+    torch.manual_seed(args.seed)
     for param in params.values():
         param.requires_grad_(True)
-    optimizers = make_optimizers(params, o, rates or {})
+    optimizers = make_optimizers(params, args, rates or {})
     checkpoint.load(params, optimizers)
-    board = _tensorboard(checkpoint.folder) if o.tensorboard else None
+    board = _tensorboard(checkpoint.folder) if args.tensorboard else None
     rows, header = checkpoint.rows, None
-    bar = tqdm(range(checkpoint.step, o.steps), initial=checkpoint.step, total=o.steps, file=sys.stderr, mininterval=1)
+    bar = tqdm(
+        range(checkpoint.step, args.steps), initial=checkpoint.step, total=args.steps, file=sys.stderr, mininterval=1
+    )
     try:
         for step in bar:
             for param in params.values():
                 param.grad = None
             logged = step_loss(step)
-            norm = clip(list(params.values()), o.clip)
+            norm = clip(list(params.values()), args.clip)
             if not math.isfinite(norm):
                 raise InputError(
-                    f"step {step + 1}: the gradient is not finite: lower --lr (now {o.lr}), or use float32"
+                    f"step {step + 1}: the gradient is not finite: lower --lr (now {args.lr}), or use float32"
                 )
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * learning_rate(step, o)
+                    group["lr"] = group["rate"] * learning_rate(step, args)
                 optimizer.step()
-            logged = {"step": step + 1, "lr": learning_rate(step, o), "norm": norm, **logged}
+            logged = {"step": step + 1, "lr": learning_rate(step, args), "norm": norm, **logged}
             header = list(logged)
             rows.append([f"{value:.6g}" for value in logged.values()])
             bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
             if board:
                 for name, value in logged.items():
                     board.add_scalar(name, value, step + 1)
-            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
                 write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
                 checkpoint.save(step + 1, params, optimizers)

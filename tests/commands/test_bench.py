@@ -8,7 +8,7 @@ import pytest
 
 from bench import TrainBench, in_turn, spread
 from common.files import InputError
-from evaluation.timed import Apart, adapters_trainer, examples, steps_of, with_requests
+from evaluation.timed import InSubprocess, adapters_trainer, examples, steps_of, with_requests
 from helpers_commands import command
 from helpers_training import write_tasks
 from moe_lora import attached
@@ -146,9 +146,9 @@ def test_a_row_apart_that_fails(tmp_path):
     """Waiting for ever for a process that has ended, or a traceback for an input error in it."""
     o = TrainBench(model=str(tmp_path / "none"), device="cpu")
     with pytest.raises(InputError, match="none: no such model folder"):
-        Apart(adapters_trainer, o)
+        InSubprocess(adapters_trainer, o)
     with pytest.raises(InputError, match="has ended"):
-        Apart(dies, o)
+        InSubprocess(dies, o)
 
 
 def test_rows_are_timed_in_turn():

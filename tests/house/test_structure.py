@@ -12,6 +12,7 @@ import pytest
 
 from common.options import build_parser
 from helpers_commands import ROOT, command
+from methods.batch import method_names
 
 # From the bottom up: a file imports only files of its own room and of rooms above it in this list.
 ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pool", "tasks", "training", "methods", "decoding"]
@@ -122,6 +123,16 @@ def test_speed_comes_from_outside():
     assert {module for module in users if room_of(module) != "fast"} == {"pool.load", "bench"}
     tried = [node for node in ast.walk(tree("pool.load")) if isinstance(node, ast.Try)]
     assert any("fast" in imports(node.body) for node in tried)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "methods"])
+def test_only_methods_know_their_names(module):
+    """Without it one more method takes an edit in every file that compares a name with a literal."""
+    names = set(method_names()) - {"base"}  # base is also a command of train.py
+    for node in ast.walk(tree(module)):
+        if isinstance(node, (ast.Compare, ast.MatchValue)):
+            found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
+            assert not found, f"{module}:{node.lineno} compares with {sorted(found)}: what of the method decides?"
 
 
 @pytest.mark.parametrize("module", MODULES)

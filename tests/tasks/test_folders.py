@@ -12,7 +12,7 @@ from common.files import InputError, write_json, write_jsonl
 from common.tokenizer import Tokenizer
 from helpers_models import tokenizer_bytes
 from pool.adapters import TEMPLATE
-from tasks.folders import Context, Example, collate, draw, encode, encode_all, fill, load_tasks, micro_batches
+from tasks.folders import Example, PackedExample, collate, draw, encode, encode_all, fill, load_tasks, micro_batches
 from tasks.metrics import METRICS
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=25)
@@ -133,7 +133,8 @@ def test_in_a_context_every_token_knows_its_part(rows):
     """Without it an answer that follows another task's text is predicted by nothing, or labelled with its neighbour."""
     counter = itertools.count(3)
     contexts = [
-        Context([Example([next(counter) for _ in range(p + r)], p, task) for p, r, task in parts]) for parts in rows
+        PackedExample([Example([next(counter) for _ in range(p + r)], p, task) for p, r, task in parts])
+        for parts in rows
     ]
     batch = collate(contexts)
     pool = SimpleNamespace(slot={"a": 5, "b": 7}.__getitem__)

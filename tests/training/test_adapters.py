@@ -27,7 +27,7 @@ from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
 from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
 from tasks.composites import compose
-from tasks.folders import Context, Example, collate, encode, load_tasks
+from tasks.folders import Example, PackedExample, collate, encode, load_tasks
 from training import adapters as train_adapters
 from training.adapters import AdaptersRun, adapters_step, clip_each, new_adapter
 
@@ -132,7 +132,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
         stack.requires_grad_(True)
     o = SimpleNamespace(micro_tokens=10_000, late=0.0, composite=0.7, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
-    assert {type(x) for x in picked} == {Context, Example}
+    assert {type(x) for x in picked} == {PackedExample, Example}
     logged = adapters_step(model, pool, gate, picked, o)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
