@@ -12,25 +12,19 @@ is done lies in OUT/cells: the same command goes on where it was stopped. Two ru
 same results.json.
 """
 
-import hashlib
-import math
 import platform
-import re
-import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.files import InputError, read_json, read_metadata, run_script, warn, write_json, write_jsonl, write_text
+from common.files import InputError, read_metadata, run_script, write_json, write_jsonl, write_text
 from common.options import Count, Whole, check_bounds, numbers, parse_args
-from common.tokenizer import check_ids
-from decoding.loop import decode
-from decoding.prompts import by_length, encode_prompt
 from decoding.sampling import Sampling, check_values
+from evaluation.accuracy import gate_accuracy, retrieval
+from evaluation.answers import AnswerCache, answer_all, sha256
 from evaluation.composites import (
     answer_composites,
     choose_temperature,
@@ -38,16 +32,15 @@ from evaluation.composites import (
     encode_spans,
     score_composites,
 )
-from methods.batch import check_method, find_method, for_task, retrieve, set_methods
-from methods.meteora import GateLoss
+from evaluation.tables import composite_table, mean_of, table
+from methods.batch import check_method, find_method, for_task
 from methods.protocol import Gated
-from methods.session import load_mole, retriever_of
-from moe_lora import attached
+from methods.session import load_mole
 from pool.load import TINY
 from pool.retriever import sentence_encoder
 from tasks import tiny as tiny_tasks
 from tasks.composites import composites
-from tasks.folders import Task, collate, encode, load_tasks, micro_batches
+from tasks.folders import Task, load_tasks
 from tasks.metrics import score, score_meteora, signature
 
 
@@ -85,54 +78,6 @@ def tiny_test_tasks(names, n=100):
     return {name: Task(name, "exact_match", *both) for name, both in splits.items()}
 
 
-def answer_all(mole, prompts, method, args, exclude=()):
-    """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their own order."""
-    ids = [encode_prompt(mole, prompt) for prompt in prompts]
-    found = retrieve(mole, [method] * len(ids), prompts, args.retrieve, exclude, ids)
-    texts = [""] * len(ids)
-    for rows in by_length(ids, args.batch_size):
-        some = [found[j] for j in rows]
-        set_methods(mole, [method] * len(rows), args.top_k, args.gate_temperature, retrieved=some, exclude=exclude)
-        for token in decode(mole, [ids[j] for j in rows], Sampling(args.max_new_tokens)):
-            texts[rows[token.row]] += token.text
-    return texts
-
-
-@torch.inference_mode()
-def gate_accuracy(mole, tasks, method, args):
-    """How often a gate's first choice is the task's own adapter, the gates routing, in percent of the response tokens
-    of the test splits: {"right": mean over all gates but layer 0's q, k, v, "first_qkv": mean over those three, which
-    see the token's embedding alone, "tokens": how many}."""
-    set_methods(mole, [method], args.top_k, args.gate_temperature)
-    gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
-    loss, right, n = GateLoss(gates), 0, 0
-    examples = [encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test]
-    check_ids([index for example in examples for index in example.ids], mole.model.config.vocab_size)
-    for part in micro_batches(examples, 4096, padded=True):
-        batch = collate(part)
-        set_methods(mole, [method] * len(part), args.top_k, args.gate_temperature)
-        labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)
-        mole.model.model(batch.ids.to(mole.device))
-        right, n = right + loss(labels.flatten().to(mole.device))[1], n + int((labels >= 0).sum())
-    loss.remove()
-    share = {path: 100 * float(r) / n for path, r in zip(gates, right, strict=True)}
-    blind = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
-    first, rest = ([s for path, s in share.items() if (path in blind) is apart] for apart in (True, False))
-    mean = [round(sum(part) / max(1, len(part)), 2) for part in (rest, first)]
-    return {"right": mean[0], "first_qkv": mean[1], "tokens": n}
-
-
-def retrieval(mole, tasks):
-    """How often a test prompt's own adapter is among the k best retrieved, in percent, k 1, 3, 5, 8: {"1": x, ...}, and
-    "n": of how many prompts."""
-    retriever, best, n = retriever_of(mole), dict.fromkeys((1, 3, 5, 8), 0), 0
-    for name, task in tasks.items():
-        for pairs in retriever([row["prompt"] for row in task.test], max(best)):
-            place = [adapter for adapter, _ in pairs].index(name) if name in dict(pairs) else len(pairs)
-            best, n = {k: count + (place < k) for k, count in best.items()}, n + 1
-    return {**{str(k): round(100 * count / n, 2) for k, count in best.items()}, "n": n}
-
-
 def hidden_from(mole, method, name, args):
     """The adapters that `method` has to do without on task `name`: in --ood the task's own; in --unseen what is trained
     for a fixed pool does without those of all tasks that are unseen."""
@@ -153,7 +98,7 @@ def seen_tasks(mole):
     return {name for names in found for name in names}
 
 
-# What is asked for --------------------------------------------------------------------------------
+# What is asked for --------------------------------------------------------------------------------------------------
 
 
 def choose_tasks(mole, args):
@@ -193,35 +138,7 @@ def check_options(args):
     return methods, numbers("--composite", args.composite) if args.composite else [], temperatures
 
 
-# AnswerCache: what is done is kept ----------------------------------------------------------------
-
-
-class AnswerCache:
-    """OUT/cells: the answers of each method on each task, written as they are done; a later run with the same options,
-    base and adapters takes them from there, a run with others begins anew."""
-
-    def __init__(self, out, meta):
-        self.folder = Path(out) / "cells"
-        known = self.folder / "meta.json"
-        if self.folder.exists() and (not known.exists() or read_json(known) != meta):
-            warn(f"{self.folder}: of a run with other options, base or adapters: begins anew")
-            shutil.rmtree(self.folder)
-        if not known.exists():
-            write_json(known, meta)
-
-    def get(self, name, make):
-        """What make() returned for the cell `name`, now or earlier, with the "seconds" that it took."""
-        safe = re.sub(r"[^\w.-]", "_", name) + "-" + sha256(name.encode())[:8]
-        file = self.folder / f"{safe}.json"
-        if not file.exists():
-            begin = time.perf_counter()
-            made = make()
-            write_json(file, made | {"seconds": round(time.perf_counter() - begin, 3)})
-        return read_json(file)
-
-    def remove(self):
-        """Deletes what is kept: the run is over."""
-        shutil.rmtree(self.folder)
+# Scoring ------------------------------------------------------------------------------------------------------------
 
 
 def evaluate(mole, tasks, methods, cells, args):
@@ -287,56 +204,6 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, args):
     return results, answers
 
 
-def mean_of(scores):
-    """The mean over the tasks, and half its 95 % interval over other examples of the same tasks."""
-    half = math.hypot(*((s["high"] - s["low"]) / 2 for s in scores.values())) / len(scores)
-    mean = sum(s["score"] for s in scores.values()) / len(scores)
-    return {"mean": round(mean, 2), "plus_minus": round(half, 2)}
-
-
-# The tables ---------------------------------------------------------------------------------------
-
-
-def table(results, tasks, ceiling=None):
-    """A row a task, a column a method, score [low, high], as Markdown; shares of the method `ceiling` where there is
-    one."""
-    methods = list(results)
-    lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    for name in tasks:
-        cells = [results[m]["tasks"][name] for m in methods]
-        shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
-        lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
-    means = [f"{results[m]['mean']:.1f} ± {results[m]['plus_minus']:.1f}" for m in methods]
-    lines.append("| mean | | " + " | ".join(means) + " |")
-    if ceiling and (whole := results[ceiling]["mean"]):
-        shares = [f"{100 * results[m]['mean'] / whole:.1f} %" for m in methods]
-        lines.append(f"| of the {ceiling} | | " + " | ".join(shares) + " |")
-    lines += [
-        f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
-        f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
-        for m in methods
-        if "gates" in results[m]
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def composite_table(results, composite):
-    """A row a method: its mean over the tasks, and for each size the attempted and right questions of a prompt, as
-    Markdown."""
-    heads = [f"{n}: {key}" for n in composite for key in ("attempted", "right")]
-    lines = ["| method | tasks | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
-    for method, result in results.items():
-        cells = []
-        for r in (composite[n].get(method) for n in composite):
-            cells += [f"{r[key]:.2f} [{r[key + '_low']:.2f}, {r[key + '_high']:.2f}]" if r else ""
-                      for key in ("attempted", "right")]  # fmt: skip
-            cells[-1] += f" at temperature {r['temperature']:g}" if r and "temperature" in r else ""
-        lines.append(f"| {method} | {result['mean']:.1f} | " + " | ".join(cells) + " |")
-    for count in {r["n"] for methods in composite.values() for r in methods.values()}:
-        lines.append(f"\nquestions a prompt, {count} prompts of each size; tasks: mean in percent")
-    return "\n".join(lines) + "\n"
-
-
 def main():
     """The command: scores methods on tasks and composites, writes results and tables."""
     args = parse_args(Options, description="Score methods of choosing adapters on tasks.")
@@ -381,11 +248,6 @@ def main():
     cells.remove()
     print(text, end="")
     print(f"wrote {out}", file=sys.stderr)
-
-
-def sha256(data):
-    """The hash of `data` (bytes), hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def trained_parts(mole):

@@ -34,9 +34,11 @@ from moe_lora import (
     attached,
     set_gates,
 )
-from pool.adapters import TEMPLATE, Adapter, Pool, alloc_B_of, linear_shapes, load_adapter, peft_config, read_pool
+from pool.adapters import TEMPLATE, Adapter, linear_shapes, load_adapter, peft_config
+from pool.folder import read_pool
 from pool.gate_files import load_gates, parameters_of
 from pool.load import TINY, compile_blocks, load_base, make_fast
+from pool.slots import Pool, alloc_B_of
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
 from training.gates import GatesRun, gates_step

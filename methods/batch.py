@@ -9,7 +9,7 @@ from common.options import nearest
 from methods import CUSTOM, FALLBACK, METHODS
 from methods.protocol import POOL, Gated, Merged, OwnLinears
 from moe_lora import SampleGate, attach, detach, fixed_rows, set_gates
-from pool.adapters import Pool, alloc_B_of
+from pool.slots import Pool, alloc_B_of
 
 # Names --------------------------------------------------------------------------------------------------------------
 

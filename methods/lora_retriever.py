@@ -27,7 +27,8 @@ from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tokenizer import Tokenizer
 from methods.protocol import FixedMixture, Merged
 from methods.session import rank_by_text, retriever_of
-from pool.adapters import is_pool, load_adapter, read_pool
+from pool.adapters import load_adapter
+from pool.folder import is_pool, read_pool
 from pool.load import load_base
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from pool.stacks import average_factors

@@ -17,8 +17,10 @@ from common.options import Count, NotNegative, Seed, nearest
 from common.tokenizer import Tokenizer
 from methods.protocol import Merged
 from moe_lora import SampleGate, attach, fixed_rows
-from pool.adapters import Pool, alloc_B_of, check_pool, linear_shapes, read_pool
+from pool.adapters import linear_shapes
+from pool.folder import check_pool, read_pool
 from pool.load import load_base
+from pool.slots import Pool, alloc_B_of
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
 from training.loop import lm_losses, required

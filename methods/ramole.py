@@ -25,8 +25,10 @@ from kernels import sum_dtype
 from methods.protocol import Gated
 from methods.session import Mole, rank_by_text, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
-from pool.adapters import Pool, alloc_B_of, check_pool, linear_shapes, read_pool
+from pool.adapters import linear_shapes
+from pool.folder import check_pool, read_pool
 from pool.load import load_base
+from pool.slots import Pool, alloc_B_of
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
@@ -158,7 +160,7 @@ def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
     return idx.to(device), bias.to(device)
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------------------------
 
 
 def save_routers(file, routers, model, about):
@@ -193,7 +195,7 @@ def load_routers(file, pool, model, dtype=torch.float32):
     return routers
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

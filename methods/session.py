@@ -6,9 +6,10 @@ import torch
 
 from common.files import warn
 from common.tokenizer import Tokenizer
-from pool.adapters import Pool, alloc_B_of, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.load import load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
+from pool.slots import Pool, alloc_B_of
 
 
 class PromptMask:
@@ -81,7 +82,7 @@ def add_adapter(mole, name, folder):
         mole.pool.add(adapter)
 
 
-# Retrieving ----------------------------------------------------------------------------------------------------------
+# Retrieving ---------------------------------------------------------------------------------------------------------
 
 
 def retriever_of(mole):

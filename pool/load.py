@@ -5,7 +5,9 @@ from pathlib import Path
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import load_llama
-from pool.adapters import Pool, alloc_B_of, is_pool, linear_shapes, read_pool
+from pool.adapters import linear_shapes
+from pool.folder import is_pool, read_pool
+from pool.slots import Pool, alloc_B_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 from common.files import InputError
-from tasks.folders import Context, Example, fill
+from tasks.folders import Example, PackedExample, fill
 
 ANSWERS = "Answers:\n"  # says that the questions are over: the list that follows may be of any length
 
@@ -98,7 +98,7 @@ def _context(examples, rounds, tokenizer, template):
     for (_, task, is_answer), begin, end in zip(pieces, [0, *ends[:-1]], ends, strict=True):
         parts.append(Example(ids[begin:end], 0 if is_answer else end - begin, task or ""))
     parts[-1].ids.append(tokenizer.eos_id)
-    return Context(parts)
+    return PackedExample(parts)
 
 
 def cut(tokenizer, texts):

@@ -15,7 +15,8 @@ from methods.session import PromptMask, load_mole
 from methods.smear import smear_routers
 from model import load_llama
 from moe_lora import meteora_gates
-from pool.adapters import TEMPLATE, PoolFolder, write_pool
+from pool.adapters import TEMPLATE
+from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 from training.adapters import AdaptersRun, train_adapters
 

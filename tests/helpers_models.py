@@ -12,7 +12,8 @@ from common.files import write_safetensors
 from common.llama_folder import read_config
 from model import Llama, LlamaConfig
 from moe_lora import MeteoraGate, Mixture
-from pool.adapters import Adapter, Pool, linear_shapes, peft_config, save_adapter
+from pool.adapters import Adapter, linear_shapes, peft_config, save_adapter
+from pool.slots import Pool
 
 RANKS = {"ant": 2, "bee": 7, "cat": 3, "dog": 5, "eel": 1}
 

@@ -15,8 +15,10 @@ from helpers_models import write_adapters
 from methods.lorahub import LorahubRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
-from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.folder import PoolFolder, write_pool
 from pool.load import load_base
+from pool.slots import Pool
 from tasks.folders import encode
 from training.adapters import AdaptersRun
 from training.base import BaseRun

@@ -20,21 +20,10 @@ from common.files import InputError
 from common.options import Count, Whole
 from common.tokenizer import Tokenizer
 from moe_lora import KnownAdapterGate, attach
-from pool.adapters import (
-    TEMPLATE,
-    Adapter,
-    Pool,
-    PoolFolder,
-    alloc_B_of,
-    check_pool,
-    is_pool,
-    linear_shapes,
-    peft_config,
-    read_pool,
-    save_adapter,
-    write_pool,
-)
+from pool.adapters import TEMPLATE, Adapter, linear_shapes, peft_config, save_adapter
+from pool.folder import PoolFolder, check_pool, is_pool, read_pool, write_pool
 from pool.load import load_base
+from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required

@@ -14,9 +14,11 @@ from common.devices import DTYPES
 from common.files import InputError
 from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
-from pool.adapters import Pool, PoolFolder, alloc_B_of, check_pool, linear_shapes, read_pool, save_adapter, write_pool
+from pool.adapters import linear_shapes, save_adapter
+from pool.folder import PoolFolder, check_pool, read_pool, write_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.load import load_base
+from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import trained

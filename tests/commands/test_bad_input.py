@@ -24,8 +24,9 @@ from helpers_commands import ENVIRONMENT, ROOT, assert_refused, warm
 from helpers_models import random_adapter, tokenizer_bytes, write_adapters
 from model import load_llama
 from moe_lora import MeteoraGate
-from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
+from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.gate_files import save_gates
+from pool.slots import Pool
 
 WEIGHTS, TENSORS = "model.safetensors", "adapter_model.safetensors"
 Q1, PREFIX = "model.layers.1.self_attn.q_proj", "base_model.model."

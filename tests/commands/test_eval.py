@@ -15,6 +15,7 @@ from sacrebleu import corpus_bleu
 
 import eval as evaluation
 from common.files import read_safetensors, run_script, write_json, write_jsonl, write_safetensors
+from evaluation import answers
 from evaluation import composites as composing
 from generate import answer, load
 from helpers_commands import assert_refused, command
@@ -22,7 +23,8 @@ from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from methods.ramole import router_loras, save_routers
 from model import load_llama
 from moe_lora import MeteoraGate, attached
-from pool.adapters import TEMPLATE, PoolFolder, write_pool
+from pool.adapters import TEMPLATE
+from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 
 NAMES = ["ant", "bee"]
@@ -126,7 +128,7 @@ def test_bad_options_are_refused_before_any_work(args, words):
     assert_refused(command("eval.py", *args), *words)
 
 
-# Stopping and going on, composites, what a run says of itself --------------------------------------------------------
+# Stopping and going on, composites, what a run says of itself -------------------------------------------------------
 
 WIDE = ("ant", "bee", "cat")
 METHODS = "base,oracle,meteora"
@@ -164,7 +166,7 @@ def run_eval(*args, **replaced):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["eval.py", *map(str, args)])
         for name, function in replaced.items():
-            for module in (evaluation, composing):  # where it is used, whichever file it stands in
+            for module in (evaluation, composing, answers):  # where it is used, whichever file it stands in
                 if hasattr(module, name):
                     patch.setattr(module, name, function)
         try:

@@ -27,7 +27,8 @@ from helpers_models import SMALL, tokenizer_bytes, write_adapters
 from methods.batch import default_method, set_methods
 from model import Llama, LlamaConfig, load_llama
 from moe_lora import MeteoraGate
-from pool.adapters import TEMPLATE, PoolFolder, read_pool, write_pool
+from pool.adapters import TEMPLATE
+from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import save_gates
 
 NAMES = ("aspen", "birch", "cedar", "douglas", "elm")

@@ -17,10 +17,12 @@ from generate import answer, load
 from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from model import load_llama
 from moe_lora import MeteoraGate
-from pool.adapters import TEMPLATE, Pool, PoolFolder, linear_shapes, load_adapter, write_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
+from pool.slots import Pool
 from tasks.composites import ANSWERS, Composite, compose, composites
-from tasks.folders import Context, Example, Task, encode
+from tasks.folders import Example, PackedExample, Task, encode
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 ROOM = 409  # tokens of context: the small tokenizer spells brackets and digits in bytes
@@ -178,7 +180,7 @@ def test_a_step_in_composites_has_the_same_questions_and_answers(mole, count, sh
     composed = compose(examples, mole.tokenizer, TEMPLATE, step, o)
     assert composed == compose(examples, mole.tokenizer, TEMPLATE, step, o)
     alone = [example for example in composed if isinstance(example, Example)]
-    contexts = [example for example in composed if isinstance(example, Context)]
+    contexts = [example for example in composed if isinstance(example, PackedExample)]
     assert all(example in examples for example in alone) and len(alone) >= count - round(share * count)
     assert share > 0 or composed == examples
     found = [(example.task, example.row) for example in alone]

@@ -19,7 +19,8 @@ from methods.session import PromptMask
 from methods.smear import SmearLinear, SmearRouter
 from model import load_llama
 from moe_lora import MultiLoRALinear, SampleGate, attach, detach, fixed_rows
-from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
+from pool.adapters import linear_shapes, load_adapter, save_adapter
+from pool.slots import Pool
 
 IDS = torch.randint(331, (3, 11), generator=torch.Generator().manual_seed(3))
 RANKS = {"ant": 2, "bee": 7, "cat": 3, "dog": 5, "eel": 1}

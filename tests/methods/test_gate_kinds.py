@@ -27,7 +27,8 @@ from methods.session import PromptMask
 from methods.smear import SmearLinear, smear_routers
 from model import load_llama
 from moe_lora import attach, attached, detach, meteora_gates
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter, read_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.folder import read_pool
 from pool.gate_files import load_gates, save_gates
 from tasks.folders import draw, encode, load_tasks, pick, tokenize
 from training import adapters as train_adapters

@@ -30,8 +30,10 @@ from methods.batch import set_methods
 from methods.meteora import GateLoss
 from model import load_llama
 from moe_lora import Recorder, attach
-from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.folder import read_pool
 from pool.gate_files import load_gates
+from pool.slots import Pool
 from tasks.composites import compose
 from tasks.folders import some_tasks
 from training import gates as train_gates

@@ -21,7 +21,8 @@ from methods.lorahub import lorahub
 from methods.smear import SmearLinear
 from model import load_llama
 from moe_lora import Mixture, attach, attached, detach, meteora_gates
-from pool.adapters import TEMPLATE, PoolFolder, linear_shapes, load_adapter, read_pool, save_adapter, write_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter, save_adapter
+from pool.folder import PoolFolder, read_pool, write_pool
 from pool.load import load_base
 
 FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo

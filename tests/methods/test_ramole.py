@@ -14,7 +14,8 @@ from methods.batch import set_methods
 from methods.ramole import RouterRun, check_router_options, draw_candidates, train_router
 from model import load_llama
 from moe_lora import attached
-from pool.adapters import linear_shapes, read_pool
+from pool.adapters import linear_shapes
+from pool.folder import read_pool
 from tasks.folders import some_tasks
 
 

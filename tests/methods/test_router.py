@@ -14,7 +14,8 @@ from methods.logo import LogoProbe
 from methods.ramole import RouterLoRA, candidate_rows, load_routers, router_loras, save_routers, set_candidates
 from model import load_llama
 from moe_lora import AX, MeteoraGate, attached
-from pool.adapters import Pool, linear_shapes
+from pool.adapters import linear_shapes
+from pool.slots import Pool
 
 SAMPLES = {"a": ["the quick fox", "the brown fox"], "b": ["sort these words"], "c": ["what is the plural"]}
 

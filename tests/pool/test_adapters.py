@@ -18,17 +18,9 @@ from methods.batch import set_methods
 from methods.session import load_mole
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
-from pool.adapters import (
-    REFUSED,
-    Pool,
-    PoolFolder,
-    is_pool,
-    linear_shapes,
-    load_adapter,
-    read_pool,
-    save_adapter,
-    write_pool,
-)
+from pool.adapters import REFUSED, linear_shapes, load_adapter, save_adapter
+from pool.folder import PoolFolder, is_pool, read_pool, write_pool
+from pool.slots import Pool
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(331, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -654,7 +646,7 @@ def test_pool_made_for_another_base_warns(model, small_model, tmp_path, capsys):
 MEMORY = """
 import re, sys
 from pathlib import Path
-from pool.adapters import Pool
+from pool.slots import Pool
 SHAPES = {f"layers.{j}.q_proj": (1021, 1031) for j in range(13)}
 folders = {path.name: path for path in Path(sys.argv[1]).iterdir()}
 def peak():

@@ -23,8 +23,9 @@ from methods.ramole import router_loras, save_routers
 from methods.session import PromptMask, add_adapter
 from methods.smear import smear_routers
 from model import load_llama
-from pool.adapters import Pool, linear_shapes, load_adapter, save_adapter
+from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.gate_files import save_gates
+from pool.slots import Pool
 
 NAMES = [f"a{j}" for j in range(11)]
 

@@ -25,7 +25,9 @@ from helpers_training import (
 )
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
-from pool.adapters import TEMPLATE, Pool, linear_shapes, load_adapter, read_pool
+from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.folder import read_pool
+from pool.slots import Pool
 from tasks.composites import compose
 from tasks.folders import Example, PackedExample, collate, encode, load_tasks
 from training import adapters as train_adapters
