@@ -159,7 +159,8 @@ class Limits(NamedTuple):
 def bandwidth(dtype, device):
     """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for most caches."""
     W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype, device=device)
-    x, y = W[0].clone(), torch.empty(len(W), dtype=dtype, device=device)
+    x = W[0].clone()
+    y = torch.empty(len(W), dtype=dtype, device=device)
     rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "mv": lambda: torch.mv(W, x, out=y)}
     if can_compile(W.device):
         sums = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
@@ -201,7 +202,8 @@ def processor():
 def bench_layer(args, limits):
     """One Linear with its adapters: every backend, by itself and in a compiled block, and how far auto's choice is
     from the best of them."""
-    table, dtype = [], DTYPES[args.dtype]
+    table = []
+    dtype = DTYPES[args.dtype]
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
     if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
         raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
@@ -214,7 +216,8 @@ def bench_layer(args, limits):
         shapes = (out, i), (n, i), (e, args.r, i), (e, out, args.r)
         W, x, A, B = (torch.randn(shape, generator=g).to(args.device, dtype) for shape in shapes)
         idx = torch.rand(n, e, generator=g).topk(k).indices.to(args.device)
-        weight, scale = torch.full((n, k), 1 / k, device=args.device), torch.ones(e, device=args.device)
+        weight = torch.full((n, k), 1 / k, device=args.device)
+        scale = torch.ones(e, device=args.device)
         B = alloc_B(e, out, args.r, device=args.device, dtype=dtype).copy_(B)  # laid out as a pool's
         row = layer_row(args, x, W, A, B, scale, idx, weight)
         table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
@@ -225,7 +228,8 @@ def bench_layer(args, limits):
 def layer_row(args, x, W, A, B, scale, idx, weight):
     """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
     weights are in no cache: in a model the layers before have swept it."""
-    rows, sweep = {"Linear": lambda: linear(x, W)}, torch.ones(2**25, device=x.device).sum
+    rows = {"Linear": lambda: linear(x, W)}
+    sweep = torch.ones(2**25, device=x.device).sum
     for backend in BACKENDS:
         rows[backend] = lambda backend=backend: lora_mix(x, A, B, scale, idx, weight, backend)
     if can_compile(x.device):
@@ -249,11 +253,14 @@ def layer_row(args, x, W, A, B, scale, idx, weight):
 
 def bench_decode(args, limits):
     """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step reads."""
-    base, rows, facts = load(args), {}, {}
+    base = load(args)
+    rows = {}
+    facts = {}
     one, many = (prompts(args, b, args.context, base.config.vocab_size) for b in (1, args.batch_size))
 
     def row(name, run, b=1, size=None):
-        rows[name], facts[name] = run, (b, size)
+        rows[name] = run
+        facts[name] = (b, size)
 
     def both(name, model):
         compile_blocks(model, True, saves=0, costs=0)
@@ -284,7 +291,8 @@ def bench_decode(args, limits):
         row("llama.cpp", LlamaCpp(args.gguf, one, args.tokens))
     table = []
     for name, times in in_turn(rows, args.repeats).items():
-        step, (b, size) = spread([s / args.tokens for s in times]), facts[name]
+        step = spread([s / args.tokens for s in times])
+        b, size = facts[name]
         share = size and size / limits().bytes / step["ms"] * 1e3
         table.append({"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share})
     return table
@@ -394,7 +402,8 @@ def main():
     args.device = find_device(args.device)
     if getattr(args, "gguf", ""):
         check_gguf(args.gguf, args.device)
-    facts, about = card(args), (DTYPES[args.dtype], args.device)
+    facts = card(args)
+    about = (DTYPES[args.dtype], args.device)
     limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
     table = COMMANDS[command][1](args, limits)
     show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)

@@ -143,11 +143,14 @@ def check_options(args):
 
 def evaluate(mole, tasks, methods, cells, args):
     """Every method on every task -> (results, rows of answers.jsonl, seconds a method)."""
-    results, answers, timing = {}, [], {}
+    results = {}
+    answers = []
+    timing = {}
     score_one = score_meteora if args.meteora_metrics else score
     with tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1) as bar:
         for method in methods:
-            scores, timing[method] = {}, 0.0
+            scores = {}
+            timing[method] = 0.0
             for name, task in tasks.items():
                 bar.set_postfix_str(f"{method} on {name}")
                 used = for_task(mole, method, name)
@@ -157,7 +160,8 @@ def evaluate(mole, tasks, methods, cells, args):
                     f"{used} on {name}",
                     lambda p=prompts, m=used, x=hidden: {"answers": answer_all(mole, p, m, args, x)},
                 )
-                texts, timing[method] = cell["answers"], timing[method] + cell["seconds"]
+                texts = cell["answers"]
+                timing[method] = timing[method] + cell["seconds"]
                 scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], args.seed))
                 rows = zip(task.test, texts, strict=True)
                 answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
@@ -174,7 +178,8 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, args):
     """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl). `oracle` is the
     ceiling: each question and each answer runs through its own task's adapter. A method that knows one task at
     a time is left out."""
-    results, answers = {}, []
+    results = {}
+    answers = []
     for n, asked in drawn.items():
         table = results[str(n)] = {}
         answering = [method for method in methods if find_method(mole, method, args.top_k).answers_composites]

@@ -86,9 +86,11 @@ def read_requests(args):
 
 def read_prompt(prompt):
     """The prompt, or standard input for "-". Raises InputError where it is not UTF-8: no tokenizer could encode it."""
-    name, data = "--prompt", prompt.encode("utf-8", "surrogateescape")
+    name = "--prompt"
+    data = prompt.encode("utf-8", "surrogateescape")
     if prompt == "-":
-        name, data = "standard input", sys.stdin.buffer.read().removesuffix(b"\n")
+        name = "standard input"
+        data = sys.stdin.buffer.read().removesuffix(b"\n")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -54,7 +54,8 @@ def _keep_memory():
     """Tells glibc to keep up to 1 GiB of freed memory: given back at once, as it does with large tensors, each page is
     cleared and mapped anew, a tenth of the time of a long prompt in a large model (LOG.md)."""
     if mallopt := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_THRESHOLD = -3  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**30), mallopt(M_MMAP_THRESHOLD, 2**30)
 
 

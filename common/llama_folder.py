@@ -92,7 +92,8 @@ def _read_rope(raw, file):
 
 def _read_eos(raw, folder):
     """generation_config.json decides where it has eos_token_id, as in transformers; each may be an int or a list."""
-    eos, generation = raw.get("eos_token_id"), folder / "generation_config.json"
+    eos = raw.get("eos_token_id")
+    generation = folder / "generation_config.json"
     if generation.exists():
         try:
             eos = read_json(generation).get("eos_token_id", eos)

@@ -72,7 +72,8 @@ def _comments(cls):
     sources = [inspect.getsource(c) for c in cls.__mro__[:-1]]
     source = "".join(textwrap.dedent(s) for s in sources)
     names = {f.name for f in fields(cls)}
-    found, line_name = {}, {}
+    found = {}
+    line_name = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.string in names:
             line_name.setdefault(token.start[0], token.string)
@@ -85,7 +86,8 @@ def build_parser(cls, prog=None, description=None, choices=None):
     """An ArgumentParser for dataclass `cls`: str, int, float, bool, Literal, list[str], and each of them `| None`.
     `choices` {field: values} of fields whose values a table elsewhere lists."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
-    help_texts, hints = _comments(cls), typing.get_type_hints(cls)
+    help_texts = _comments(cls)
+    hints = typing.get_type_hints(cls)
     for field in fields(cls):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):

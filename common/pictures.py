@@ -62,7 +62,8 @@ def legend(palette, most=8):
 
 def html_page(traces, title):
     """A page that needs nothing else: traces is a list of (prompt trace, answer trace)."""
-    palette, body = Palette.of(trace for pair in traces for trace in pair), []
+    palette = Palette.of(trace for pair in traces for trace in pair)
+    body = []
     for prompt, answer in traces:
         spans = []
         for role, trace in (("prompt", prompt), ("answer", answer)):
@@ -87,7 +88,8 @@ def html_page(traces, title):
 def svg_picture(prompt, answer, width=96):
     """The two traces of one request as an SVG image: coloured text on white, lines broken at `width` characters, the
     prompt paler than the answer, the legend below."""
-    palette, lines = Palette.of((prompt, answer)), [[]]
+    palette = Palette.of((prompt, answer))
+    lines = [[]]
     for opacity, trace in ((0.6, prompt), (1, answer)):
         for text, adapters in trace:
             red, green, blue = palette.colour(adapters) or (128, 128, 128)
@@ -119,8 +121,13 @@ class Printer:
     """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for their turn."""
 
     def __init__(self, prompts, traces, routing):
-        self.prompts, self.routing, self.row, self.palette = prompts, routing, -1, Palette()
-        self.waiting, self.done, self.traces = [[] for _ in prompts], [False] * len(prompts), traces
+        self.prompts = prompts
+        self.routing = routing
+        self.row = -1
+        self.palette = Palette()
+        self.waiting = [[] for _ in prompts]
+        self.done = [False] * len(prompts)
+        self.traces = traces
         self.line_open = True  # the answer's last text doesn't end its line
         self._next()
 

@@ -190,7 +190,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.start, self.read = tokenizer, [], 0, 0
+        self.tokenizer = tokenizer
+        self.ids = []
+        self.start = 0
+        self.read = 0
 
     def push(self, index, last=False):
         """One more token id -> the text that is now whole."""

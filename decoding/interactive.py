@@ -57,7 +57,8 @@ def print_pool(mole):
     for name in mole.pool.names:
         member = mole.pool.members[name]
         modules = " ".join(sorted({path.rpartition(".")[2] for path in member.adapter.scale}))
-        r, alpha = member.adapter.config["r"], member.adapter.config["lora_alpha"]
+        r = member.adapter.config["r"]
+        alpha = member.adapter.config["lora_alpha"]
         modules = "all Linears" if len(member.adapter.scale) == len(mole.shapes) else modules
         sample = "  ".join(member.adapter.samples[:1]).partition("\n")[0]  # a prompt that it was trained on
         where = member.hash[:12] if member.slot is not None else "on disk     "

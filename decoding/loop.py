@@ -27,7 +27,9 @@ class Token:
 def decode(mole, ids, sampling, routing=False):
     """The loop: prefill the prompts `ids` (lists of token ids), then one token a row at a step. Yields first, where
     `routing`, the prompts' adapters (a list, one a row, of a list a token), then Tokens."""
-    model, config, b = mole.model, mole.model.config, len(ids)
+    model = mole.model
+    config = mole.model.config
+    b = len(ids)
     device = model.model.embed_tokens.weight.device
     lengths = [len(row) for row in ids]
     room = config.max_position_embeddings
@@ -40,7 +42,8 @@ def decode(mole, ids, sampling, routing=False):
     mole.prompt.mask = torch.arange(padded.shape[1], device=device) < counts[:, None]
     with _recorder(mole, padded.numel(), routing) as recorder:
         hidden = model.model(padded.to(device), cache, counts)
-    mole.prompt.mask, seen = None, None
+    mole.prompt.mask = None
+    seen = None
     if routing:
         seen = [row[:n] for row, n in zip(_seen(mole, recorder, *padded.shape), lengths, strict=True)]
         yield seen
@@ -48,13 +51,15 @@ def decode(mole, ids, sampling, routing=False):
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
     batch_id = mole.batch_id
     in_use = mole.slots_in_use
-    texts, active = [TextStream(mole.tokenizer) for _ in ids], [sampling.max_new_tokens > 0] * b
+    texts = [TextStream(mole.tokenizer) for _ in ids]
+    active = [sampling.max_new_tokens > 0] * b
     with _recorder(mole, b, routing) as recorder:
         for step in range(1, sampling.max_new_tokens + 1):
             chosen = sample(logits.float(), sampling, generators)
             for row, index in enumerate(chosen.tolist()):
                 if active[row]:
-                    full, eos = lengths[row] + step > room, index in mole.eos_ids
+                    full = lengths[row] + step > room
+                    eos = index in mole.eos_ids
                     end = "length" if step == sampling.max_new_tokens else "context" if full else None
                     finish = "eos" if eos else end
                     text = "" if eos else texts[row].push(index)

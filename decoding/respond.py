@@ -53,7 +53,9 @@ def respond(mole, prompts, methods, args):
             print("retrieved: " + ", ".join(f"{name} {score:.3f}" for name, score in pairs), file=sys.stderr)
     routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ if args.routing is None else args.routing
     recording = bool((routing and not args.json) or args.json or args.html)
-    begin, tokens, seconds = time.perf_counter(), [[] for _ in prompts], [0.0] * len(prompts)
+    begin = time.perf_counter()
+    tokens = [[] for _ in prompts]
+    seconds = [0.0] * len(prompts)
     events = decode(mole, ids, Sampling(*(getattr(args, f.name) for f in fields(Sampling))), recording)
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_traces = [trace_prompt(mole, row, adapters) for row, adapters in zip(ids, seen, strict=True)]

@@ -27,7 +27,8 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
     adapters for each prompt; those of `exclude` are not used. `sampling`: the fields of Sampling. Raises InputError for
     bad input, RuntimeError where another batch began on the same model before this one ended.
     """
-    prompts, options = [prompts] if isinstance(prompts, str) else list(prompts), Sampling(**sampling)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    options = Sampling(**sampling)
     check_values(options, top_k, gate_temperature)
     if not prompts:
         return

@@ -23,7 +23,8 @@ def answer_composites(mole, asked, method, temperature, args):
     that were trained by themselves."""
     forced = find_method(mole, method).is_ceiling
     encoded = [encode_spans(mole, composite) for composite in asked]
-    room, texts = mole.model.config.max_position_embeddings, [""] * len(asked)
+    room = mole.model.config.max_position_embeddings
+    texts = [""] * len(asked)
     for rows in by_length([ids for ids, _ in encoded], args.batch_size):
         n = len(asked[rows[0]].questions)
         ids = [encoded[j][0] for j in rows]
@@ -71,7 +72,9 @@ def draw_composite(mole, composite, method, temperature, args):
 def score_composites(asked, texts, tasks, args):
     """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that knows right and
     wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks": {task: its metric's score}}."""
-    attempted, rights, by_task = [], [], {}
+    attempted = []
+    rights = []
+    by_task = {}
     for composite, text in zip(asked, texts, strict=True):
         answers = numbered(text, len(composite.questions))
         attempted.append(sum(bool(answer) for answer in answers))

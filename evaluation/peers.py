@@ -72,7 +72,10 @@ class HfDecoder:
     `options` go to the model."""
 
     def __init__(self, model, ids, tokens=0, **options):
-        self.model, self.ids, self.tokens, self.options = model, ids, tokens, options
+        self.model = model
+        self.ids = ids
+        self.tokens = tokens
+        self.options = options
         self.out = self.prefill()
 
     @torch.inference_mode()
@@ -82,7 +85,8 @@ class HfDecoder:
 
     @torch.inference_mode()
     def __call__(self):
-        cache, ids = self.out.past_key_values, self.out.logits[:, -1:].float().argmax(-1)
+        cache = self.out.past_key_values
+        ids = self.out.logits[:, -1:].float().argmax(-1)
         if beyond := cache.get_seq_length() - self.ids.shape[1]:
             cache.crop(-beyond)
         for _ in range(self.tokens):
@@ -98,7 +102,8 @@ class LlamaCpp:
         from llama_cpp import Llama as Program
 
         threads = torch.get_num_threads()
-        self.ids, self.tokens = ids[0].tolist(), tokens
+        self.ids = ids[0].tolist()
+        self.tokens = tokens
         try:
             self.program = Program(str(file), n_ctx=len(self.ids) + tokens + 8, n_batch=512, n_ubatch=512,
                                    n_threads=threads, n_threads_batch=threads, verbose=False)  # fmt: skip

@@ -57,7 +57,8 @@ def load(args):
 
 def random_adapters(args, e, shapes):
     """e adapters of rank r on all Linears."""
-    generator, dtype = torch.Generator().manual_seed(args.seed), DTYPES[args.dtype]
+    generator = torch.Generator().manual_seed(args.seed)
+    dtype = DTYPES[args.dtype]
     config = peft_config(args.r, 2 * args.r, 0.0, sorted({p.rpartition(".")[2] for p in shapes}), "")
     adapters = []
     for index in range(e):
@@ -70,7 +71,8 @@ def random_adapters(args, e, shapes):
 
 def random_gates(args, e, shapes):
     """Gates that choose evenly among e adapters."""
-    generator, dtype = torch.Generator().manual_seed(args.seed), DTYPES[args.dtype]
+    generator = torch.Generator().manual_seed(args.seed)
+    dtype = DTYPES[args.dtype]
     weights = {path: torch.randn(e, i, generator=generator).to(args.device, dtype) for path, (_, i) in shapes.items()}
     return {path: MeteoraGate(G, args.k).requires_grad_(False) for path, G in weights.items()}
 
@@ -78,7 +80,8 @@ def random_gates(args, e, shapes):
 def with_adapters(args, e, backend="auto", folder=""):
     """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
     model = load(args)
-    shapes, dtype = linear_shapes(model), DTYPES[args.dtype]
+    shapes = linear_shapes(model)
+    dtype = DTYPES[args.dtype]
     if folder:
         pool = Pool.load(read_pool(folder).adapters, shapes, dtype, args.device, alloc_B=alloc_B_of(model))
         gates = load_gates(Path(folder) / "gates" / f"meteora_top{args.k}.safetensors", pool, dtype=dtype)
@@ -102,14 +105,16 @@ def hf_models(args, e):
     pool or e random ones: one of them, and peft's mixed batch, another for each row."""
     if not args.peers or getattr(args, "shape", "") or not has("transformers"):
         return
-    folder, dtype = args.model or TINY, DTYPES[args.dtype]
+    folder = args.model or TINY
+    dtype = DTYPES[args.dtype]
     yield "transformers", hf_llama(folder, dtype).to(args.device), lambda b: {}
     if has("peft"):
         if args.pool:
             adapters = [load_adapter(path, name) for name, path in read_pool(args.pool).adapters.items()]
         else:
             adapters = random_adapters(args, e, linear_shapes(load(args)))
-        names, model = [adapter.name for adapter in adapters], peft_llama(folder, dtype, adapters).to(args.device)
+        names = [adapter.name for adapter in adapters]
+        model = peft_llama(folder, dtype, adapters).to(args.device)
         yield "peft, one adapter", model, lambda b: {}
         yield "peft, mixed batch", model, lambda b: {"adapter_names": [names[j % e] for j in range(b)]}
 
@@ -118,10 +123,13 @@ def prompts(args, b, t, v):
     """Token ids (b, t): of the tasks' prompts, one after another until t are full, or random."""
     if not args.tasks:
         return torch.randint(3, v, (b, t), generator=torch.Generator().manual_seed(args.seed)).to(args.device)
-    tokenizer, folder = Tokenizer(args.model or TINY), read_pool(args.pool or args.model or TINY)
-    tasks, rows = list(load_tasks(args.tasks, sorted(folder.adapters)).values()), []
+    tokenizer = Tokenizer(args.model or TINY)
+    folder = read_pool(args.pool or args.model or TINY)
+    tasks = list(load_tasks(args.tasks, sorted(folder.adapters)).values())
+    rows = []
     for row in range(b):
-        ids, examples = [], tasks[row % len(tasks)].test
+        ids = []
+        examples = tasks[row % len(tasks)].test
         for example in examples * (t // len(examples) + 1):
             ids += encode(tokenizer, folder.template, example).ids
         rows.append(ids[:t])
@@ -132,7 +140,9 @@ class Decoder:
     """A model that goes on from `ids` (b, t) again and again, greedily; called, it decodes `tokens` for each row."""
 
     def __init__(self, model, ids, tokens):
-        self.model, self.t, self.tokens = model, ids.shape[1], tokens
+        self.model = model
+        self.t = ids.shape[1]
+        self.tokens = tokens
         self.cache = model.new_cache(len(ids), self.t + tokens)
         self.cache.replayable = True
         with torch.inference_mode():
@@ -141,7 +151,8 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self):
         self.cache.lengths.fill_(self.t)
-        self.cache.end, ids = self.t, self.first
+        self.cache.end = self.t
+        ids = self.first
         for _ in range(self.tokens):
             logits = self.model.head(self.model.model(ids[:, None], self.cache)[:, -1])
             ids = logits.float().argmax(-1)
@@ -153,7 +164,8 @@ def with_requests(args, union):
     three adapters each, no two rows with the same ones, all of them together the union."""
     if not -(-union // 3) <= args.requests <= math.comb(union, 3):
         raise InputError(f"--union: {args.requests} sets of three adapters aren't {union} adapters together")
-    model, rng = load(args), random.Random(args.seed)
+    model = load(args)
+    rng = random.Random(args.seed)
     shapes = linear_shapes(model)
     pool = Pool.of(random_adapters(args, union, shapes), shapes, DTYPES[args.dtype], args.device, alloc_B_of(model))
     names = rng.sample(pool.names, union)
@@ -181,7 +193,8 @@ def bytes_read(model):
     tied = model.config.tie_word_embeddings
     total = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed_tokens" not in name)
     for module in attached(model).values():
-        gate, e = module.gate.inner, len(module.A)
+        gate = module.gate.inner
+        e = len(module.A)
         total += (module.A.nbytes + module.B.nbytes) * getattr(gate, "k", e) // e
         total += gate.inner.nbytes - gate.B.nbytes if isinstance(gate, RouterLoRA) else 0  # B is in `inner`
     return total
@@ -190,19 +203,22 @@ def bytes_read(model):
 def examples(args, names, v):
     """{name: Examples that an adapter of that name learns}: random tokens, or for each those of one of --tasks."""
     if not args.tasks:
-        generator, shape = torch.Generator().manual_seed(args.seed), (len(names), args.e * args.each, args.tokens)
+        generator = torch.Generator().manual_seed(args.seed)
+        shape = (len(names), args.e * args.each, args.tokens)
         rows = torch.randint(3, v, shape, generator=generator).tolist()
         return {
             name: [Example(ids, args.tokens // 2, name) for ids in some] for name, some in zip(names, rows, strict=True)
         }
-    tokenizer, tasks = Tokenizer(args.model or TINY), list(load_tasks(args.tasks).values())
+    tokenizer = Tokenizer(args.model or TINY)
+    tasks = list(load_tasks(args.tasks).values())
     rows = {name: tasks[j % len(tasks)].train[:64] for j, name in enumerate(names)}
     return {name: encode_all(tokenizer, TEMPLATE, some, name, 512)[0] for name, some in rows.items()}
 
 
 def steps_of(args, learnt):
     """The examples of eight steps, args.e * args.each of them in each, {name: Examples} in turn."""
-    names, count = list(learnt), args.e * args.each
+    names = list(learnt)
+    count = args.e * args.each
     turns = [divmod(j, len(names)) for j in range(8 * count)]
     picked = [learnt[names[j]][turn % len(learnt[names[j]])] for turn, j in turns]
     return [picked[j : j + count] for j in range(0, 8 * count, count)]
@@ -213,7 +229,8 @@ class Trainer:
     gives how many tokens, without padding, it saw."""
 
     def __init__(self, params, step, batches):
-        self.step, self.turn = step, itertools.cycle(batches)
+        self.step = step
+        self.turn = itertools.cycle(batches)
         self.optimizer = torch.optim.AdamW(params, lr=1e-4)
 
     def __call__(self):
@@ -258,7 +275,8 @@ def _child(pipe, make, args):
     torch.set_num_threads(args.threads or os.cpu_count())
     try:
         find_device(args.device)  # torch's current one is each process's own
-        run, result = make(args), None
+        run = make(args)
+        result = None
         while True:
             pipe.send(result)
             pipe.recv()
@@ -304,6 +322,7 @@ def gates_trainer(args, backend):
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
     batches = steps_of(args, examples(args, [f"random{j}" for j in range(args.gated)], model.config.vocab_size))
-    run, loss = GatesRun(model="", tasks="", pool="", top_k=args.k), GateLoss(gates)
+    run = GatesRun(model="", tasks="", pool="", top_k=args.k)
+    loss = GateLoss(gates)
     params = list(parameters_of(gates).values())
     return Trainer(params, lambda picked: gates_step(model, pool, loss, None, picked, run), batches)

@@ -37,7 +37,8 @@ CAPTURED = re.compile(
 )
 # `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be. One at a time, as
 # graphs and their kernels are everybody's; and two threads in torch.compile's checks at once have failed.
-_capture, _one_at_a_time = threading.local(), threading.RLock()
+_capture = threading.local()
+_one_at_a_time = threading.RLock()
 
 
 def _inductor(graph, inputs):
@@ -56,7 +57,8 @@ def _inductor(graph, inputs):
 
 def _capturable(graph):
     """A graph's generated function; while a step is captured, with kernels that note how they are called."""
-    scope, names = getattr(graph, "__globals__", {}), getattr(graph, "__code__", _capturable.__code__).co_names
+    scope = getattr(graph, "__globals__", {})
+    names = getattr(graph, "__code__", _capturable.__code__).co_names
 
     def noting(kernel):
         def note(*args, **options):

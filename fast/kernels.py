@@ -35,7 +35,8 @@ def pick_backend(x, A, k):
     It gains nothing for a decode batch, where all is reading. Outside of a compiled block bmm copies an adapter at each
     use, in the time in which a GEMM reads one, or fifteen times that of the sum where tokens fill a GEMM; so does its
     gradient. The numbers are measured (LOG.md)."""
-    n, e = len(x), len(A)
+    n = len(x)
+    e = len(A)
     if not torch.compiler.is_compiling():
         copies = n * k * gemm_advantage(x) <= 4 * (e + 3)
         copies = copies or (15 * k * gemm_advantage(x) <= e and not A.requires_grad)

@@ -215,7 +215,9 @@ def fastest_attention(q, k, v, mask=None):
     dtype = q.dtype
     short = q.requires_grad and q.element_size() == 2 and k.shape[1] <= 256
     if short or widened(q, dtype):
-        q, k, v = q.float(), k.float(), v.float()
+        q = q.float()
+        k = k.float()
+        v = v.float()
     return softmax_attention(q, k, v, mask).to(dtype)
 
 

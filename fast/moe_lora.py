@@ -74,7 +74,8 @@ class FastAX:
     """moe_lora.AX; of the adapters idx it reads these alone where that is less."""
 
     def __init__(self, x, A, compute):
-        self.x, self.A = x, A
+        self.x = x
+        self.A = A
         self.every = once(compute)
 
     def __call__(self, idx=None):

@@ -37,7 +37,8 @@ class ArrowGate(nn.Module):
             known = prototypes.any(-1)
             known = known if known.any() else ~known  # every B A is zero: any choice is right, none would be NaN
         self.register_buffer("known", known, persistent=False)
-        self.k, self.temperature = min(k, int(known.sum())), temperature
+        self.k = min(k, int(known.sum()))
+        self.temperature = temperature
 
     def forward(self, x, sample, ax):
         """x (n, i) -> Mixture of k adapters a token."""

@@ -36,7 +36,10 @@ class LogoProbe(nn.Module):
 
     def __init__(self, B, scale, method="logo"):
         super().__init__()
-        self.B, self.scale, self.method, self.score = B, scale, method, None
+        self.B = B
+        self.scale = scale
+        self.method = method
+        self.score = None
 
     def forward(self, x, sample, ax):
         """x (n, i) -> a Mixture of weight 0; keeps `score`."""

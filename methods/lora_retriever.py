@@ -196,7 +196,8 @@ def info_nce(views, projection, args):
     """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns the tuned one."""
     W = projection.clone().requires_grad_()
     optimizer = torch.optim.AdamW([W], lr=args.lr, weight_decay=0.0)
-    generator, (k, n, h) = torch.Generator().manual_seed(args.seed), views[0].shape
+    generator = torch.Generator().manual_seed(args.seed)
+    k, n, h = views[0].shape
     labels = torch.arange(k)[:, None]
     for step in range(args.steps):
         m = min(int(SAMPLES ** torch.rand((), generator=generator)), n - 1)
@@ -226,7 +227,8 @@ def bag_of_words(texts, d=4096):
 def compare(encoders, tasks, tuned_on, seed):
     """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all tasks, by m samples
     of their train prompts, with 95 % intervals. As Markdown."""
-    names, lines = sorted(tasks), ["| encoder | prompts | m = 1 | m = 5 | m = 20 |", "|---|---|---|---|---|"]
+    names = sorted(tasks)
+    lines = ["| encoder | prompts | m = 1 | m = 5 | m = 20 |", "|---|---|---|---|---|"]
     others = [name for name in names if name not in tuned_on]
     for title, embed in encoders.items():
         for bare, kind in ((False, "as they are"), (True, "without what a task's share")):

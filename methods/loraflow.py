@@ -24,7 +24,8 @@ class LoRAFlowGate(nn.Module):
 
     def __init__(self, G, bias, known=None):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(G), nn.Parameter(bias)  # G (e, i), bias (e,)
+        self.weight = nn.Parameter(G)  # G (e, i)
+        self.bias = nn.Parameter(bias)  # (e,)
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
         self.mixture = None
@@ -55,7 +56,8 @@ class SharedMixture(nn.Module):
 def loraflow_gates(pool, known=None):
     """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the start,
     SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
-    gates, leaders = {}, {}
+    gates = {}
+    leaders = {}
     for path, A in pool.A.items():  # in module order: what comes first also runs first
         layer = re.match(r".*?layers\.\d+", path)[0]
         if layer in leaders:

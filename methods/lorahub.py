@@ -46,7 +46,9 @@ def lorahub_search(loss, e, steps=40, seed=0, l1=0.05, bound=1.5):
     the one-fifth rule: a step that helps makes steps larger by 1.5, four that don't undo that.
     """
     generator = torch.Generator().manual_seed(seed)
-    best, w, step = math.inf, torch.zeros(e), 0.4
+    best = math.inf
+    w = torch.zeros(e)
+    step = 0.4
     for turn in range(steps):
         new = w
         if turn:  # a fifth of the weights at a time: to find one adapter of 28 leaves 0.80 of the error, with all 0.90
@@ -56,7 +58,8 @@ def lorahub_search(loss, e, steps=40, seed=0, l1=0.05, bound=1.5):
         value = float(loss(new.tolist())) + l1 * float(new.abs().mean())
         better = value < best
         if better:
-            best, w = value, new
+            best = value
+            w = new
         if turn:
             step *= 1.5 if better else 1.5**-0.25
     return w.tolist(), best
@@ -136,7 +139,8 @@ def train_lorahub(args):
     like = model.head_weight
     pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model))
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
-    file, names = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json", sorted(pool.names)
+    file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
+    names = sorted(pool.names)
     how = {"shots": args.shots, "steps": args.steps, "l1": args.l1, "seed": args.seed, "max_length": args.max_length}
     made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
     known_weights = read_json(file) if file.exists() else made
@@ -146,7 +150,8 @@ def train_lorahub(args):
         warn(f"{file}: made for other adapters or with other options: begins anew")
         known_weights = made
     found = known_weights["weights"]
-    gate, slot = SampleGate(), Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
+    gate = SampleGate()
+    slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
         used = [name for name in names if not (args.ood and name == task)]

@@ -122,7 +122,8 @@ class GateLoss:
     def remove(self):
         """Gates keep no logits any more."""
         for gate in self.gates:
-            gate.keep_logits, gate.logits = False, None
+            gate.keep_logits = False
+            gate.logits = None
 
 
 # Fitting to features ------------------------------------------------------------------------------------------------
@@ -139,7 +140,9 @@ class FittingGate(nn.Module):
 
     def __init__(self, gate, shared, own):
         super().__init__()
-        self.gate, self.shared, self.own = gate, shared, own
+        self.gate = gate
+        self.shared = shared
+        self.own = own
 
     def forward(self, x, sample, ax):
         """x (n, i) -> Mixture of the adapters that the next gates shall see."""
@@ -185,7 +188,8 @@ def logistic(x, labels, e, l2, steps=50):
     hold most of a residual stream's variance, and without that L-BFGS, as AdamW, stops far from the optimum (LOG.md).
     """
     whiten = whitening(x)
-    G, x = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True), x @ whiten
+    G = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True)
+    x = x @ whiten
     optimizer = torch.optim.LBFGS([G], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
     def loss():

@@ -96,7 +96,10 @@ class RouterLoRA(nn.Module):
 
     def __init__(self, A, B, divisor=None, scaled=True, prior=0.0):
         super().__init__()
-        self.A, self.B, self.scaled, self.prior = nn.Parameter(A), nn.Parameter(B), scaled, prior
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.scaled = scaled
+        self.prior = prior
         self.divisor = divisor or len(A) ** 0.5
         self.inner = self.idx = self.bias = self.stacks = None  # no buffers: they are the pool's and the batch's
 
@@ -118,7 +121,8 @@ class RouterLoRA(nn.Module):
     def forward(self, x, sample, ax):
         """x (n, i), sample (n,) -> Mixture of the row's candidates."""
         inner = self._inner() if self.inner is None else self.inner
-        idx, bias = self.idx[sample], self.bias[sample]  # (n, k)
+        idx = self.idx[sample]  # (n, k)
+        bias = self.bias[sample]
         q = F.linear(x.to(inner.dtype), self.A.to(inner.dtype))  # (n, r_q)
         a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
         if self.inner is None:  # training
@@ -135,9 +139,11 @@ class RouterLoRA(nn.Module):
 def router_loras(pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0):
     """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights even at the start;
     were both zero, neither would get a gradient."""
-    generator, routers = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    routers = {}
     for path, A in pool.A.items():
-        i, o = A.shape[2], pool.B[path].shape[1]
+        i = A.shape[2]
+        o = pool.B[path].shape[1]
         A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
         routers[path] = RouterLoRA(A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior)
         routers[path].bind(pool.B[path], pool.scale[path])
@@ -153,10 +159,12 @@ def set_candidates(routers, idx, bias):
 
 def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
     """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for RouterLoRA."""
-    idx, bias = torch.zeros(len(retrieved), k, dtype=torch.int64), torch.full((len(retrieved), k), float("-inf"))
+    idx = torch.zeros(len(retrieved), k, dtype=torch.int64)
+    bias = torch.full((len(retrieved), k), float("-inf"))
     for row, pairs in enumerate(retrieved):
         for column, (name, score) in enumerate(pairs):
-            idx[row, column], bias[row, column] = pool.slot(name), score / prior if prior else 0.0
+            idx[row, column] = pool.slot(name)
+            bias[row, column] = score / prior if prior else 0.0
     return idx.to(device), bias.to(device)
 
 
@@ -184,7 +192,8 @@ def load_routers(file, pool, model, dtype=torch.float32):
     routers = {}
     for path, A in pool.A.items():
         parts = [tensors.get(f"{path}.router_{n}.weight") for n in "AB"]
-        i, o = A.shape[2], pool.B[path].shape[1]
+        i = A.shape[2]
+        o = pool.B[path].shape[1]
         found = [None if part is None else tuple(part.shape) for part in parts]
         if None in found or found != [(found[0][0], i), (o, found[0][0])]:
             raise InputError(f"{file}: {path}: expected router_A (r, {i}) and router_B ({o}, r), found {found}")
@@ -283,7 +292,8 @@ def draw_candidates(task, scores, rng, args):
 
 def router_step(model, pool, routers, gates, picked, drawn, args):
     """Forward and backward of one step: the mean loss of a response token."""
-    n, total = sum(len(example.ids) - example.n_prompt for example in picked), 0.0
+    n = sum(len(example.ids) - example.n_prompt for example in picked)
+    total = 0.0
     for some in micro_batches(picked, args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)

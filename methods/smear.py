@@ -20,7 +20,9 @@ class SmearRouter(nn.Module):
 
     def __init__(self, G, prompt, known=None):
         super().__init__()
-        self.weight, self.prompt, self.p = nn.Parameter(G), prompt, None  # G (e, i)
+        self.weight = nn.Parameter(G)  # G (e, i)
+        self.prompt = prompt
+        self.p = None
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
 
@@ -41,7 +43,8 @@ class SmearLinear(MultiLoRALinear):
 
     def forward(self, x):
         """x (n, i) -> (n, o)."""
-        y, p = self.base(x), self.gate(x)
+        y = self.base(x)
+        p = self.gate(x)
         x = x.reshape(len(p), -1, x.shape[-1])  # (b, t, i)
         if self.trace is not None:
             self.trace[: x[..., 0].numel()] = p.detach().repeat_interleave(x.shape[1], 0)

@@ -99,7 +99,8 @@ def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
     against. With `header` no data is read, A and B are on the meta device; then, and where `quiet`, nothing is warned
     of. Raises InputError for everything conventions refuse; nothing is half-loaded."""
     folder = _adapter_folder(Path(folder))
-    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    file = folder / "adapter_model.safetensors"
+    config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     _check_config(config, config_file)
     if not file.exists():
@@ -198,14 +199,16 @@ def _split_keys(tensors, file):
         if path in parts[match[2]]:
             raise InputError(f"{file}: two tensors for {path}.{match[2]}: more than one adapter in the file")
         parts[match[2]][path] = tensor
-    A, B = parts["lora_A"], parts["lora_B"]
+    A = parts["lora_A"]
+    B = parts["lora_B"]
     if not A and not B:
         raise InputError(f"{file}: holds no LoRA tensors")
     if lonely := sorted(A.keys() ^ B.keys()):
         have, lack = ("lora_A", "lora_B") if lonely[0] in A else ("lora_B", "lora_A")
         raise InputError(f"{file}: {lonely[0]} has {have} but no {lack} ({len(lonely)} modules like that)")
     for path in A:
-        (r, _), (_, r_b) = A[path].shape, B[path].shape
+        r, _ = A[path].shape
+        _, r_b = B[path].shape
         if r != r_b or r == 0:
             raise InputError(f"{file}: {path}: lora_A has rank {r}, lora_B {r_b}; expected the same, at least 1")
     return A, B
@@ -242,7 +245,8 @@ def _check_shapes(adapter, file, shapes):
             f"first {unknown[0]}{nearest(unknown[0], shapes)}"
         )
     for path, a in adapter.A.items():
-        got, want = (adapter.B[path].shape[0], a.shape[1]), shapes[path]
+        got = (adapter.B[path].shape[0], a.shape[1])
+        want = shapes[path]
         if got != want:
             raise InputError(f"{file}: {path} maps {got[1]} -> {got[0]}, this base's {want[1]} -> {want[0]} features")
 

@@ -40,7 +40,8 @@ def read_pool(path):
             raise InputError(f"{path}: not a pool: neither a pool.json nor PEFT adapter folders in it")
         return PoolFolder(path, {f.name: f for f in found})
     raw = read_json(file)
-    names, template = raw.get("adapters"), raw.get("template", TEMPLATE)
+    names = raw.get("adapters")
+    template = raw.get("template", TEMPLATE)
     if not isinstance(names, list) or not all(isinstance(n, str) and re.fullmatch(r"[^/\\.][^/\\]*", n) for n in names):
         raise InputError(f"{file}: adapters is {names!r}, expected a list of folder names under adapters/")
     if len(set(names)) < len(names):

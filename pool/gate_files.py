@@ -32,7 +32,8 @@ class GateFile:
         self.tensors, metadata = read_safetensors(file)
         if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
             raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
-        names, hashes = metadata["names"].split("\n"), metadata["hashes"].split("\n")
+        names = metadata["names"].split("\n")
+        hashes = metadata["hashes"].split("\n")
         self.rows = [row for row, name in enumerate(names) if name not in exclude]
         pool.need([names[row] for row in self.rows if names[row] in pool.members])
         wrong = []
@@ -47,8 +48,10 @@ class GateFile:
             warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
         if not self.rows:
             raise InputError(f"{file}: all its adapters are excluded")
-        self.slots, self.count = torch.tensor([pool.slot(names[row]) for row in self.rows]), len(names)
-        self.k, device = int(metadata["k"]), next(iter(pool.A.values())).device
+        self.slots = torch.tensor([pool.slot(names[row]) for row in self.rows])
+        self.count = len(names)
+        self.k = int(metadata["k"])
+        device = next(iter(pool.A.values())).device
         self.known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
         self.known[self.slots] = True
 

@@ -43,7 +43,8 @@ def strip_shared(prompts, lines=0.05, pairs=0.3):
     """What is each prompt's own of the prompts of one task: without lines that a share `lines` of them has, and without
     pairs of words that a share `pairs` has ("Translate into German:", "Q:" ... "A:"). What would be empty is the last
     word."""
-    n, rows = len(prompts), [[line.strip() for line in prompt.split("\n")] for prompt in prompts]
+    n = len(prompts)
+    rows = [[line.strip() for line in prompt.split("\n")] for prompt in prompts]
     often = Counter(line for row in rows for line in set(row))
     rows = [" \n ".join(line for line in row if line and often[line] < max(2, lines * n)).split(" ") for row in rows]
     often = Counter(pair for row in rows for pair in set(pairwise(row)))
@@ -64,7 +65,10 @@ class LlamaEncoder:
         depth = model.config.num_hidden_layers if depth is None else depth
         h = model.config.hidden_size
         max_length = min(max_length, model.config.max_position_embeddings)
-        self.model, self.tokenizer, self.depth, self.max_length = model, tokenizer, depth, max_length
+        self.model = model
+        self.tokenizer = tokenizer
+        self.depth = depth
+        self.max_length = max_length
         self.mean = torch.zeros(h) if mean is None else mean
         self.projection = torch.eye(h) if projection is None else projection
 
@@ -81,12 +85,14 @@ class LlamaEncoder:
         with base_alone(model):
             while order:
                 longest = len(rows[order[-1]]) + len(head)
-                some, order = order[-max(1, tokens // longest) :], order[: -max(1, tokens // longest)]
+                some = order[-max(1, tokens // longest) :]
+                order = order[: -max(1, tokens // longest)]
                 ids = torch.zeros(len(some), longest, dtype=torch.int64)
                 mask = torch.zeros(len(some), longest, dtype=torch.bool)
                 for j, row in enumerate(some):
                     end = len(head) + len(rows[row])
-                    ids[j, :end], mask[j, len(head) : end] = torch.tensor(head + rows[row]), True
+                    ids[j, :end] = torch.tensor(head + rows[row])
+                    mask[j, len(head) : end] = True
                 hidden = model.model(ids.to(model.head_weight.device), depth=self.depth).float().cpu()
                 out[some] = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
         return out
@@ -115,7 +121,9 @@ class Retriever:
     """Ranks the adapters it was given by `embed`, a function of a list of texts to vectors (n, d)."""
 
     def __init__(self, embed):
-        self.embed, self.vectors, self.digests = embed, {}, {}  # name -> (d,), name -> sha256 of its samples
+        self.embed = embed
+        self.vectors = {}  # name -> (d,)
+        self.digests = {}  # name -> sha256 of its samples
 
     def add(self, name, samples):
         """An adapter by its samples: their mean vector. One that is known by these samples costs nothing. Without
@@ -161,7 +169,8 @@ class Retriever:
 def save_retriever(file, retriever, model, about):
     """POOL/retriever.safetensors: the encoder's tensors and one vector an adapter, bound to the base and to the
     adapters' samples. `about` {key: text}: how it was trained."""
-    names, encoder = sorted(retriever.vectors), retriever.embed
+    names = sorted(retriever.vectors)
+    encoder = retriever.embed
     tensors = {"encoder.mean": encoder.mean, "encoder.projection": encoder.projection}
     tensors["adapters"] = torch.stack([retriever.vectors[name] for name in names] or [encoder.mean.new_zeros(0)])
     hashes = [retriever.digests[name] for name in names]
@@ -181,7 +190,8 @@ def load_retriever(file, model, tokenizer):
     if metadata["base"] != model.fingerprint:
         raise InputError(f"{file}: made for base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}: "
                          "python train.py retriever makes one for it")  # fmt: skip
-    mean, projection = tensors["encoder.mean"].float(), tensors["encoder.projection"].float()
+    mean = tensors["encoder.mean"].float()
+    projection = tensors["encoder.projection"].float()
     if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != model.config.hidden_size:
         raise InputError(f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean {tuple(mean.shape)}; "
                          f"expected (d, {model.config.hidden_size}) and ({model.config.hidden_size},)")  # fmt: skip

@@ -36,8 +36,12 @@ class Pool:
     """
 
     def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None, alloc_B=None):
-        self.shapes, self.capacity, self.rank, self.members = shapes, capacity, rank, {}
-        self.limit, self.version = None, 0
+        self.shapes = shapes
+        self.capacity = capacity
+        self.rank = rank
+        self.members = {}
+        self.limit = None
+        self.version = 0
         self._used = []  # names, those needed longest ago first
         make = {"dtype": dtype, "device": device}
         self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
@@ -120,7 +124,8 @@ class Pool:
         if adapter.name in self.members:
             first = self.members[adapter.name].adapter.folder
             raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
-        full, slot = len(self.resident) >= self.capacity, None
+        full = len(self.resident) >= self.capacity
+        slot = None
         larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
         waits = full and larger == self.capacity
         if waits and not adapter.folder:
@@ -159,7 +164,8 @@ class Pool:
 
     def _empty(self, name):
         """Takes an adapter out of its slot; it stays a member, on disk."""
-        slot, self.members[name].slot = self.members[name].slot, None
+        slot = self.members[name].slot
+        self.members[name].slot = None
         for path in self.A:
             for stack in (self.A[path], self.B[path], self.scale[path]):
                 stack[slot] = 0
@@ -183,11 +189,13 @@ class Pool:
             bigger.scale[path][: self.capacity] = self.scale[path]
             for old, new in zip((self.A, self.B, self.scale), (bigger.A, bigger.B, bigger.scale), strict=True):
                 old[path].data = new[path]
-        self.capacity, self.rank = capacity, rank
+        self.capacity = capacity
+        self.rank = rank
 
     def adapter(self, name):
         """The adapter as its slot holds it now, at its own rank and modules: for saving what was trained."""
-        slot, member = self.slot(name), self.members[name].adapter
+        slot = self.slot(name)
+        member = self.members[name].adapter
         ranks = {p: _pattern(member.config.get("rank_pattern"), p, member.config["r"]) for p in member.scale}
         A = {p: self.A[p][slot, :r].detach().clone() for p, r in ranks.items()}
         B = {p: self.B[p][slot, :, :r].detach().clone() for p, r in ranks.items()}
@@ -206,5 +214,6 @@ def alloc_B_of(model):
 
 def _light(adapter):
     light = copy.copy(adapter)
-    light.A, light.B = {}, {}
+    light.A = {}
+    light.B = {}
     return light

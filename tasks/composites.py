@@ -33,7 +33,8 @@ def composites(tasks, n, count, template, seed=0, split="test", shots=2):
     for task in tasks.values():
         if shots and not task.train:
             raise InputError(f"task {task.name}: train.jsonl holds no example for a composite's {shots} shots")
-    rng, made = random.Random(f"{seed}/composite-{n}/{split}"), []
+    rng = random.Random(f"{seed}/composite-{n}/{split}")
+    made = []
     for _ in range(count):
         spans = []
         for shot in range(shots + 1):
@@ -68,12 +69,15 @@ def compose(examples, tokenizer, template, step, args):
     """The Examples of a training step, a share `args.composite` of them put together in composites: PackedExamples of
     one to three rounds of up to ten questions and their answers, of at most `args.max_length` tokens. What is left over
     stays by itself, and so does an answer of several lines, which would look like several."""
-    rng, count = random.Random(f"{args.seed}/composite/{step}"), round(args.composite * len(examples))
+    rng = random.Random(f"{args.seed}/composite/{step}")
+    count = round(args.composite * len(examples))
     mixed = sorted(rng.sample(examples, len(examples)), key=_has_lines) if count else examples
     count = min(count, len(mixed) - sum(map(_has_lines, mixed)))
-    made, rest = mixed[count:], mixed[:count]
+    made = mixed[count:]
+    rest = mixed[:count]
     while rest:
-        rounds, size = rng.randint(1, 3), rng.randint(2, 10)
+        rounds = rng.randint(1, 3)
+        size = rng.randint(2, 10)
         some = rest[: rounds * size]
         context = _context(some, rounds, tokenizer, template)
         while len(context.ids) > args.max_length and len(some) > 1:
@@ -89,7 +93,8 @@ def _has_lines(example):
 
 
 def _context(examples, rounds, tokenizer, template):
-    pieces, rounds = [], min(rounds, (len(examples) + 1) // 2)
+    pieces = []
+    rounds = min(rounds, (len(examples) + 1) // 2)
     for j in range(rounds):
         asked = [(example.task, example.row) for example in examples[j::rounds]]
         pieces += [(*span, False) for span in questions(asked, template)] + [(*span, True) for span in answers(asked)]

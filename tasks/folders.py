@@ -107,7 +107,8 @@ def encode_all(tokenizer, template, rows, task, max_length):
 
 def tokenize(tasks, tokenizer, vocab_size, template, max_length):
     """{task name: [Example]} of the train splits, those over `max_length` left out with a warning."""
-    examples, long = {}, 0
+    examples = {}
+    long = 0
     for name, task in tasks.items():
         examples[name], dropped = encode_all(tokenizer, template, task.train, name, max_length)
         check_ids([index for example in examples[name] for index in example.ids], vocab_size)
@@ -152,14 +153,17 @@ def micro_batches(examples, max_tokens, padded=False):
     """Splits a step's examples, shortest first, into batches of at most `max_tokens` tokens each. Where rows are
     `padded`, that is with the padding, and in a batch no example is over 1.5 times (and 16 tokens) longer than another,
     so that padding stays a small part."""
-    batches, current, total = [], [], 0
+    batches = []
+    current = []
+    total = 0
     for example in sorted(examples, key=lambda e: len(e.ids)):
         length = len(example.ids)
         shortest = len(current[0].ids) if current else length
         total = (len(current) + 1) * length if padded else total + length
         if current and (total > max_tokens or padded and length > max(1.5 * shortest, shortest + 16)):
             batches.append(current)
-            current, total = [], length
+            current = []
+            total = length
         current.append(example)
     return [*batches, current] if current else batches
 
@@ -200,7 +204,9 @@ def collate(examples, device=None):
     lengths = [len(example.ids) for example in examples]
     t = max(lengths)
     ids, part, at = (torch.zeros(len(examples), t, dtype=torch.int64) for _ in range(3))
-    real, predicts, parts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), []
+    real = torch.zeros_like(ids, dtype=torch.bool)
+    predicts = torch.zeros_like(ids, dtype=torch.bool)
+    parts = []
     for row, example in enumerate(examples):
         begin = 0
         for piece in example.parts:

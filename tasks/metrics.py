@@ -105,7 +105,8 @@ def score_meteora(metric, answers, targets, seed=0, resamples=1000):
     """
     _check(metric, answers, targets)
     kept = [(a, t) for a, t in zip(answers, targets, strict=True) if a.strip()]
-    answers, targets = [a for a, _ in kept], [t for _, t in kept]
+    answers = [a for a, _ in kept]
+    targets = [t for _, t in kept]
     if not kept:
         return Score(0.0, 0.0, 0.0, 0, metric)
     if metric == "bleu":
@@ -142,7 +143,8 @@ def numbered(text, n):
     before the first number is ignored. "2." with nothing behind it is "": there, but not attempted; attempted is a
     text that is not empty.
     """
-    cuts, last = [], 0  # number, where its mark begins and ends
+    cuts = []  # number, where its mark begins and ends
+    last = 0
     for mark in NUMBER.finditer(text):
         if (number := int(mark[1])) > last:
             cuts.append((number, *mark.span()))

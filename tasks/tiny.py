@@ -166,7 +166,8 @@ def plural(noun):
 
 
 TRANSLATIONS = _rows(DICTIONARY)
-CATEGORY, COLOR = _groups(CATEGORIES), _groups(COLORS)
+CATEGORY = _groups(CATEGORIES)
+COLOR = _groups(COLORS)
 _COUNTABLE = ("animal", "furniture", "tool", "vehicle", "instrument", "job", "flower", "shape")
 _NOUNS = NOUNS.split() + [noun for noun, kind in CATEGORY.items() if kind in _COUNTABLE]
 PLURAL = {noun: plural(noun) for noun in _NOUNS} | dict(_rows(PLURALS))
@@ -227,7 +228,8 @@ def _odd_one_out(rng):
 
 
 def _true_or_false(rng):
-    word, answer = rng.choice(["and", "or"]), rng.choice([True, False])
+    word = rng.choice(["and", "or"])
+    answer = rng.choice([True, False])
     while True:  # drawn so, the link word alone says nothing about the answer
         a, b, c, d = rng.sample(range(1, 10), 4)
         if ((a > b and c > d) if word == "and" else (a > b or c > d)) == answer:
@@ -361,14 +363,16 @@ def examples(name, split, n, seed=0) -> list[dict]:
     """
     if name not in TASKS or split not in ("train", "test"):
         raise InputError(f"no task {name!r} with split {split!r}; splits are train and test, tasks: {', '.join(TASKS)}")
-    task, rng = TASKS[name], random.Random(f"{seed}/{name}/{split}")
+    task = TASKS[name]
+    rng = random.Random(f"{seed}/{name}/{split}")
     if task.answers is None:
         drawn = (task.make(rng) for _ in range(200 * n))
         pairs = ((x, y, rng.choice(task.phrasings)) for x, y in drawn)
     else:
         pairs = [(x, y, phrasing) for x, y in task.answers.items() for phrasing in task.phrasings]
         rng.shuffle(pairs)
-    rows, seen = [], set()
+    rows = []
+    seen = set()
     for x, y, phrasing in pairs:
         if len(rows) == n:
             break
@@ -387,10 +391,12 @@ def corpus(n, seed=0) -> Iterator[str]:
     an input, which gives them tokens and company but no meaning; and questions between tags, in most of them a function
     shown by example: one question and its answer, or one to three rounds of several, numbered, and their answers.
     """
-    rng, tasks = random.Random(f"{seed}/corpus"), list(TASKS.values())
+    rng = random.Random(f"{seed}/corpus")
+    tasks = list(TASKS.values())
     shares = [task.share for task in tasks]
     for _ in range(n):
-        kind, style = rng.random(), rng.choice([(" -> ", " ; "), (" = ", " ; "), (" : ", " | ")])
+        kind = rng.random()
+        style = rng.choice([(" -> ", " ; "), (" = ", " ; "), (" : ", " | ")])
         if kind < 0.45:
             (task,) = rng.choices(tasks, shares)
             yield _line(_pairs(rng, task, rng.randint(4, 8)), style)
@@ -400,7 +406,8 @@ def corpus(n, seed=0) -> Iterator[str]:
         elif kind < 0.7:
             yield " ".join(_shuffled_words(rng, task) for task in rng.choices(tasks, k=3))
         else:
-            tag, bare = rng.choice(WORDS), rng.random() < 0.5  # bare: no arrow after the input in question
+            tag = rng.choice(WORDS)
+            bare = rng.random() < 0.5  # bare: no arrow after the input in question
             tag = tag.upper() if rng.random() < 0.5 else tag
             count, rounds = (1, 1) if kind < 0.83 else (rng.randint(2, 10), rng.randint(1, 3))
             asked = [rng.choices(tasks, shares, k=count) for _ in range(rounds)]
@@ -447,7 +454,8 @@ def _question(rng, task, shots, style, bare):
 def _round(rng, tasks, tag, style, bare):
     """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins with it too."""
     asked = [_question(rng, task, 3 if len(tasks) == 1 else 2, style, bare) for task in tasks]
-    questions, answers = [f"[{tag}] {text} [/{tag}]" for text, _ in asked], [y for _, y in asked]
+    questions = [f"[{tag}] {text} [/{tag}]" for text, _ in asked]
+    answers = [y for _, y in asked]
     if len(tasks) == 1:
         return f"{questions[0]}\n {answers[0]}"
     return "\n".join([*_numbered(questions), "Answers:", *_numbered(answers)])

@@ -157,7 +157,8 @@ def adapters_step(model, pool, gate, picked, args):
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
-    total, device = 0.0, model.head_weight.device
+    total = 0.0
+    device = model.head_weight.device
     for some in micro_batches(picked, args.micro_tokens):
         batch = collate(some, device)
         slots = batch.slots(pool)

@@ -101,7 +101,8 @@ def train_base(args):
     def step_loss(step):
         starts = np.random.default_rng([args.seed, step]).choice(begins, args.batch_size)
         windows = np.stack([stream[s : s + args.block_size + 1] for s in starts]).astype(np.int64)
-        windows, total = torch.from_numpy(windows).to(device), 0.0
+        windows = torch.from_numpy(windows).to(device)
+        total = 0.0
         for part in windows.split(max(1, args.micro_tokens // args.block_size)):
             with torch.autocast(windows.device.type, torch.bfloat16, enabled=half):
                 logits = model(part[:, :-1])

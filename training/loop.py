@@ -93,14 +93,18 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
         """hidden (n, h), W (v, h), targets (n,) -> losses (n,), float32."""
         own = W[targets].float()  # (n, h)
         logit = (hidden.float() * own).sum(-1, True)  # (n, 1), the target's
-        top, rest, pull = logit, torch.zeros_like(logit), torch.zeros_like(own)
+        top = logit
+        rest = torch.zeros_like(logit)
+        pull = torch.zeros_like(own)
         for first, block in zip(range(0, len(W), BLOCK), W.split(BLOCK), strict=True):
             logits = linear(hidden, block).float()  # (n, BLOCK)
             words = torch.arange(first, first + len(block), device=W.device)
             logits.masked_fill_(words == targets[:, None], float("-inf"))
             highest = torch.maximum(top, logits.amax(-1, True))
-            kept, p = (top - highest).exp(), logits.sub_(highest).exp_()
-            rest, top = rest * kept + p.sum(-1, True), highest
+            kept = (top - highest).exp()
+            p = logits.sub_(highest).exp_()
+            rest = rest * kept + p.sum(-1, True)
+            top = highest
             pull = pull * kept + linear(p.to(W.dtype), block.T)  # the other words' weights, each by its p
         total = rest + (logit - top).exp()
         ctx.save_for_backward(((pull - rest * own) / total).to(hidden.dtype))
@@ -144,11 +148,14 @@ class Checkpoint:
 
     def __init__(self, folder, options, names=()):
         """`names`: the tasks, base and adapters of the run; with the options they say which run it is."""
-        self.folder, self.file = Path(folder), Path(folder) / "checkpoint.safetensors"
+        self.folder = Path(folder)
+        self.file = Path(folder) / "checkpoint.safetensors"
         self.config = {k: v for k, v in asdict(options).items() if k not in NOT_THE_RUN}
         self.config["names"] = list(names)
         known = self.folder / "config.json"
-        self.step, self.finished, self.rows = 0, False, []
+        self.step = 0
+        self.finished = False
+        self.rows = []
         if known.exists():  # without a checkpoint, of a run that never came that far, there is nothing to lose
             known = read_json(known)
             if known.get("finished") or self.file.exists():
@@ -221,7 +228,8 @@ def make_optimizers(params, args, rates):
     Muon gives all singular vectors of a step the same length. It is scaled to the length of AdamW's steps, so that one
     learning rate serves both.
     """
-    muon, adamw = {}, {}  # {rate: parameters}
+    muon = {}  # {rate: parameters}
+    adamw = {}
     for name, param in params.items():
         matrix = param.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
         groups = muon if args.optimizer == "muon" and matrix else adamw
@@ -244,7 +252,8 @@ def fit(checkpoint, params, args, step_loss, clip=clip_norm, rates=None):
     optimizers = make_optimizers(params, args, rates or {})
     checkpoint.load(params, optimizers)
     board = _tensorboard(checkpoint.folder) if args.tensorboard else None
-    rows, header = checkpoint.rows, None
+    rows = checkpoint.rows
+    header = None
     bar = tqdm(
         range(checkpoint.step, args.steps), initial=checkpoint.step, total=args.steps, file=sys.stderr, mininterval=1
     )
