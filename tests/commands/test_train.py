@@ -41,8 +41,8 @@ def test_each_command_gets_its_own_options(cls, monkeypatch, capsys):
     that is trained with; what is printed first is what a log keeps of it."""
     name, function = COMMANDS[cls]
     got = []
-    assert train.COMMANDS[name] == (cls, function)
-    monkeypatch.setitem(train.COMMANDS, name, (cls, got.append))
+    assert train.COMMANDS[name][:2] == (cls, function)
+    monkeypatch.setitem(train.COMMANDS, name, (cls, got.append, None))
     main(monkeypatch, name, "--model", "somewhere", "--steps", 7)
     assert got == [cls(model="somewhere", steps=7)]
     assert json.loads(capsys.readouterr().err) == dataclasses.asdict(got[0])

@@ -445,7 +445,7 @@ def test_a_missing_part_names_the_command_that_makes_it(bare, name):
         with pytest.raises(InputError) as refusal:
             check_method(mole, name)
         assert mole.folder is None or part in str(refusal.value)
-    commands = {name: cls for name, (cls, _) in train.COMMANDS.items()}
+    commands = {name: cls for name, (cls, *_) in train.COMMANDS.items()}
     asked = re.search("python train.py (.*) makes it", str(refusal.value))[1]
     made, o = parse_command(commands, [*shlex.split(asked), "--model", "m"])
     assert made == asked.split()[0] and o.model == "m"
