@@ -39,6 +39,11 @@ def sum_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def linear_in(x, weight, dtype):
+    """x W^T in another dtype than x's: x (n, i), weight (o, i) -> (n, o)."""
+    return F.linear(x.to(dtype), weight.to(dtype))
+
+
 def compute_ax(x, A):
     """A x of all adapters, one matmul: x (n, i), A (e, r, i) -> (n, e, r)."""
     return F.linear(x, A.flatten(0, 1).to(x.dtype)).unflatten(-1, A.shape[:2])

@@ -195,14 +195,14 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
     """The Layout of ids (b, t); see Trunk.forward. Raises ValueError where the cache is too small."""
     b, t = ids.shape
     device = ids.device
-    longest = t  # of positions + 1, for 'dynamic' rope alone
+    step = torch.arange(max(lengths or [t]), device=device)
+    longest = len(step)  # of positions + 1, for 'dynamic' rope alone
     if lengths:
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+        positions = torch.cat([step[:length] for length in lengths])[None]
         sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
-        longest = max(lengths)
     else:
-        positions = torch.arange(t, device=device).expand(b, t)
-        sample = torch.arange(b, device=device).repeat_interleave(t)
+        positions = step.expand(b, t)
+        sample = torch.arange(b, device=device)[:, None].expand(b, t).flatten()
     if cache is not None:
         if cache.end + t > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
@@ -210,9 +210,9 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
         if config.rope["rope_type"] == "dynamic":  # only then: reading a tensor's value waits for the GPU
             longest = int((cache.lengths + counts).max())
     angle = positions.reshape(-1, 1, 1) * rope_frequencies(config, longest, device)  # (n, 1, d/2)
-    cos = torch.cat((angle.cos(), angle.cos()), -1).to(dtype)
-    sin = torch.cat((-angle.sin(), angle.sin()), -1).to(dtype)
-    return Layout(positions, sample, lengths, cos, sin)
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return Layout(positions, sample, lengths, cos.to(dtype), sin.to(dtype))
 
 
 def visible(positions, cached):

@@ -10,10 +10,12 @@ Everything in this project is a way to choose the k adapters and their weights, 
 `sample` is the row of the batch that each token belongs to (in training, which of the packed sequences). `ax()` is A x
 of all adapters (n, e, r), computed at its first call; `ax(idx)` is that of k adapters a token, (n, k, r). A choice that
 a token doesn't need weighs 0; its idx is any valid slot. To try a gate of your own, write an nn.Module with that
-forward and attach it. Two class attributes tell fast/ what it can't see:
+forward and attach it. Four attributes, where it has them, tell fast/ what it can't see:
 
-    per_batch    names of the gate's tensors whose first axis is the batch's rows or tokens, set anew for each batch
+    per_row      names of its tensors whose first axis is the batch's rows, set anew for each batch
+    per_token    names of those whose first axis is the batch's tokens
     sequential   True where it carries something from one Linear to another, or to a later step: it is run as it stands
+    linear_in    a function (x, weight, dtype) -> x W^T in that dtype, replaced by a faster one
 
 The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and pool.scale are
 {module path: tensor}, pool.slot(name) is an adapter's place in them.
@@ -150,8 +152,6 @@ class SampleGate(nn.Module):
     SampleGate can serve all Linears.
     """
 
-    per_batch = ("idx", "weight", "routed")
-
     def __init__(self, inner=None):
         super().__init__()
         self.inner = inner
@@ -163,6 +163,8 @@ class SampleGate(nn.Module):
         self.idx, self.weight = idx, weight
         self.routed = routed
         self.each_token = each_token
+        self.per_row = () if each_token else ("idx", "weight", "routed")
+        self.per_token = ("idx", "weight") if each_token else ()
         self.some_routed = routed is not None and bool(routed.any())  # read once, for all Linears
         self.all_routed = routed is not None and bool(routed.all())
 
@@ -197,7 +199,7 @@ def pad_to(y, k):
 class KnownAdapterGate(nn.Module):
     """In training each token's one adapter is known in advance: set() before each forward."""
 
-    per_batch = ("idx", "weight")
+    per_token = ("idx", "weight")
 
     def set(self, slots, weight):
         """slots (n,) int64, weight (n,) float32."""

@@ -40,7 +40,9 @@ def check_bounds(args):
     for field in fields(args):
         value = getattr(args, field.name)
         for bound in getattr(hints[field.name], "__metadata__", ()):
-            if not bound.value <= value < bound.below:
+            if value >= bound.below:
+                raise InputError(f"--{field.name} is {value}, expected less than {bound.below}")
+            if not value >= bound.value:  # NaN isn't
                 raise InputError(f"--{field.name} is {value}, expected at least {bound.value}")
 
 

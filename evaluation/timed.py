@@ -89,7 +89,7 @@ def with_adapters(args, e, backend="auto", folder=""):
         pool = Pool.of(random_adapters(args, e, shapes), shapes, dtype, args.device, alloc_B_of(model))
         gates = random_gates(args, e, shapes)
     asked = {path: SampleGate(gate) for path, gate in gates.items()}
-    for gate in asked.values():  # as methods.py asks gates
+    for gate in asked.values():  # as methods/batch.py asks gates
         gate.set(None, None, torch.ones(64, dtype=torch.bool, device=args.device))
     attach(model, pool, asked, backend)
     return model

@@ -33,7 +33,8 @@ How the parts fit. install() turns a Llama's modules into subclasses, in place: 
 FastTrunk, nn.Linear into FastLinear. Three things are made later, and made fast because the model says how:
 model.gated_linear (what attach() wraps a Linear with), model.new_cache() and model.alloc_B (a pool's layout). Until
 compile_blocks() the blocks run uncompiled, with the faster matmuls and the cost model; compiling pays from some hundred
-tokens on. Nothing else imports this room, and a test holds that without it every method gives the same answers.
+tokens on. pool/load.py alone imports this room, and bench.py, which times it; a test holds that without it every method
+gives the same answers.
 """
 
 import itertools
@@ -54,8 +55,8 @@ from model import KVCache, Llama, Trunk, remember, rotate, softmax_attention, vi
 
 
 def install(model):
-    """Makes a Llama fast, in place: the same results up to rounding. Blocks are compiled once compile_blocks() says
-    so."""
+    """Makes a Llama fast, in place: the same results up to rounding, but for the random numbers of LoRA dropout. Blocks
+    are compiled once compile_blocks() says so."""
     model.__class__ = FastLlama
     model.model.__class__ = FastTrunk
     for module in model.model.layers.modules():

@@ -19,6 +19,12 @@ from moe_lora import KnownAdapterGate, MeteoraGate, Mixture, MultiLoRALinear, Sa
 class FastMultiLoRALinear(MultiLoRALinear):
     """MultiLoRALinear, with what fast/ knows of its gate."""
 
+    def __init__(self, base, A, B, scale, gate, *others, **options):
+        super().__init__(base, A, B, scale, gate, *others, **options)
+        for part in gate.modules():
+            if hasattr(part, "linear_in"):
+                part.linear_in = linear_in
+
     def forward(self, x):
         """x (n, i) or (b, t, i) -> (n, o) or (b, t, o)."""
         y = self.base(x)
@@ -36,6 +42,11 @@ class FastMultiLoRALinear(MultiLoRALinear):
         if type(self.gate) is KnownAdapterGate and self.backend == "auto":
             return y + mix_grouped(x, self.A, self.B, self.scale, grouped_tokens(self.gate)).view(y.shape)
         return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
+
+
+def linear_in(x, weight, dtype):
+    """kernels.linear_in."""
+    return linear(x, weight, dtype=dtype)
 
 
 def forward_together(linears, x):
@@ -140,8 +151,8 @@ def dropout(x, p):
 
 def ready_to_compile(layers):
     """Prepares what gated Linears read anew in each batch, so that compiled blocks have one graph for all batches:
-    per-batch tensors are marked as of any length, those of a single row, on which torch.compile would specialise, get a
-    second one. False where a Linear or a gate has to run as plain Python."""
+    tensors of rows and tokens are marked as of any length, those of a single row, on which torch.compile would
+    specialise, get a second one. False where a Linear or a gate has to run as plain Python."""
     linears = [module for module in layers.modules() if isinstance(module, MultiLoRALinear)]
     gates = {part for linear in linears for part in linear.gate.modules()}
     if any(type(linear) is not FastMultiLoRALinear for linear in linears):
@@ -150,15 +161,16 @@ def ready_to_compile(layers):
         return False
     doubled = {}  # one tensor, shared by the gates of all Linears, stays one
     for gate in gates:
-        for name in getattr(gate, "per_batch", ()):
+        for name in getattr(gate, "per_row", ()):
             y = getattr(gate, name)
-            if y is not None and len(y) == 1 and not getattr(gate, "each_token", False):
+            if y is not None and len(y) == 1:
                 if id(y) not in doubled:
                     doubled[id(y)] = (y, y.repeat(2, *[1] * (y.dim() - 1)))
                 y = doubled[id(y)][1]
                 setattr(gate, name, y)
             if y is not None:
                 mark_dynamic_tokens(y)
+        mark_dynamic_tokens(*(getattr(gate, name) for name in getattr(gate, "per_token", ())))
         if type(gate) is KnownAdapterGate:
             mark_dynamic_tokens(*grouped_tokens(gate))
     mark_dynamic_tokens(*(linear.trace for linear in linears if linear.trace is not None))

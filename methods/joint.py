@@ -23,7 +23,11 @@ class Joint(Merged):
     pattern = r"[\w-]+"
     names = tuple(SAMPLING)
     about = "one adapter on all the data as it is, or evenly of all tasks"
-    has_task_adapter = True
+
+    @property
+    def has_task_adapter(self):
+        """Of those that have learnt all tasks; of another folder nobody knows."""
+        return self.name in self.names
 
     @property
     def made_by(self):

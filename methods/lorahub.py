@@ -74,12 +74,12 @@ class LoraHub(Merged):
     paper = "2307.13269"
     made_by = "train.py lorahub"
     per_task = "lorahub:{}"
-    answers_composites = False
 
     def __init__(self, name, top_k, task):
         super().__init__(name, top_k)
         self.task = task
         self.per_task = "" if task else LoraHub.per_task
+        self.answers_composites = bool(task)  # one task's weights may be tried, one for each task can't
 
     def check(self, mole):
         """The file has to know the task."""

@@ -21,7 +21,7 @@ from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
 from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
-from kernels import sum_dtype
+from kernels import linear_in, sum_dtype
 from methods.protocol import Gated
 from methods.session import Mole, rank_by_text, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
@@ -92,7 +92,8 @@ class RouterLoRA(nn.Module):
     that a router that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
     """
 
-    per_batch = ("idx", "bias")
+    per_row = ("idx", "bias")
+    linear_in = staticmethod(linear_in)
 
     def __init__(self, A, B, divisor=None, scaled=True, prior=0.0):
         super().__init__()
@@ -123,7 +124,7 @@ class RouterLoRA(nn.Module):
         inner = self._inner() if self.inner is None else self.inner
         idx = self.idx[sample]  # (n, k)
         bias = self.bias[sample]
-        q = F.linear(x.to(inner.dtype), self.A.to(inner.dtype))  # (n, r_q)
+        q = self.linear_in(x, self.A, inner.dtype)  # (n, r_q)
         a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
         if self.inner is None:  # training
             picks = F.one_hot(idx, len(inner)).to(inner.dtype)  # a gather whose gradient has a fixed order of additions

@@ -51,7 +51,7 @@ class GatesRun(Run):
 
 def train_gates(args, kinds):
     """Trains a kind of gate over all adapters of a pool and writes POOL/gates/NAME.safetensors. `kinds` {--kind: class
-    of methods/}, each a protocol.TrainedGates."""
+    of methods/}, each a protocol.Trained; one that --fit goes with has fit()."""
     kind = kinds[args.kind]
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)

@@ -37,7 +37,7 @@ def model(small_model):
 
 
 def with_gates(model, capacity=None, k=2):
-    """Attaches the five adapters with gates as methods.py does. Returns (pool, SampleGates)."""
+    """Attaches the five adapters with gates as methods/batch.py does. Returns (pool, SampleGates)."""
     pool = make_pool(linear_shapes(model), capacity=capacity)
     gates = {path: SampleGate(gate) for path, gate in random_gates(pool, k).items()}
     attach(model, pool, gates)
