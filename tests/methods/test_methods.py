@@ -16,7 +16,8 @@ from common.options import parse_command
 from generate import answer, load, stream
 from helpers_methods import LOGO, LORAHUB, METHODS, NAMES, RETRIEVED
 from helpers_models import random_adapter, write_adapters
-from methods.batch import check_method, default_method, for_task, force_adapters, set_methods
+from methods.batch import check_method, default_method, find_method, for_task, force_adapters, set_methods
+from methods.joint import Joint
 from methods.lorahub import lorahub
 from methods.smear import SmearLinear
 from model import load_llama
@@ -614,3 +615,16 @@ def test_lorahub_without_an_excluded_adapter(mole):
     set_methods(mole, ["lorahub:fox"], exclude=["bee"])
     want = lorahub(mole.pool, {name: w for name, w in weights.items() if name != "bee"})
     assert weights["bee"] and mole.attached[1].members["lorahub:fox"].hash == replace(want, name="lorahub:fox").hash
+
+
+def test_what_a_method_says_of_itself(mole):
+    """eval.py goes by it: a row that is left out without need, or refused, or scored with what it should do without."""
+    said = {name: find_method(mole, name) for name in ("lorahub", "lorahub:fox", "lora_b", "oracle", "adapter:ant")}
+    assert [name for name, method in said.items() if not method.answers_composites] == ["lorahub"]
+    assert [name for name, method in said.items() if method.has_task_adapter] == ["lora_b", "adapter:ant"]
+    assert [name for name, method in said.items() if method.is_ceiling] == ["oracle"]
+    assert not Joint.parse("mine_of_all").has_task_adapter
+    kinds = {
+        name: find_method(mole, name, 2).has_temperature for name in ("meteora", "meteora_top1", "arrow", "ramole")
+    }
+    assert kinds == {"meteora": True, "meteora_top1": False, "arrow": True, "ramole": False}
