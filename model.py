@@ -202,7 +202,7 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
         sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     else:
         positions = step.expand(b, t)
-        sample = torch.arange(b, device=device)[:, None].expand(b, t).flatten()
+        sample = torch.arange(b, device=device).repeat_interleave(t)
     if cache is not None:
         if cache.end + t > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")

@@ -103,7 +103,9 @@ def mixture_of(gate, x, sample, ax, chosen=None):
         return meteora_mixtures([gate], x)[0]
     if type(gate) is not SampleGate:
         return gate(x, sample, ax)
-    if gate.inner is None or not (gate.some_routed or torch.compiler.is_compiling()):
+    if gate.inner is None or not (
+        torch.compiler.is_compiling() or gate.some_routed
+    ):  # compiled: no guard on routed rows
         return gate.fixed(sample)
     chosen = chosen or mixture_of(gate.inner, x, sample, ax)
     if gate.all_routed:
@@ -165,7 +167,10 @@ def ready_to_compile(layers):
             y = getattr(gate, name)
             if y is not None and len(y) == 1:
                 if id(y) not in doubled:
-                    doubled[id(y)] = (y, y.repeat(2, *[1] * (y.dim() - 1)))
+                    with torch.inference_mode(
+                        False
+                    ):  # of the sort of a tensor with more rows, or it is a graph of its own
+                        doubled[id(y)] = (y, y.repeat(2, *[1] * (y.dim() - 1)))
                 y = doubled[id(y)][1]
                 setattr(gate, name, y)
             if y is not None:
