@@ -1,4 +1,4 @@
-"""All that is there for speed alone: fast.install(model) makes a Llama fast; without this folder all runs, slower."""
+"""What is there for speed alone: fast.install(model) makes a Llama fast. Without it all but bench.py runs, slower."""
 
 from fast.model import install
 

@@ -97,7 +97,7 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retr
     needed = [name for method, found in requests for name in method.in_memory(mole, found, exclude)]
     mole.pool.need(needed)
     mole.batch_id += 1
-    in_slots = shared.key[0] == POOL[0]  # what is merged is no longer in slots
+    in_slots = shared.key[0] == POOL[0]  # what is merged is a copy: slots may change beneath it
     mole.slots_in_use = mole.slots(needed) if in_slots else {}
     pool = _attach(mole, shared, requests, gate_temperature, backend, tuple(sorted(exclude)))
     shared.prepare(mole, requests)
@@ -150,17 +150,17 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
     if isinstance(shared, OwnLinears):
         shared.attach(mole, backend, exclude)
     else:
-        gates = dict.fromkeys(pool.A, SampleGate())
         if isinstance(shared, Merged):
             made = [
                 replace(method.merge(mole, found, exclude), name=label)
                 for label, (method, found) in sorted(derived.items())
             ]
             pool = Pool.of(made, mole.pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
-            gates = dict.fromkeys(pool.A, SampleGate())
-        elif isinstance(shared, Gated):
+        if isinstance(shared, Gated):
             inner = shared.gates(mole, temperature, exclude)
             gates = {path: SampleGate(inner[path]) for path in pool.A}
+        else:
+            gates = dict.fromkeys(pool.A, SampleGate())
         attach(mole.model, pool, gates, backend)
         mole.gates = list(dict.fromkeys(gates.values()))
     mole.attached = (key, pool)

@@ -90,9 +90,8 @@ class Meteora(TrainedGates):
     @classmethod
     def attach_for_training(cls, model, pool, args):
         """MeteoraGates of zero, and their GateLoss."""
-        gates = meteora_gates(pool, args.top_k, args.gate_temperature)
-        attach(model, pool, gates)
-        return gates, GateLoss(gates), None
+        gates, _, prompt = super().attach_for_training(model, pool, args)
+        return gates, GateLoss(gates), prompt
 
     @classmethod
     def fit(cls, model, pool, examples, args):
