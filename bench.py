@@ -1,12 +1,14 @@
-"""Speed of the operation, of decoding, of prefill, of training; beside it the machine's limits and other programs.
+"""Speed of the operation, of decoding, of prefill, of training; beside it the machine's limits and
+other programs.
 
     python bench.py layer|decode|prefill|train [--model DIR] [--dtype float32]
 
-What stands in one table was measured in one run and in turn (of `train` adapters, then gates, each row in a process of
-its own): a repetition times every row once, in an order of its own, so that what else the machine does, and what the
-row before left in its caches, hits all of them alike. Shown are the median of the repetitions and the quartiles around
-it; the last line is all of it as JSON. transformers, peft and llama-cpp-python (with --gguf) are measured on the same
-weights, adapters, prompts and threads where they are installed; nothing here needs them.
+What stands in one table was measured in one run and in turn (of `train` adapters, then gates, each
+row in a process of its own): a repetition times every row once, in an order of its own, so that
+what else the machine does, and what the row before left in its caches, hits all of them alike.
+Shown are the median of the repetitions and the quartiles around it; the last line is all of it as
+JSON. transformers, peft and llama-cpp-python (with --gguf) are measured on the same weights,
+adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
 import json
@@ -87,7 +89,9 @@ class ModelBench(Bench):
 class RoutedBench(ModelBench):
     """Options of benchmarks of a model with adapters and gates."""
 
-    pool: str = ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
+    pool: str = (
+        ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
+    )
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
     e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
     gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
@@ -100,7 +104,9 @@ class DecodeBench(RoutedBench):
     context: int = 64  # tokens of the prompt
     tokens: int = 16  # tokens decoded in a repetition
     batch_size: int = 8  # requests decoded together, beside one by itself
-    requests: int = 0  # requests with other retrieved adapters each, decoded together by RAMoLE's router, 0 = none
+    requests: int = (
+        0  # requests with other retrieved adapters each, decoded together by RAMoLE's router, 0 = none
+    )
     union: str = "12,28,48"  # how many adapters those are together; several are a row each
 
 
@@ -119,7 +125,9 @@ class TrainBench(ModelBench):
     e: int = 8  # adapters trained at once
     gated: int = 28  # adapters under the gates that are trained
     tokens: int = 128  # of an example, half of them the response's
-    tasks: str = ""  # task folders: real examples, of 512 tokens at most, instead of random ones of one length
+    tasks: str = (
+        ""  # task folders: real examples, of 512 tokens at most, instead of random ones of one length
+    )
     each: int = 1  # examples a step and adapter
 
 
@@ -127,8 +135,8 @@ class TrainBench(ModelBench):
 
 
 def in_turn(rows, repeats, before=lambda: None):
-    """{name: function} -> {name: [seconds of each repetition]}; each runs twice in advance, uncounted, and `before` is
-    called before each repetition."""
+    """{name: function} -> {name: [seconds of each repetition]}; each runs twice in advance,
+    uncounted, and `before` is called before each repetition."""
     for run in (*rows.values(), *rows.values()):
         run()
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
@@ -145,19 +153,23 @@ def in_turn(rows, repeats, before=lambda: None):
 
 def spread(seconds):
     """Median and quartiles in milliseconds."""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    low, median, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
     return {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
 
 
 class Limits(NamedTuple):
-    """What the machine can do, measured in this run: bytes read and floating-point operations, a second."""
+    """What the machine can do, measured in this run: bytes read and floating-point operations, a
+    second."""
 
     bytes: float
     flops: float
 
 
 def bandwidth(dtype, device):
-    """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for most caches."""
+    """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for
+    most caches."""
     W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype, device=device)
     x = W[0].clone()
     y = torch.empty(len(W), dtype=dtype, device=device)
@@ -200,8 +212,8 @@ def processor():
 
 
 def bench_layer(args, limits):
-    """One Linear with its adapters: every backend, by itself and in a compiled block, and how far auto's choice is
-    from the best of them."""
+    """One Linear with its adapters: every backend, by itself and in a compiled block, and how far
+    auto's choice is from the best of them."""
     table = []
     dtype = DTYPES[args.dtype]
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
@@ -226,8 +238,8 @@ def bench_layer(args, limits):
 
 
 def layer_row(args, x, W, A, B, scale, idx, weight):
-    """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with "compiled" behind. The
-    weights are in no cache: in a model the layers before have swept it."""
+    """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with
+    "compiled" behind. The weights are in no cache: in a model the layers before have swept it."""
     rows = {"Linear": lambda: linear(x, W)}
     sweep = torch.ones(2**25, device=x.device).sum
     for backend in BACKENDS:
@@ -252,7 +264,8 @@ def layer_row(args, x, W, A, B, scale, idx, weight):
 
 
 def bench_decode(args, limits):
-    """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step reads."""
+    """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step
+    reads."""
     base = load(args)
     rows = {}
     facts = {}
@@ -275,7 +288,12 @@ def bench_decode(args, limits):
         row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, args.tokens))
     if args.requests:
         ids = prompts(args, args.requests, args.context, base.config.vocab_size)
-        row(f"{args.requests} requests, base", Decoder(base, ids, args.tokens), args.requests, bytes_read(base))
+        row(
+            f"{args.requests} requests, base",
+            Decoder(base, ids, args.tokens),
+            args.requests,
+            bytes_read(base),
+        )
         for union in numbers("--union", args.union):
             model = with_requests(args, union)
             row(
@@ -286,7 +304,9 @@ def bench_decode(args, limits):
             )
     for name, model, options in hf_models(args, e):
         row(name, HfDecoder(model, one, args.tokens, **options(1)))
-        row(f"{name}, batch", HfDecoder(model, many, args.tokens, **options(args.batch_size)), args.batch_size)
+        row(
+            f"{name}, batch", HfDecoder(model, many, args.tokens, **options(args.batch_size)), args.batch_size
+        )
     if args.gguf:
         row("llama.cpp", LlamaCpp(args.gguf, one, args.tokens))
     table = []
@@ -294,7 +314,9 @@ def bench_decode(args, limits):
         step = spread([s / args.tokens for s in times])
         b, size = facts[name]
         share = size and size / limits().bytes / step["ms"] * 1e3
-        table.append({"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share})
+        table.append(
+            {"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share}
+        )
     return table
 
 
@@ -335,15 +357,20 @@ def bench_prefill(args, limits):
 
 
 def bench_train(args, limits):
-    """Milliseconds of an optimizer step, and tokens a second without the padding: `e` adapters at once, then the gates
-    of `gated` adapters by the LM term and the gate term. peft trains one adapter after another, on as many examples a
-    step."""
+    """Milliseconds of an optimizer step, and tokens a second without the padding: `e` adapters at
+    once, then the gates of `gated` adapters by the LM term and the gate term. peft trains one
+    adapter after another, on as many examples a step."""
     learners = {f"{args.e} adapters": adapters_trainer}
     if args.peers and has("peft"):
         learners["transformers + peft, one by one"] = one_adapter_trainer
-    gates = {f"gates of {args.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")}
+    gates = {
+        f"gates of {args.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")
+    }
     table = []
-    for group in (learners, gates):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
+    for group in (
+        learners,
+        gates,
+    ):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
         rows = {name: InSubprocess(make, args) for name, make in group.items()}
         for name, times in in_turn(rows, args.repeats).items():
             rates = [tokens / seconds for tokens, seconds in zip(rows[name].results[2:], times, strict=True)]

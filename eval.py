@@ -5,11 +5,11 @@
     python eval.py --methods oracle,selection,mixture,fusion,ramole --ood   each task without its own adapter
     python eval.py --model DIR --pool DIR --tasks DIR --methods base,oracle,meteora_top1,adapter:NAME --out DIR
 
-Every answer is generated greedily from the test split and scored by its task's metric, with a 95 % bootstrap
-interval over the examples. For MeteoRA's gates it also counts how often a gate's first choice, at the tokens of the
-held-out responses, is the task's own adapter, and for methods that retrieve how often that is among the k best. What
-is done lies in OUT/cells: the same command goes on where it was stopped. Two runs with the same options write the
-same results.json.
+Every answer is generated greedily from the test split and scored by its task's metric, with a 95 %
+bootstrap interval over the examples. For MeteoRA's gates it also counts how often a gate's first
+choice, at the tokens of the held-out responses, is the task's own adapter, and for methods that
+retrieve how often that is among the k best. What is done lies in OUT/cells: the same command goes
+on where it was stopped. Two runs with the same options write the same results.json.
 """
 
 import platform
@@ -55,9 +55,13 @@ class Options:
     methods: str = "base,oracle,meteora"  # separated by commas; oracle is each task with its own adapter
     composite: str = ""  # questions in a composite prompt, as 3,5,10; each size has its columns in a table
     composites: Count = 200  # composite prompts of each size
-    composite_temperature: str = "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
+    composite_temperature: str = (
+        "1"  # of the gates on composites; several, as 1,5,15: the best on validation prompts
+    )
     ood: bool = False  # each task without its own adapter: what do the others make of it
-    unseen: bool = False  # only tasks that router and retriever were not trained on; gates do without those adapters
+    unseen: bool = (
+        False  # only tasks that router and retriever were not trained on; gates do without those adapters
+    )
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
@@ -65,7 +69,9 @@ class Options:
     limit: Whole = 0  # examples a task, 0 = all
     max_new_tokens: int = 64  # tokens an answer may have
     batch_size: Count = 16  # prompts decoded together
-    meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora), to compare with it
+    meteora_metrics: bool = (
+        False  # score as MeteoRA's released code did (metrics.score_meteora), to compare with it
+    )
     dtype: str = "auto"  # of the weights, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
     seed: Whole = 0  # of the bootstrap and of the composites
@@ -79,8 +85,8 @@ def tiny_test_tasks(names, n=100):
 
 
 def hidden_from(mole, method, name, args):
-    """The adapters that `method` has to do without on task `name`: in --ood the task's own; in --unseen what is trained
-    for a fixed pool does without those of all tasks that are unseen."""
+    """The adapters that `method` has to do without on task `name`: in --ood the task's own; in
+    --unseen what is trained for a fixed pool does without those of all tasks that are unseen."""
     found = find_method(mole, method, args.top_k)
     if args.ood and name in mole.pool.members and not found.is_ceiling:
         return (name,)
@@ -90,8 +96,11 @@ def hidden_from(mole, method, name, args):
 
 
 def seen_tasks(mole):
-    """The tasks that the pool's router and retriever were trained on. Raises InputError where there is neither."""
-    files = [mole.folder.path / f"{part}.safetensors" for part in ("router", "retriever")] if mole.folder else []
+    """The tasks that the pool's router and retriever were trained on. Raises InputError where there
+    is neither."""
+    files = (
+        [mole.folder.path / f"{part}.safetensors" for part in ("router", "retriever")] if mole.folder else []
+    )
     found = [read_metadata(file).get("tasks", "").split("\n") for file in files if file.exists()]
     if not found:
         raise InputError("--unseen: the pool has neither router.safetensors nor retriever.safetensors")
@@ -112,12 +121,16 @@ def choose_tasks(mole, args):
             raise InputError(f"no embedded task {unknown[0]!r}: name a folder with --tasks")
         tasks = tiny_test_tasks(wanted)
     if not tasks:
-        raise InputError("nothing to evaluate: no adapter of the pool has the name of a task; name some with --only")
+        raise InputError(
+            "nothing to evaluate: no adapter of the pool has the name of a task; name some with --only"
+        )
     if args.unseen:
         seen = seen_tasks(mole)
         tasks = {name: task for name, task in tasks.items() if name not in seen}
         if not tasks:
-            raise InputError("--unseen: router and retriever have seen every task: train.py router --share 0.4")
+            raise InputError(
+                "--unseen: router and retriever have seen every task: train.py router --share 0.4"
+            )
     for task in tasks.values():
         task.test = task.test[: args.limit or None]
         if not task.test:
@@ -126,7 +139,8 @@ def choose_tasks(mole, args):
 
 
 def check_options(args):
-    """Raises InputError for values out of range; returns methods, composite sizes, composite temperatures."""
+    """Raises InputError for values out of range; returns methods, composite sizes, composite
+    temperatures."""
     if args.ood and args.unseen or (args.composite and (args.ood or args.unseen)):
         raise InputError("--ood, --unseen and --composite exclude each other")
     check_bounds(args)
@@ -147,7 +161,9 @@ def evaluate(mole, tasks, methods, cells, args):
     answers = []
     timing = {}
     score_one = score_meteora if args.meteora_metrics else score
-    with tqdm(total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1) as bar:
+    with tqdm(
+        total=len(methods) * sum(len(t.test) for t in tasks.values()), file=sys.stderr, mininterval=1
+    ) as bar:
         for method in methods:
             scores = {}
             timing[method] = 0.0
@@ -162,22 +178,28 @@ def evaluate(mole, tasks, methods, cells, args):
                 )
                 texts = cell["answers"]
                 timing[method] = timing[method] + cell["seconds"]
-                scores[name] = asdict(score_one(task.metric, texts, [row["response"] for row in task.test], args.seed))
+                scores[name] = asdict(
+                    score_one(task.metric, texts, [row["response"] for row in task.test], args.seed)
+                )
                 rows = zip(task.test, texts, strict=True)
                 answers += [{"method": method, "task": name, **row, "answer": text} for row, text in rows]
                 bar.update(len(texts))
             results[method] = {**mean_of(scores), "tasks": scores}
             own = {name: task for name, task in tasks.items() if mole.pool and name in mole.pool.members}
-            if find_method(mole, method, args.top_k).gates_know_tasks and own and not (args.ood or args.unseen):
+            if (
+                find_method(mole, method, args.top_k).gates_know_tasks
+                and own
+                and not (args.ood or args.unseen)
+            ):
                 found = cells.get(f"gates of {method}", lambda m=method: gate_accuracy(mole, own, m, args))
                 results[method]["gates"] = {key: found[key] for key in ("right", "first_qkv", "tokens")}
     return results, answers, {method: round(seconds, 2) for method, seconds in timing.items()}
 
 
 def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, args):
-    """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl). `oracle` is the
-    ceiling: each question and each answer runs through its own task's adapter. A method that knows one task at
-    a time is left out."""
+    """Every method on the composites `drawn`, {n: [Composite]} -> (results, rows of answers.jsonl).
+    `oracle` is the ceiling: each question and each answer runs through its own task's adapter. A
+    method that knows one task at a time is left out."""
     results = {}
     answers = []
     for n, asked in drawn.items():
@@ -188,10 +210,14 @@ def evaluate_composites(mole, tasks, methods, drawn, temperatures, cells, args):
             search = len(temperatures) > 1 and kind.has_temperature
             temperature = temperatures[0]
             if search:
-                trial = composites(tasks, n, max(1, args.composites // 4), mole.template, args.seed, split="train")
+                trial = composites(
+                    tasks, n, max(1, args.composites // 4), mole.template, args.seed, split="train"
+                )
                 temperature = cells.get(
                     f"temperature of {method} on composite-{n}",
-                    lambda m=method, t=trial: {"best": choose_temperature(mole, t, m, tasks, temperatures, args)},
+                    lambda m=method, t=trial: {
+                        "best": choose_temperature(mole, t, m, tasks, temperatures, args)
+                    },
                 )["best"]
             cell = cells.get(
                 f"{method} on composite-{n}",

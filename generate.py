@@ -3,8 +3,8 @@
     python generate.py --prompt "..."                     the embedded default, tiny/
     python generate.py --model DIR --pool DIR --prompt "..." --prompt "..." --method adapter:NAME --method meteora
 
-For people who import it: load() gives a model with its adapters, stream() yields tokens as they come, answer() waits
-for whole answers.
+For people who import it: load() gives a model with its adapters, stream() yields tokens as they
+come, answer() waits for whole answers.
 """
 
 import sys
@@ -30,14 +30,20 @@ __all__ = ["answer", "load", "stream"]
 class Options(Sampling):
     """Options of generate.py."""
 
-    prompt: list[str] = field(default_factory=list)  # what to answer, - reads standard input; repeatable: one batch
+    prompt: list[str] = field(
+        default_factory=list
+    )  # what to answer, - reads standard input; repeatable: one batch
     model: str = ""  # model folder, default tiny/
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
-    prompts: str = ""  # FILE.jsonl of {"prompt"} lines, and "method" where it is another; answered as one batch
+    prompts: str = (
+        ""  # FILE.jsonl of {"prompt"} lines, and "method" where it is another; answered as one batch
+    )
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
-    method: list[str] = field(default_factory=list)  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
+    method: list[str] = field(
+        default_factory=list
+    )  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
@@ -46,10 +52,14 @@ class Options(Sampling):
     resident: Whole = 0  # adapters in memory at most, the others wait on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
-    truncate: Literal["no", "left", "right"] = "no"  # which end of a prompt longer than the context is cut off
+    truncate: Literal["no", "left", "right"] = (
+        "no"  # which end of a prompt longer than the context is cut off
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    compile: bool | None = None  # the blocks, by torch.compile; default where many tokens of a large model pay for it
+    compile: bool | None = (
+        None  # the blocks, by torch.compile; default where many tokens of a large model pay for it
+    )
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write the routing as a web page to this file
     json: bool = False  # one JSON object a prompt on standard output
@@ -68,7 +78,9 @@ def check_options(args, asked):
     if args.raw and args.chat:
         raise InputError("--raw and --chat exclude each other")
     if len(args.method) > 1 and len(args.method) != len(asked):
-        raise InputError(f"{len(args.method)} times --method for {len(asked)} prompts: give it once, or once a prompt")
+        raise InputError(
+            f"{len(args.method)} times --method for {len(asked)} prompts: give it once, or once a prompt"
+        )
     check_values(args, args.top_k, args.gate_temperature)
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")
@@ -85,7 +97,8 @@ def read_requests(args):
 
 
 def read_prompt(prompt):
-    """The prompt, or standard input for "-". Raises InputError where it is not UTF-8: no tokenizer could encode it."""
+    """The prompt, or standard input for "-". Raises InputError where it is not UTF-8: no tokenizer
+    could encode it."""
     name = "--prompt"
     data = prompt.encode("utf-8", "surrogateescape")
     if prompt == "-":
@@ -99,7 +112,9 @@ def read_prompt(prompt):
 
 def main():
     """The command: answers prompts, lists the pool, or prompts for more."""
-    args = parse_args(Options, description="Answer prompts with a Llama that chooses among its LoRA adapters.")
+    args = parse_args(
+        Options, description="Answer prompts with a Llama that chooses among its LoRA adapters."
+    )
     asked = read_requests(args)
     if not (args.prompt or args.prompts or args.list_ or args.interactive):
         print(START)
@@ -121,7 +136,10 @@ def main():
     print(f"method: {', '.join(chosen)}" + ("" if args.method else f" ({why})"), file=sys.stderr)
     if asked:
         chosen = chosen if len(chosen) == len(asked) else chosen * len(asked)
-        methods = [check_method(mole, own, args.top_k) if own else m for (_, own), m in zip(asked, chosen, strict=True)]
+        methods = [
+            check_method(mole, own, args.top_k) if own else m
+            for (_, own), m in zip(asked, chosen, strict=True)
+        ]
         respond(mole, [prompt for prompt, _ in asked], methods, args)
     if args.interactive:
         interact(mole, chosen[0], args)

@@ -1,17 +1,20 @@
-"""One operation, the weighted sum of each token's adapters, in three backends that agree up to rounding.
+"""One operation, the weighted sum of each token's adapters, in three backends that agree up to
+rounding.
 
     y[u] = sum over c of  weight[u, c] * scale[j] * B[j] A[j] x[u],   j = idx[u, c]          (MeteoRA, section 3)
 
-for token u of n and choice c of k. x (n, i) are the tokens, i and o the in and out features of a Linear; A (e, r, i),
-B (e, o, r) and scale (e,) are e adapters of rank r, idx (n, k) int64 and weight (n, k) float32 say which k of them a
-token uses and how much. y (n, o) has x's dtype. Every backend is differentiable in x, A, B and weight by autograd.
+for token u of n and choice c of k. x (n, i) are the tokens, i and o the in and out features of a
+Linear; A (e, r, i), B (e, o, r) and scale (e,) are e adapters of rank r, idx (n, k) int64 and
+weight (n, k) float32 say which k of them a token uses and how much. y (n, o) has x's dtype. Every
+backend is differentiable in x, A, B and weight by autograd.
 
     loop    the definition: for each adapter that some token uses, gather its tokens, two matmuls, add to these tokens
     bmm     gather each token's k adapters, two batched matmuls: reads and copies n*k*r*(i+o) numbers
     dense   all adapters for all tokens, two large matmuls; between them A x is multiplied by weights (n, e), mostly 0
 
-An adapter of smaller rank is padded with zeros to r, one that doesn't change this Linear is all zeros: both exact.
-A and B may have another dtype than x: loop and dense multiply in x's, bmm in float32 (float64 where x is).
+An adapter of smaller rank is padded with zeros to r, one that doesn't change this Linear is all
+zeros: both exact. A and B may have another dtype than x: loop and dense multiply in x's, bmm in
+float32 (float64 where x is).
 """
 
 import torch
@@ -19,8 +22,9 @@ import torch.nn.functional as F
 
 
 def lora_mix(x, A, B, scale, idx, weight, backend="auto", get_ax=None):
-    """The operation, shapes as above -> (n, o). `get_ax` returns A x of all adapters (n, e, r), where a gate may have
-    computed it already; only dense calls it. Raises ValueError for an unknown backend."""
+    """The operation, shapes as above -> (n, o). `get_ax` returns A x of all adapters (n, e, r),
+    where a gate may have computed it already; only dense calls it. Raises ValueError for an unknown
+    backend."""
     scaled = weight * scale.to(weight.dtype)[idx]  # (n, k)
     if backend == "auto":
         backend = pick_backend(len(x), len(A), idx.shape[1])
@@ -56,7 +60,9 @@ def mix_loop(x, A, B, idx, scaled, get_ax=None):
     """The definition, an adapter at a time."""
     y = torch.zeros(len(x), B.shape[1], dtype=sum_dtype(x), device=x.device)
     for j in idx.unique().tolist():
-        tokens, choices = (idx == j).nonzero(as_tuple=True)  # which tokens use adapter j, and as which of their k
+        tokens, choices = (idx == j).nonzero(
+            as_tuple=True
+        )  # which tokens use adapter j, and as which of their k
         ax = F.linear(x[tokens], A[j].to(x.dtype))  # (tokens of j, r)
         ax = ax * scaled[tokens, choices, None].to(x.dtype)
         y = y.index_add(0, tokens, F.linear(ax, B[j].to(x.dtype)).to(y.dtype))

@@ -1,13 +1,15 @@
 """Llama, whole: token ids in, logits out, with a KV cache. Knows nothing of LoRA.
 
-Llama 1, 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2, TinyLlama): pre-norm blocks of grouped-query
-attention with rotary positions, and a SwiGLU MLP. Module names are Hugging Face's.
+Llama 1, 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2, TinyLlama): pre-norm blocks of
+grouped-query attention with rotary positions, and a SwiGLU MLP. Module names are Hugging Face's.
 
-The blocks see all tokens of a batch as one tensor (n, h); only attention knows which sequence a token belongs to. A
-batch is ids (b, t), rows padded on the right: causal attention never looks to the right, so padding needs no mask. Or
-it is, in training, ids (1, n) with `lengths`: packed sequences.
+The blocks see all tokens of a batch as one tensor (n, h); only attention knows which sequence a
+token belongs to. A batch is ids (b, t), rows padded on the right: causal attention never looks to
+the right, so padding needs no mask. Or it is, in training, ids (1, n) with `lengths`: packed
+sequences.
 
-Letters: b batch, t positions, n tokens, s keys that are attended to, h hidden size, d head_dim, v vocabulary.
+Letters: b batch, t positions, n tokens, s keys that are attended to, h hidden size, d head_dim, v
+vocabulary.
 """
 
 import math
@@ -22,7 +24,8 @@ from common.llama_folder import read_config, read_weights, without_init
 
 @dataclass
 class LlamaConfig:
-    """What is read from config.json, under Hugging Face's names but for the last two (common/llama_folder.py)."""
+    """What is read from config.json, under Hugging Face's names but for the last two
+    (common/llama_folder.py)."""
 
     vocab_size: int
     hidden_size: int
@@ -56,7 +59,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; the query heads share the keys and values of fewer heads (grouped-query attention)."""
+    """Causal attention; the query heads share the keys and values of fewer heads (grouped-query
+    attention)."""
 
     def __init__(self, c):
         super().__init__()
@@ -67,8 +71,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
     def forward(self, x, layout, stored=None):
-        """x (n, h) -> (n, h). `layout`: a Layout, below. `stored`: this layer's part of the cache, a pair of tensors
-        (b, kv heads, capacity, d), read and written."""
+        """x (n, h) -> (n, h). `layout`: a Layout, below. `stored`: this layer's part of the cache,
+        a pair of tensors (b, kv heads, capacity, d), read and written."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.d)), layout.cos, layout.sin)  # (n, heads, d)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.d)), layout.cos, layout.sin)  # (n, kv heads, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.d))  # (n, kv heads, d)
@@ -119,9 +123,10 @@ class Trunk(nn.Module):
     def forward(self, ids, cache=None, counts=None, depth=None, lengths=None):
         """ids (b, t) -> (b, t, h).
 
-        With a cache, row j's ids follow its cached tokens; the first counts[j] are real (default: all) and join it.
-        With `lengths`, ids (1, n) are packed sequences of these lengths; with `depth` only so many blocks run: both
-        without a cache. Raises ValueError where the cache is too small.
+        With a cache, row j's ids follow its cached tokens; the first counts[j] are real (default:
+        all) and join it. With `lengths`, ids (1, n) are packed sequences of these lengths; with
+        `depth` only so many blocks run: both without a cache. Raises ValueError where the cache is
+        too small.
         """
         if cache is not None and counts is None:
             counts = torch.full_like(cache.lengths, ids.shape[1])
@@ -143,7 +148,8 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids (b, t) -> logits (b, t, v). `model` gives hidden states, `head` turns those that are needed into logits."""
+    """ids (b, t) -> logits (b, t, v). `model` gives hidden states, `head` turns those that are
+    needed into logits."""
 
     linear = staticmethod(F.linear)  # the head's x W^T, also of the loss in training; fast/ has a faster one
 
@@ -188,7 +194,9 @@ class Layout:
     lengths: list | None  # of packed sequences
     cos: torch.Tensor  # (n, 1, d)
     sin: torch.Tensor  # (n, 1, d), its first half negated, as rotate() wants it
-    mask: torch.Tensor | None = None  # (b, 1, t, s) bool, what each token sees, where the cache holds earlier ones
+    mask: torch.Tensor | None = (
+        None  # (b, 1, t, s) bool, what each token sees, where the cache holds earlier ones
+    )
 
 
 def lay_out(config, ids, cache, counts, lengths, dtype):
@@ -199,7 +207,9 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
     longest = len(step)  # of positions + 1, for 'dynamic' rope alone
     if lengths:
         positions = torch.cat([step[:length] for length in lengths])[None]
-        sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        sample = torch.arange(len(lengths), device=device).repeat_interleave(
+            torch.tensor(lengths, device=device)
+        )
     else:
         positions = step.expand(b, t)
         sample = torch.arange(b, device=device).repeat_interleave(t)
@@ -216,14 +226,15 @@ def lay_out(config, ids, cache, counts, lengths, dtype):
 
 
 def visible(positions, cached):
-    """positions (b, t) of the new tokens, of which no row's is beyond cached + t -> mask (b, 1, t, s), s = cached + t:
-    True where a key's position is not later than the token's own."""
+    """positions (b, t) of the new tokens, of which no row's is beyond cached + t -> mask (b, 1, t,
+    s), s = cached + t: True where a key's position is not later than the token's own."""
     keys = torch.arange(cached + positions.shape[1], device=positions.device)  # (s,)
     return keys <= positions[:, None, :, None]
 
 
 def rope_frequencies(config, length, device=None):
-    """Inverse frequencies (d/2,), float32; `length` is the longest position + 1 and matters for 'dynamic' alone."""
+    """Inverse frequencies (d/2,), float32; `length` is the longest position + 1 and matters for
+    'dynamic' alone."""
     rope = config.rope
     d = config.head_dim
     theta = rope["rope_theta"]
@@ -242,14 +253,16 @@ def rope_frequencies(config, length, device=None):
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs (x_j, x_{j + d/2}) by their token's angles: x (n, heads, d), cos, sin (Layout) -> x's shape."""
+    """Rotates the pairs (x_j, x_{j + d/2}) by their token's angles: x (n, heads, d), cos, sin
+    (Layout) -> x's shape."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return x * cos + swapped * sin
 
 
 def attend(q, k, v, layout, stored=None):
-    """q (n, heads, d), k, v (n, kv heads, d) -> (n, heads * d): what each token reads from its sequence up to itself.
-    With a cache the new keys and values are written into `stored`, its part for this layer."""
+    """q (n, heads, d), k, v (n, kv heads, d) -> (n, heads * d): what each token reads from its
+    sequence up to itself. With a cache the new keys and values are written into `stored`, its part
+    for this layer."""
     if layout.lengths:
         sequences = zip(*(y.split(layout.lengths) for y in (q, k, v)), strict=True)
         ys = [softmax_attention(q[None], k[None], v[None])[0] for q, k, v in sequences]
@@ -262,8 +275,9 @@ def attend(q, k, v, layout, stored=None):
 
 
 def remember(k, v, layout, stored):
-    """Writes k, v (b, t, kv heads, d) into the cache and returns what to attend to, (b, s, kv heads, d): cached and new
-    ones, or the new ones if it was empty. Padding is written too; the row's next tokens overwrite it."""
+    """Writes k, v (b, t, kv heads, d) into the cache and returns what to attend to, (b, s, kv
+    heads, d): cached and new ones, or the new ones if it was empty. Padding is written too; the
+    row's next tokens overwrite it."""
     rows = torch.arange(len(k), device=k.device)[:, None]
     for tensor, new in zip(stored, (k, v), strict=True):
         tensor[rows, :, layout.positions] = new  # indexed by (b, 1) and (b, t): (b, t, kv heads, d)
@@ -273,8 +287,8 @@ def remember(k, v, layout, stored):
 
 
 def softmax_attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v: q (b, t, heads, d), k, v (b, s, kv heads, d) -> (b, t, heads * d). Causal without a
-    mask (b, 1, t, s)."""
+    """softmax(q k^T / sqrt(d)) v: q (b, t, heads, d), k, v (b, s, kv heads, d) -> (b, t, heads *
+    d). Causal without a mask (b, 1, t, s)."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -282,11 +296,12 @@ def softmax_attention(q, k, v, mask=None):
 
 
 class KVCache:
-    """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d), and lengths (b,) int64, how many tokens
-    each row holds.
+    """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d), and lengths (b,)
+    int64, how many tokens each row holds.
 
-    `end` is a Python int that no row's length exceeds. What is cached is never computed again, whatever changes in the
-    model. `replayable` is for fast/: while the caller leaves it equal, and not None, only the tokens change.
+    `end` is a Python int that no row's length exceeds. What is cached is never computed again,
+    whatever changes in the model. `replayable` is for fast/: while the caller leaves it equal, and
+    not None, only the tokens change.
     """
 
     replayable = None
@@ -300,16 +315,19 @@ class KVCache:
         self.end = 0
 
     def advance(self, counts, t):
-        """After a forward of t positions: row j has counts[j] more tokens in the cache, the rest was padding."""
+        """After a forward of t positions: row j has counts[j] more tokens in the cache, the rest
+        was padding."""
         self.lengths += counts
         self.end += int(counts.max()) if t > 1 else 1  # a bound is enough, and needs no value from the GPU
 
 
 def load_llama(folder, dtype=None, device="cpu"):
-    """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None: that of the first tensor in the file.
+    """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None: that of the first
+    tensor in the file.
 
-    Built on the meta device and filled tensor by tensor, so that no second copy of the weights ever exists. Raises
-    InputError (common/files.py) for whatever is missing, left over, of the wrong shape or not finite.
+    Built on the meta device and filled tensor by tensor, so that no second copy of the weights ever
+    exists. Raises InputError (common/files.py) for whatever is missing, left over, of the wrong
+    shape or not finite.
     """
     config = LlamaConfig(**read_config(folder))
     with torch.device("meta"), without_init():

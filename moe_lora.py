@@ -1,24 +1,26 @@
-"""The gated multi-LoRA Linear, the protocol of gates, MeteoRA's gate, fixed mixtures, attach and detach, the recorder.
+"""The gated multi-LoRA Linear, the protocol of gates, MeteoRA's gate, fixed mixtures, attach and
+detach, the recorder.
 
     y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x                     (MeteoRA, section 3)
 
-Everything in this project is a way to choose the k adapters and their weights, so there is one Linear, one operation
-(kernels.py), and one small protocol for whatever chooses:
+Everything in this project is a way to choose the k adapters and their weights, so there is one
+Linear, one operation (kernels.py), and one small protocol for whatever chooses:
 
     gate(x: (n, i), sample: (n,) int64, ax: callable) -> Mixture(idx: (n, k) int64, weight: (n, k) float32)
 
-`sample` is the row of the batch that each token belongs to (in training, which of the packed sequences). `ax()` is A x
-of all adapters (n, e, r), computed at its first call; `ax(idx)` is that of k adapters a token, (n, k, r). A choice that
-a token doesn't need weighs 0; its idx is any valid slot. To try a gate of your own, write an nn.Module with that
-forward and attach it. Four attributes, where it has them, tell fast/ what it can't see:
+`sample` is the row of the batch that each token belongs to (in training, which of the packed
+sequences). `ax()` is A x of all adapters (n, e, r), computed at its first call; `ax(idx)` is that
+of k adapters a token, (n, k, r). A choice that a token doesn't need weighs 0; its idx is any valid
+slot. To try a gate of your own, write an nn.Module with that forward and attach it. Four
+attributes, where it has them, tell fast/ what it can't see:
 
     per_row      names of its tensors whose first axis is the batch's rows, set anew for each batch
     per_token    names of those whose first axis is the batch's tokens
     sequential   True where it carries something from one Linear to another, or to a later step: it is run as it stands
     linear_in    a function (x, weight, dtype) -> x W^T in that dtype, replaced by a faster one
 
-The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and pool.scale are
-{module path: tensor}, pool.slot(name) is an adapter's place in them.
+The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and
+pool.scale are {module path: tensor}, pool.slot(name) is an adapter's place in them.
 
 Letters, here and everywhere (shapes as in PyTorch's Linear, out features first):
 
@@ -54,8 +56,8 @@ class Mixture(NamedTuple):
 
 
 class MultiLoRALinear(nn.Module):
-    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says. A, B and scale are the pool's
-    own tensors; token_rows, the model's, knows each token's row."""
+    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says. A, B and
+    scale are the pool's own tensors; token_rows, the model's, knows each token's row."""
 
     def __init__(self, base, A, B, scale, gate, token_rows=None, backend="auto", dropout=0.0):
         super().__init__()
@@ -68,7 +70,8 @@ class MultiLoRALinear(nn.Module):
         self.trace = None  # (max_n, e), set by a Recorder
 
     def forward(self, x):
-        """x (n, i) when the model calls it, (b, t, i) when it is called alone -> (n, o) or (b, t, o)."""
+        """x (n, i) when the model calls it, (b, t, i) when it is called alone -> (n, o) or (b, t,
+        o)."""
         y = self.base(x)
         sample = self.rows_of(x)  # (n,)
         x = x.reshape(-1, x.shape[-1])  # (n, i)
@@ -93,7 +96,8 @@ class MultiLoRALinear(nn.Module):
 
 
 class AX:
-    """A x, computed at the first call: () -> (n, e, r) of all adapters, (idx (n, k)) -> (n, k, r) of a token's k."""
+    """A x, computed at the first call: () -> (n, e, r) of all adapters, (idx (n, k)) -> (n, k, r)
+    of a token's k."""
 
     def __init__(self, x, A):
         self.x, self.A = x, A
@@ -111,7 +115,8 @@ class AX:
 
 
 class MeteoraGate(nn.Module):
-    """MeteoRA's gate: the k largest of the logits G x, then a softmax over these k. With k = 1 the weight is 1.
+    """MeteoRA's gate: the k largest of the logits G x, then a softmax over these k. With k = 1 the
+    weight is 1.
 
     known        (e,) bool, the slots that G was trained for; the others are never chosen. None: all. Where fewer than k
                  are known, a token's remaining choices weigh 0
@@ -139,17 +144,22 @@ class MeteoraGate(nn.Module):
         top, idx = logits.topk(min(self.k, logits.shape[-1]), dim=-1)  # (n, k), the largest first
         if self.full:
             return Mixture(idx, (logits / self.temperature).softmax(-1).gather(-1, idx))
-        if self.k == 1:  # a softmax over one is 1, its gradient 0: the LM loss can't train G, a loss on logits can
+        if (
+            self.k == 1
+        ):  # a softmax over one is 1, its gradient 0: the LM loss can't train G, a loss on logits can
             return Mixture(idx, torch.ones_like(top))
-        return Mixture(idx, ((top - top[:, :1]) / self.temperature).softmax(-1))  # no overflow at a low temperature
+        return Mixture(
+            idx, ((top - top[:, :1]) / self.temperature).softmax(-1)
+        )  # no overflow at a low temperature
 
 
 class SampleGate(nn.Module):
-    """The same mixture for every token of a row: for example one adapter, several of equal weight, none (weight 0).
+    """The same mixture for every token of a row: for example one adapter, several of equal weight,
+    none (weight 0).
 
-    set() gives the mixtures of the current batch. Rows where `routed` is True ask `inner`, another gate, instead: so
-    one batch serves requests with a fixed adapter beside requests that choose per token. Where `inner` is None one
-    SampleGate can serve all Linears.
+    set() gives the mixtures of the current batch. Rows where `routed` is True ask `inner`, another
+    gate, instead: so one batch serves requests with a fixed adapter beside requests that choose per
+    token. Where `inner` is None one SampleGate can serve all Linears.
     """
 
     def __init__(self, inner=None):
@@ -158,8 +168,8 @@ class SampleGate(nn.Module):
         self.set(None, None)
 
     def set(self, idx, weight, routed=None, each_token=False):
-        """idx (b, k) int64, weight (b, k) float32, routed (b,) bool or None. With `each_token` idx and weight are
-        (n, k), a mixture for each token of the next forward."""
+        """idx (b, k) int64, weight (b, k) float32, routed (b,) bool or None. With `each_token` idx
+        and weight are (n, k), a mixture for each token of the next forward."""
         self.idx, self.weight = idx, weight
         self.routed = routed
         self.each_token = each_token
@@ -211,8 +221,8 @@ class KnownAdapterGate(nn.Module):
 
 
 def fixed_rows(pool, choices, device=None):
-    """[{adapter name: weight}], one a row ({}: no adapter) -> idx (b, k), weight (b, k) for SampleGate; what a shorter
-    row lacks is slot 0 at weight 0."""
+    """[{adapter name: weight}], one a row ({}: no adapter) -> idx (b, k), weight (b, k) for
+    SampleGate; what a shorter row lacks is slot 0 at weight 0."""
     k = max([1, *map(len, choices)])
     idx = torch.zeros(len(choices), k, dtype=torch.int64)
     weight = torch.zeros(len(choices), k)
@@ -230,7 +240,8 @@ def set_gates(gates, idx, weight, routed=None, each_token=False):
 
 
 def meteora_gates(pool, k, temperature=1.0, known=None, full=False):
-    """{module path: MeteoraGate} with G zero; where fewer than k slots are known, k is their number."""
+    """{module path: MeteoraGate} with G zero; where fewer than k slots are known, k is their
+    number."""
     k = min(k, int(known.sum())) if known is not None else k
     zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
     return {path: MeteoraGate(G, k, temperature, known, full) for path, G in zeros.items()}
@@ -240,10 +251,12 @@ def meteora_gates(pool, k, temperature=1.0, known=None, full=False):
 
 
 def attach(model, pool, gates, backend="auto", dropout=0.0, make=None):
-    """Replaces each Linear of a Llama that the pool has adapters for by a MultiLoRALinear, in place.
+    """Replaces each Linear of a Llama that the pool has adapters for by a MultiLoRALinear, in
+    place.
 
-    gates: {module path: gate}, or one gate for all. `make`: the class to build, by default model.gated_linear where
-    fast/ has set one. Returns {module path: MultiLoRALinear}. Raises ValueError where adapters are attached already.
+    gates: {module path: gate}, or one gate for all. `make`: the class to build, by default
+    model.gated_linear where fast/ has set one. Returns {module path: MultiLoRALinear}. Raises
+    ValueError where adapters are attached already.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
@@ -277,8 +290,8 @@ def detach(model):
 
 
 class Recorder:
-    """Records which adapters each token used: `with Recorder(model, max_n) as recorder:`, run the model on at most
-    max_n tokens, then recorder.read(n)."""
+    """Records which adapters each token used: `with Recorder(model, max_n) as recorder:`, run the
+    model on at most max_n tokens, then recorder.read(n)."""
 
     def __init__(self, model, max_n):
         self.linears = list(attached(model).values())
@@ -294,5 +307,6 @@ class Recorder:
             linear.trace = None
 
     def read(self, n):
-        """The weights, without scale, of the last forward's n tokens in the m gated Linears: (m, n, e)."""
+        """The weights, without scale, of the last forward's n tokens in the m gated Linears: (m, n,
+        e)."""
         return torch.stack(self.traces)[:, :n] if self.traces else torch.zeros(0, n, 0)

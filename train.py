@@ -7,9 +7,9 @@
     python train.py router --model DIR --tasks DIR --pool DIR           RAMoLE's router over what is retrieved
     python train.py lorahub --model DIR --tasks DIR --pool DIR          LoraHub's weights for each task
 
-The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on bit for bit where a
-killed run stopped. A run's options, log and checkpoint are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/lora_b,
-POOL/runs/gates_top2 and so on.
+The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on
+bit for bit where a killed run stopped. A run's options, log and checkpoint are in MODEL/runs/base,
+POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
 """
 
 import json
@@ -45,7 +45,9 @@ def main():
     """The command: reads and checks a run's options, and trains."""
     commands = {name: cls for name, (cls, *_) in COMMANDS.items()}
     about = "Train a base, adapters, and what chooses among them."
-    command, args = parse_command(commands, description=about, choices={"kind": KINDS, "joint": ("", *SAMPLING)})
+    command, args = parse_command(
+        commands, description=about, choices={"kind": KINDS, "joint": ("", *SAMPLING)}
+    )
     _, train, check = COMMANDS[command]
     check_bounds(args)
     if check:

@@ -1,4 +1,5 @@
-"""The console commands of an installed checkout: nanomole-generate, nanomole-train, nanomole-eval, nanomole-bench."""
+"""The console commands of an installed checkout: nanomole-generate, nanomole-train, nanomole-eval,
+nanomole-bench."""
 
 import importlib
 import sys
@@ -8,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(name):
-    """main() of the repository's NAME.py, with the repository first on sys.path: another package that is installed may
-    have the name of a file here, as Hugging Face's kernels has."""
+    """main() of the repository's NAME.py, with the repository first on sys.path: another package
+    that is installed may have the name of a file here, as Hugging Face's kernels has."""
     sys.path.insert(0, str(ROOT))
     files = importlib.import_module("common.files")
     files.run_script(importlib.import_module(name).main)

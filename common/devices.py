@@ -8,7 +8,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_device(name):
-    """A device's name, auto: cuda where there is one. Raises InputError where torch has no such device here."""
+    """A device's name, auto: cuda where there is one. Raises InputError where torch has no such
+    device here."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).tolist()  # of meta there is nothing to read

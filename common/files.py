@@ -1,8 +1,10 @@
-"""Checked reading and atomic writing of safetensors and JSON, hashes, and the one error type that means "bad input".
+"""Checked reading and atomic writing of safetensors and JSON, hashes, and the one error type that
+means "bad input".
 
-Everything that comes from a user's disk passes through here, so that a truncated download, a Git LFS pointer or a
-pickle under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model. Files are
-written beside their target, flushed to disk and renamed: a kill at any moment leaves the earlier file whole.
+Everything that comes from a user's disk passes through here, so that a truncated download, a Git
+LFS pointer or a pickle under a .safetensors name gets one clear line instead of a traceback or,
+worse, a half-loaded model. Files are written beside their target, flushed to disk and renamed: a
+kill at any moment leaves the earlier file whole.
 """
 
 import contextlib
@@ -21,11 +23,13 @@ from safetensors.torch import save
 
 
 class InputError(Exception):
-    """Bad input: the message is one line that names file, field, what was found and what was expected."""
+    """Bad input: the message is one line that names file, field, what was found and what was
+    expected."""
 
 
 def run_script(main):
-    """Runs `main()` as a command: InputError is one line and exit status 2, Ctrl-C 130, a closed pipe 141."""
+    """Runs `main()` as a command: InputError is one line and exit status 2, Ctrl-C 130, a closed
+    pipe 141."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -51,8 +55,9 @@ def run_script(main):
 
 
 def _keep_memory():
-    """Tells glibc to keep up to 1 GiB of freed memory: given back at once, as it does with large tensors, each page is
-    cleared and mapped anew, a tenth of the time of a long prompt in a large model (LOG.md)."""
+    """Tells glibc to keep up to 1 GiB of freed memory: given back at once, as it does with large
+    tensors, each page is cleared and mapped anew, a tenth of the time of a long prompt in a large
+    model (LOG.md)."""
     if mallopt := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None):
         M_TRIM_THRESHOLD = -1
         M_MMAP_THRESHOLD = -3  # malloc.h
@@ -68,7 +73,8 @@ def warn(message):
 
 
 def _stranger(head):
-    """What a file is that starts with bytes `head` and should have been safetensors or JSON, or None."""
+    """What a file is that starts with bytes `head` and should have been safetensors or JSON, or
+    None."""
     text = head.lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository"
@@ -90,7 +96,8 @@ def read_bytes(path):
 
 
 def read_known(path):
-    """read_bytes, or InputError where the file is plainly something else: a Git LFS pointer, a web page, a zip."""
+    """read_bytes, or InputError where the file is plainly something else: a Git LFS pointer, a web
+    page, a zip."""
     data = read_bytes(path)
     if stranger := _stranger(data[:512]):
         raise InputError(f"{path}: is {stranger}")
@@ -111,7 +118,9 @@ def parse_json(text, where):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise InputError(
+            f"{where}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested too deep
         raise InputError(f"{where}: bad JSON: {error}") from None
 
@@ -125,11 +134,14 @@ def read_json(path):
 
 
 def check_text(text, where):
-    """Raises InputError where `text` can't be written as UTF-8: JSON may hold half a surrogate pair."""
+    """Raises InputError where `text` can't be written as UTF-8: JSON may hold half a surrogate
+    pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: character {error.start} is {text[error.start]!r}, half a surrogate pair") from None
+        raise InputError(
+            f"{where}: character {error.start} is {text[error.start]!r}, half a surrogate pair"
+        ) from None
 
 
 def read_jsonl(path, keys):
@@ -157,7 +169,9 @@ def _check_header(path):
             if stranger := _stranger(head):
                 raise InputError(f"{path}: is {stranger}")
             if size < 8 or 8 + length > size:
-                raise InputError(f"{path}: truncated: {size} bytes present, its header alone promises {8 + length}")
+                raise InputError(
+                    f"{path}: truncated: {size} bytes present, its header alone promises {8 + length}"
+                )
             file.seek(8)
             header = parse_json(file.read(length).decode("utf-8", "replace"), f"{path} (header)")
     except OSError as error:
@@ -168,12 +182,15 @@ def _check_header(path):
     except (TypeError, KeyError, IndexError):
         raise InputError(f"{path}: not a safetensors file: its header doesn't list tensors") from None
     if promised != size:
-        raise InputError(f"{path}: truncated or damaged: {size} bytes present, its header promises {promised}")
+        raise InputError(
+            f"{path}: truncated or damaged: {size} bytes present, its header promises {promised}"
+        )
 
 
 @contextlib.contextmanager
 def open_safetensors(path):
-    """An open safetensors file (keys(), get_tensor(name), metadata()), checked before anything is read from it."""
+    """An open safetensors file (keys(), get_tensor(name), metadata()), checked before anything is
+    read from it."""
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -183,7 +200,8 @@ def open_safetensors(path):
 
 
 def read_safetensors(path):
-    """({name: tensor}, {metadata key: string}), every value finite. Raises InputError naming the tensor."""
+    """({name: tensor}, {metadata key: string}), every value finite. Raises InputError naming the
+    tensor."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = file.metadata() or {}
@@ -205,10 +223,13 @@ def read_header(path):
 
 
 def check_finite(path, name, tensor):
-    """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at load."""
+    """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at
+    load."""
     if tensor.is_floating_point() and tensor.numel():
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
-        ends = torch.stack(torch.aminmax(wide))  # NaN in both where there is one; unlike a sum, without a copy
+        ends = torch.stack(
+            torch.aminmax(wide)
+        )  # NaN in both where there is one; unlike a sum, without a copy
         if not torch.isfinite(ends).all():
             bad = int((~torch.isfinite(wide)).sum())
             raise InputError(f"{path}: {name} holds {bad} NaN or Inf values of {tensor.numel()}")
@@ -218,13 +239,17 @@ def check_finite(path, name, tensor):
 
 
 def write_bytes(path, *parts):
-    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new one. Raises
-    InputError where it can't be written."""
+    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new
+    one. Raises InputError where it can't be written."""
     path = Path(os.path.realpath(path))  # a link stays a link
-    partial = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves behind, the next save overwrites
+    partial = path.with_name(
+        f".{path.name}.partial"
+    )  # one name: what a kill leaves behind, the next save overwrites
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # a device, a pipe: nothing to keep whole; a folder: an OSError
+        if (
+            path.exists() and not path.is_file()
+        ):  # a device, a pipe: nothing to keep whole; a folder: an OSError
             with open(path, "wb") as file:
                 file.write(b"".join(parts))
             return
@@ -256,13 +281,15 @@ def write_jsonl(path, rows):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and transformers read; the
-    same bytes each time."""
+    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and
+    transformers read; the same bytes each time."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = memoryview(save(tensors, {"format": "pt"} | (metadata or {})))
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:begin]))
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # save() has another order in each process
+    header["__metadata__"] = dict(
+        sorted(header["__metadata__"].items())
+    )  # save() has another order in each process
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     write_bytes(path, len(text).to_bytes(8, "little"), text, data[begin:])

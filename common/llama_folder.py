@@ -1,4 +1,5 @@
-"""Reads and checks a Hugging Face Llama folder: config.json as plain fields, safetensors as plain tensors."""
+"""Reads and checks a Hugging Face Llama folder: config.json as plain fields, safetensors as plain
+tensors."""
 
 import contextlib
 import hashlib
@@ -17,8 +18,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
 def read_config(path):
-    """config.json of a model folder -> {field of model.LlamaConfig: value}. Raises InputError naming field, value and
-    what is supported."""
+    """config.json of a model folder -> {field of model.LlamaConfig: value}. Raises InputError
+    naming field, value and what is supported."""
     folder = Path(path)
     file = folder / "config.json"
     if not folder.is_dir():
@@ -35,7 +36,13 @@ def read_config(path):
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "'silu'")
     sizes = {}
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         sizes[name] = raw.get(name)
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
@@ -91,7 +98,8 @@ def _read_rope(raw, file):
 
 
 def _read_eos(raw, folder):
-    """generation_config.json decides where it has eos_token_id, as in transformers; each may be an int or a list."""
+    """generation_config.json decides where it has eos_token_id, as in transformers; each may be an
+    int or a list."""
     eos = raw.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -127,7 +135,8 @@ def _deciding_fields(name):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder, in order. Raises InputError listing every missing shard."""
+    """The safetensors files of a model folder, in order. Raises InputError listing every missing
+    shard."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -137,7 +146,9 @@ def weight_files(folder):
             raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if missing := [file.name for file in files if not file.exists()]:
-            raise InputError(f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+            raise InputError(
+                f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}"
+            )
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -151,7 +162,8 @@ def weight_files(folder):
 
 @contextlib.contextmanager
 def without_init():
-    """No initial weights inside: on the meta device torch would import sympy for them, a second of every start."""
+    """No initial weights inside: on the meta device torch would import sympy for them, a second of
+    every start."""
     kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     for kind in kept:
         kind.reset_parameters = lambda self: None
@@ -163,11 +175,12 @@ def without_init():
 
 
 def read_weights(folder, shapes, dtype=None, device="cpu"):
-    """({name: tensor}, fingerprint) of the safetensors of a model folder, one tensor at a time, in `dtype` (None: the
-    file's) on `device`; `shapes` {name: shape} is what the model has.
+    """({name: tensor}, fingerprint) of the safetensors of a model folder, one tensor at a time, in
+    `dtype` (None: the file's) on `device`; `shapes` {name: shape} is what the model has.
 
-    Raises InputError for whatever is missing, left over, of the wrong shape or not finite. The fingerprint is the
-    sha256 over each tensor's name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
+    Raises InputError for whatever is missing, left over, of the wrong shape or not finite. The
+    fingerprint is the sha256 over each tensor's name, shape and first 256 values: enough to tell
+    bases apart without hashing gigabytes.
     """
     tensors = {}
     marks = {}

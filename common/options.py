@@ -1,7 +1,8 @@
 """A dataclass becomes a command line; the comment beside a field is its help text.
 
-One place to read what a script can be told: its dataclass. Field names are the option names, defaults are the
-defaults, types are checked, an unknown option is refused with the nearest right one.
+One place to read what a script can be told: its dataclass. Field names are the option names,
+defaults are the defaults, types are checked, an unknown option is refused with the nearest right
+one.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from common.files import InputError
 
 
 class Least(typing.NamedTuple):
-    """What an option has to be at least, and what it has to be below: beside its field, as Annotated[int, Least(1)]."""
+    """What an option has to be at least, and what it has to be below: beside its field, as
+    Annotated[int, Least(1)]."""
 
     value: float
     below: float = math.inf
@@ -70,7 +72,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _comments(cls):
-    """{field name: the comment beside it}, read from the source, so that help and code can't drift apart."""
+    """{field name: the comment beside it}, read from the source, so that help and code can't drift
+    apart."""
     sources = [inspect.getsource(c) for c in cls.__mro__[:-1]]
     source = "".join(textwrap.dedent(s) for s in sources)
     names = {f.name for f in fields(cls)}
@@ -85,8 +88,8 @@ def _comments(cls):
 
 
 def build_parser(cls, prog=None, description=None, choices=None):
-    """An ArgumentParser for dataclass `cls`: str, int, float, bool, Literal, list[str], and each of them `| None`.
-    `choices` {field: values} of fields whose values a table elsewhere lists."""
+    """An ArgumentParser for dataclass `cls`: str, int, float, bool, Literal, list[str], and each of
+    them `| None`. `choices` {field: values} of fields whose values a table elsewhere lists."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
     help_texts = _comments(cls)
     hints = typing.get_type_hints(cls)
@@ -118,7 +121,8 @@ def build_parser(cls, prog=None, description=None, choices=None):
 
 
 def parse_args(cls, argv=None, prog=None, description=None, choices=None):
-    """Command line -> instance of `cls`. Bad options end the process with one line and exit status 2."""
+    """Command line -> instance of `cls`. Bad options end the process with one line and exit status
+    2."""
     parser = build_parser(cls, prog, description, choices)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -139,5 +143,7 @@ def parse_command(commands, argv=None, description=None, choices=None):
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(argv or ["--help"])
     if argv[0] not in commands:
-        parser.error(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or ', one of ' + ', '.join(commands)}")
+        parser.error(
+            f"unknown command {argv[0]!r}{nearest(argv[0], commands) or ', one of ' + ', '.join(commands)}"
+        )
     return argv[0], parse_args(commands[argv[0]], argv[1:], f"{parser.prog} {argv[0]}", choices=choices)

@@ -1,14 +1,15 @@
 """A routing trace to coloured terminal text, a self-contained HTML page and a picture.
 
-A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over layers and
-modules. A token has the colour of its heaviest adapter; the legend says which is which and how much of the text each
-one carried.
+A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over
+layers and modules. A token has the colour of its heaviest adapter; the legend says which is which
+and how much of the text each one carried.
 """
 
 import html
 import re
 
-# Distinct on dark and light backgrounds, the nearest first; adapters beyond the list share colours in turn.
+# Distinct on dark and light backgrounds, the nearest first; adapters beyond the list share colours
+# in turn.
 COLOURS = (
     (66, 135, 245), (235, 125, 30), (46, 170, 90), (214, 60, 70), (150, 100, 220), (160, 110, 60), (225, 100, 180),
     (20, 165, 165), (170, 160, 20), (110, 120, 220), (90, 150, 40), (200, 90, 130), (40, 140, 190), (190, 130, 90),
@@ -16,14 +17,16 @@ COLOURS = (
 
 
 class Palette:
-    """Adapter name -> colour, in order of appearance, and each one's share of the tokens coloured so far."""
+    """Adapter name -> colour, in order of appearance, and each one's share of the tokens coloured
+    so far."""
 
     def __init__(self, names=()):
         self.weight = dict.fromkeys(names, 0.0)  # `names` get their colours first
 
     @classmethod
     def of(cls, traces):
-        """Colours for text that is known whole: the adapters that carry most of it are told apart best."""
+        """Colours for text that is known whole: the adapters that carry most of it are told apart
+        best."""
         seen = cls()
         for _, adapters in (token for trace in traces for token in trace):
             seen.colour(adapters)
@@ -46,7 +49,8 @@ class Palette:
 
 
 def paint(text, colour, faint=False):
-    """`text` in an RGB colour for the terminal; the colour ends before each line break, so that pagers keep up."""
+    """`text` in an RGB colour for the terminal; the colour ends before each line break, so that
+    pagers keep up."""
     if colour is None or not text:
         return text
     start = f"\x1b[{'2;' if faint else ''}38;2;{';'.join(map(str, colour))}m"
@@ -86,8 +90,8 @@ def html_page(traces, title):
 
 
 def svg_picture(prompt, answer, width=96):
-    """The two traces of one request as an SVG image: coloured text on white, lines broken at `width` characters, the
-    prompt paler than the answer, the legend below."""
+    """The two traces of one request as an SVG image: coloured text on white, lines broken at
+    `width` characters, the prompt paler than the answer, the legend below."""
     palette = Palette.of((prompt, answer))
     lines = [[]]
     for opacity, trace in ((0.6, prompt), (1, answer)):
@@ -107,7 +111,8 @@ def svg_picture(prompt, answer, width=96):
     rows = []
     for number, line in enumerate(lines, 1):
         spans = "".join(
-            f'<tspan fill="{colour}" opacity="{opacity}">{html.escape(text)}</tspan>' for text, colour, opacity in line
+            f'<tspan fill="{colour}" opacity="{opacity}">{html.escape(text)}</tspan>'
+            for text, colour, opacity in line
         )
         rows.append(f'<text x="16" y="{8 + 22 * number}" xml:space="preserve">{spans}</text>')
     size = f"{32 + 9 * width} {24 + 22 * len(lines)}"
@@ -118,7 +123,8 @@ def svg_picture(prompt, answer, width=96):
 
 
 class Printer:
-    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for their turn."""
+    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for
+    their turn."""
 
     def __init__(self, prompts, traces, routing):
         self.prompts = prompts

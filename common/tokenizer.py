@@ -1,8 +1,9 @@
-"""`tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece) behind the same few methods; chat templates.
+"""`tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece) behind the same few methods;
+chat templates.
 
-The two libraries do the work; what is here is what they leave open: whether a BOS goes in front (once, never twice: a
-doubled BOS shifts every position), which ids end a text, chat templates in a sandbox, and text that streams out in
-whole characters.
+The two libraries do the work; what is here is what they leave open: whether a BOS goes in front
+(once, never twice: a doubled BOS shifts every position), which ids end a text, chat templates in a
+sandbox, and text that streams out in whole characters.
 """
 
 import json
@@ -15,11 +16,14 @@ from common.files import InputError, check_text, read_json, read_known, read_tex
 def check_ids(ids, vocab_size):
     """Raises InputError where an id is beyond the model's embedding."""
     if max(ids) >= vocab_size:
-        raise InputError(f"token id {max(ids)}, but the model has {vocab_size}: wrong tokenizer for this model")
+        raise InputError(
+            f"token id {max(ids)}, but the model has {vocab_size}: wrong tokenizer for this model"
+        )
 
 
 class Tokenizer:
-    """encode, decode, chat. `bos_id` and `eos_id` may be None; `adds_bos` says whether texts begin with BOS."""
+    """encode, decode, chat. `bos_id` and `eos_id` may be None; `adds_bos` says whether texts begin
+    with BOS."""
 
     def __init__(self, folder):
         folder = Path(folder)
@@ -36,7 +40,8 @@ class Tokenizer:
         self.chat_template = self._read_chat_template(folder)
 
     def _special(self, name):
-        """The id of a special token, which the config gives as a string, as {"content": string} or not at all."""
+        """The id of a special token, which the config gives as a string, as {"content": string} or
+        not at all."""
         token = self.config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, (str, type(None))):
@@ -47,8 +52,8 @@ class Tokenizer:
         return len(self.backend)
 
     def encode(self, text, start=True):
-        """Text -> ids. `start`: the text begins the sequence, so it gets its BOS where this tokenizer has one. Raises
-        InputError for half a surrogate pair, which is no text."""
+        """Text -> ids. `start`: the text begins the sequence, so it gets its BOS where this
+        tokenizer has one. Raises InputError for half a surrogate pair, which is no text."""
         check_text(text, "the text")
         ids = self.backend.encode(text)
         if start and self.adds_bos and ids[:1] != [self.bos_id]:
@@ -70,9 +75,12 @@ class Tokenizer:
         return template
 
     def chat(self, messages):
-        """[{"role", "content"}] -> the prompt's text, its special tokens written out: encode it with start=False."""
+        """[{"role", "content"}] -> the prompt's text, its special tokens written out: encode it
+        with start=False."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # templates come with checkpoints: don't trust them
+        from jinja2.sandbox import (
+            ImmutableSandboxedEnvironment,
+        )  # templates come with checkpoints: don't trust them
 
         if not self.chat_template:
             raise InputError("this tokenizer has no chat template: leave out --chat")
@@ -81,13 +89,19 @@ class Tokenizer:
             raise TemplateError(message)
 
         extensions = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        )
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
         environment.globals["raise_exception"] = refuse
         try:
             template = environment.from_string(self.chat_template)
             bos, eos = (self.backend.token(i) if i is not None else "" for i in (self.bos_id, self.eos_id))
-            return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+            return template.render(
+                messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
+            )
         except Exception as error:  # a template is a program: it can raise anything
             raise InputError(f"chat template: {error}") from None
 
@@ -125,10 +139,14 @@ class _Json:
         return self.fast.token_to_id(token)
 
     def special_id(self, name):
-        """Without a tokenizer_config.json the post-processor still knows BOS; Llama's usual names are tried last."""
+        """Without a tokenizer_config.json the post-processor still knows BOS; Llama's usual names
+        are tried last."""
         if name == "bos_token" and self.first is not None:
             return self.first
-        usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
+        usual = {
+            "bos_token": ("<s>", "<|begin_of_text|>"),
+            "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+        }
         return next((i for i in map(self.fast.token_to_id, usual[name]) if i is not None), None)
 
 
@@ -154,16 +172,21 @@ class _SentencePiece:
         if not data:
             raise InputError(f"{file}: empty")
         controls = [self.pieces.id_to_piece(i) for i in range(len(self)) if self.pieces.is_control(i)]
-        self.controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")  # (?!) matches nothing
+        self.controls = re.compile(
+            f"({'|'.join(map(re.escape, controls)) or '(?!)'})"
+        )  # (?!) matches nothing
 
     def __len__(self):
         return self.pieces.vocab_size()
 
     def encode(self, text):
-        """Special tokens written out, as chat templates do, become their ids: sentencepiece would spell them."""
+        """Special tokens written out, as chat templates do, become their ids: sentencepiece would
+        spell them."""
         ids = []
         for part in filter(None, self.controls.split(text)):
-            ids += [self.pieces.piece_to_id(part)] if self.controls.fullmatch(part) else self.pieces.encode(part)
+            ids += (
+                [self.pieces.piece_to_id(part)] if self.controls.fullmatch(part) else self.pieces.encode(part)
+            )
         return ids
 
     def decode(self, ids):
@@ -182,11 +205,13 @@ class _SentencePiece:
 
 
 class TextStream:
-    """Ids in, text out, one at a time: push(id) returns what became whole, flush() the rest; together decode(ids).
+    """Ids in, text out, one at a time: push(id) returns what became whole, flush() the rest;
+    together decode(ids).
 
-    A character may span several tokens (byte pieces, emoji), and a decoder may drop the space before the first word
-    of what it is given. So each new token is decoded together with the last ones that gave text, and only the
-    difference goes out, once it no longer ends in a broken character.
+    A character may span several tokens (byte pieces, emoji), and a decoder may drop the space
+    before the first word of what it is given. So each new token is decoded together with the last
+    ones that gave text, and only the difference goes out, once it no longer ends in a broken
+    character.
     """
 
     def __init__(self, tokenizer):

@@ -1,4 +1,5 @@
-"""The prompt loop of generate.py --interactive, between whose prompts the pool and the method may change."""
+"""The prompt loop of generate.py --interactive, between whose prompts the pool and the method may
+change."""
 
 import sys
 
@@ -16,7 +17,9 @@ HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool 
 def interact(mole, method, args):
     """A prompt loop; between prompts the pool and the method may change. Ctrl-C stops an answer."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding: an error of that prompt alone
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # bytes of another encoding: an error of that prompt alone
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

@@ -12,9 +12,9 @@ from moe_lora import Recorder
 
 @dataclass
 class Token:
-    """One generated token: the batch row it belongs to, the text that became whole with it, and the adapters that
-    computed it, [[name, weight], ...] averaged over layers and modules. `finish` is set on a row's last token: "eos"
-    (id is the EOS, no text of its own), "length" or "context"."""
+    """One generated token: the batch row it belongs to, the text that became whole with it, and the
+    adapters that computed it, [[name, weight], ...] averaged over layers and modules. `finish` is
+    set on a row's last token: "eos" (id is the EOS, no text of its own), "length" or "context"."""
 
     row: int
     id: int
@@ -25,15 +25,18 @@ class Token:
 
 @torch.inference_mode()
 def decode(mole, ids, sampling, routing=False):
-    """The loop: prefill the prompts `ids` (lists of token ids), then one token a row at a step. Yields first, where
-    `routing`, the prompts' adapters (a list, one a row, of a list a token), then Tokens."""
+    """The loop: prefill the prompts `ids` (lists of token ids), then one token a row at a step.
+    Yields first, where `routing`, the prompts' adapters (a list, one a row, of a list a token),
+    then Tokens."""
     model = mole.model
     config = mole.model.config
     b = len(ids)
     device = model.model.embed_tokens.weight.device
     lengths = [len(row) for row in ids]
     room = config.max_position_embeddings
-    capacity = max(lengths) + min(sampling.max_new_tokens, max(room - min(lengths), 0) + 1)  # the shortest fills it
+    capacity = max(lengths) + min(
+        sampling.max_new_tokens, max(room - min(lengths), 0) + 1
+    )  # the shortest fills it
     cache = model.new_cache(b, capacity)
     padded = torch.zeros(b, max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(ids):
@@ -69,19 +72,25 @@ def decode(mole, ids, sampling, routing=False):
             if not any(active):
                 return
             if mole.batch_id != batch_id:
-                raise RuntimeError("another batch began on this model: finish one stream before starting the next")
+                raise RuntimeError(
+                    "another batch began on this model: finish one stream before starting the next"
+                )
             if left := [name for name in in_use if mole.slots([name]) != {name: in_use[name]}]:
                 raise RuntimeError(f"adapter {left[0]} left its slot while an answer used it")
             cache.replayable = _fixed(mole)
-            counts = None if all(active) else torch.tensor(active, device=device).long()  # finished rows stand still
+            counts = (
+                None if all(active) else torch.tensor(active, device=device).long()
+            )  # finished rows stand still
             logits = model.head(model.model(chosen[:, None], cache, counts)[:, 0])
             seen = _seen(mole, recorder, b, 1) if routing else None
 
 
 def _fixed(mole):
-    """What may change between the steps of a batch, force_adapters() and a pool that grows, as KVCache.replayable:
-    None, where a gate of yours may change as it likes."""
-    return None if mole.custom_gates else (mole.force_count, mole.pool and (mole.pool.capacity, mole.pool.rank))
+    """What may change between the steps of a batch, force_adapters() and a pool that grows, as
+    KVCache.replayable: None, where a gate of yours may change as it likes."""
+    return (
+        None if mole.custom_gates else (mole.force_count, mole.pool and (mole.pool.capacity, mole.pool.rank))
+    )
 
 
 def _recorder(mole, n, routing):
@@ -98,7 +107,8 @@ def _seen(mole, recorder, b, t):
 
 
 def name_adapters(pool, weights):
-    """(n, e) weights -> for each token [[name, weight], ...], heaviest first, those under 0.0005 left out."""
+    """(n, e) weights -> for each token [[name, weight], ...], heaviest first, those under 0.0005
+    left out."""
     names = {pool.slot(name): name for name in pool.resident}
     rows = []
     for row in weights.tolist():

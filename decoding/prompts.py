@@ -6,8 +6,9 @@ from tasks.folders import fill
 
 
 def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
-    """Prompt -> token ids, through the pool's template, the chat template or neither. Raises InputError for a prompt
-    that is too long, empty where there is no BOS, or tokenized to ids that the model doesn't have."""
+    """Prompt -> token ids, through the pool's template, the chat template or neither. Raises
+    InputError for a prompt that is too long, empty where there is no BOS, or tokenized to ids that
+    the model doesn't have."""
     tokenizer = mole.tokenizer
     config = mole.model.config
     if chat:

@@ -74,4 +74,6 @@ def respond(mole, prompts, methods, args):
             print(json.dumps(line, ensure_ascii=False), flush=True)
     if args.html:
         answers = [[(t.text, t.adapters) for t in row] for row in tokens]
-        write_text(args.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token"))
+        write_text(
+            args.html, html_page(list(zip(pairs, answers, strict=True)), "Which adapter computed which token")
+        )

@@ -33,7 +33,8 @@ def check_values(sampling, top_k, gate_temperature):
 
 
 def sample(logits, sampling, generators):
-    """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row by its generator."""
+    """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row
+    by its generator."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # The largest is 0 at any temperature, of which float32 knows none smaller.

@@ -1,4 +1,5 @@
-"""For people who import it: load() gives a model with its adapters, stream() its tokens, answer() whole answers."""
+"""For people who import it: load() gives a model with its adapters, stream() its tokens, answer()
+whole answers."""
 
 from collections.abc import Iterator
 
@@ -12,9 +13,9 @@ from pool.load import TINY, compile_blocks
 
 
 def load(model=None, pool=None, adapters=None, dtype="auto", device="auto", resident=0, fast=True) -> Mole:
-    """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the model's own) and
-    `adapters` {name: PEFT folder}, at most `resident` of them in memory. `fast` False leaves out what is there for
-    speed alone. Raises InputError for bad input."""
+    """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the
+    model's own) and `adapters` {name: PEFT folder}, at most `resident` of them in memory. `fast`
+    False leaves out what is there for speed alone. Raises InputError for bad input."""
     return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device, resident, fast)
 
 
@@ -22,10 +23,11 @@ def stream(mole, prompts, method=None, routing=False, raw=False, chat=False, tru
            gate_temperature=1.0, compile=None, k=3, exclude=(), **sampling) -> Iterator[Token]:  # fmt: skip
     """Answers a batch of prompts: yields Tokens as they come, row by row at each step.
 
-    method: a name for all or a list, one a prompt; None is the best that the pool has the parts for. `routing` records
-    which adapters computed each token, `compile` is for compile_for(). Methods that retrieve take the `k` best
-    adapters for each prompt; those of `exclude` are not used. `sampling`: the fields of Sampling. Raises InputError for
-    bad input, RuntimeError where another batch began on the same model before this one ended.
+    method: a name for all or a list, one a prompt; None is the best that the pool has the parts
+    for. `routing` records which adapters computed each token, `compile` is for compile_for().
+    Methods that retrieve take the `k` best adapters for each prompt; those of `exclude` are not
+    used. `sampling`: the fields of Sampling. Raises InputError for bad input, RuntimeError where
+    another batch began on the same model before this one ended.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     options = Sampling(**sampling)
@@ -55,7 +57,7 @@ def answer(mole, prompts, **options):
 
 
 def compile_for(model, asked, tokens):
-    """Compiles the model's blocks where that is asked for (False: no longer) or, `asked` None, where `tokens` decoded
-    faster outweigh the wait for a compiler: about 0.2 ns a parameter and token (SmolLM2-135M, LOG.md) against ten
-    seconds."""
+    """Compiles the model's blocks where that is asked for (False: no longer) or, `asked` None,
+    where `tokens` decoded faster outweigh the wait for a compiler: about 0.2 ns a parameter and
+    token (SmolLM2-135M, LOG.md) against ten seconds."""
     compile_blocks(model, asked, saves=tokens * sum(p.numel() for p in model.parameters()) * 2e-10, costs=10)

@@ -12,15 +12,18 @@ from tasks.folders import collate, encode, micro_batches
 
 @torch.inference_mode()
 def gate_accuracy(mole, tasks, method, args):
-    """How often a gate's first choice is the task's own adapter, the gates routing, in percent of the response tokens
-    of the test splits: {"right": mean over all gates but layer 0's q, k, v, "first_qkv": mean over those three, which
-    see the token's embedding alone, "tokens": how many}."""
+    """How often a gate's first choice is the task's own adapter, the gates routing, in percent of
+    the response tokens of the test splits: {"right": mean over all gates but layer 0's q, k, v,
+    "first_qkv": mean over those three, which see the token's embedding alone, "tokens": how many}.
+    """
     set_methods(mole, [method], args.top_k, args.gate_temperature)
     gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
     loss = GateLoss(gates)
     right = 0
     n = 0
-    examples = [encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test]
+    examples = [
+        encode(mole.tokenizer, mole.template, row, name) for name, t in tasks.items() for row in t.test
+    ]
     check_ids([index for example in examples for index in example.ids], mole.model.config.vocab_size)
     for part in micro_batches(examples, 4096, padded=True):
         batch = collate(part)
@@ -38,8 +41,8 @@ def gate_accuracy(mole, tasks, method, args):
 
 
 def retrieval(mole, tasks):
-    """How often a test prompt's own adapter is among the k best retrieved, in percent, k 1, 3, 5, 8: {"1": x, ...}, and
-    "n": of how many prompts."""
+    """How often a test prompt's own adapter is among the k best retrieved, in percent, k 1, 3, 5,
+    8: {"1": x, ...}, and "n": of how many prompts."""
     retriever = retriever_of(mole)
     best = dict.fromkeys((1, 3, 5, 8), 0)
     n = 0

@@ -14,21 +14,25 @@ from methods.batch import retrieve, set_methods
 
 
 def answer_all(mole, prompts, method, args, exclude=()):
-    """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their own order."""
+    """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their
+    own order."""
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
     found = retrieve(mole, [method] * len(ids), prompts, args.retrieve, exclude, ids)
     texts = [""] * len(ids)
     for rows in by_length(ids, args.batch_size):
         some = [found[j] for j in rows]
-        set_methods(mole, [method] * len(rows), args.top_k, args.gate_temperature, retrieved=some, exclude=exclude)
+        set_methods(
+            mole, [method] * len(rows), args.top_k, args.gate_temperature, retrieved=some, exclude=exclude
+        )
         for token in decode(mole, [ids[j] for j in rows], Sampling(args.max_new_tokens)):
             texts[rows[token.row]] += token.text
     return texts
 
 
 class AnswerCache:
-    """OUT/cells: the answers of each method on each task, written as they are done; a later run with the same options,
-    base and adapters takes them from there, a run with others begins anew."""
+    """OUT/cells: the answers of each method on each task, written as they are done; a later run
+    with the same options, base and adapters takes them from there, a run with others begins anew.
+    """
 
     def __init__(self, out, meta):
         self.folder = Path(out) / "cells"
@@ -40,7 +44,8 @@ class AnswerCache:
             write_json(known, meta)
 
     def get(self, name, make):
-        """What make() returned for the cell `name`, now or earlier, with the "seconds" that it took."""
+        """What make() returned for the cell `name`, now or earlier, with the "seconds" that it
+        took."""
         safe = re.sub(r"[^\w.-]", "_", name) + "-" + sha256(name.encode())[:8]
         file = self.folder / f"{safe}.json"
         if not file.exists():

@@ -1,6 +1,7 @@
 """Answers and scores composite prompts (tasks/composites.py) with any method.
 
-Beside the methods stands `oracle`: every question and every answer runs through its own task's adapter.
+Beside the methods stands `oracle`: every question and every answer runs through its own task's
+adapter.
 """
 
 import numpy as np
@@ -18,9 +19,9 @@ from tasks.metrics import COUNTED, draws, numbered, right, score, score_meteora
 
 
 def answer_composites(mole, asked, method, temperature, args):
-    """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through the adapter of its
-    task, and answer j, from its number to the line's end, through question j's: the ceiling for any routing of adapters
-    that were trained by themselves."""
+    """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through
+    the adapter of its task, and answer j, from its number to the line's end, through question j's:
+    the ceiling for any routing of adapters that were trained by themselves."""
     forced = find_method(mole, method).is_ceiling
     encoded = [encode_spans(mole, composite) for composite in asked]
     room = mole.model.config.max_position_embeddings
@@ -47,8 +48,8 @@ def answer_composites(mole, asked, method, temperature, args):
 
 
 def encode_spans(mole, composite):
-    """(ids, the task of each id): the prompt as one text, spans end where the text up to there ends. Raises
-    InputError where the prompt doesn't fit into the context."""
+    """(ids, the task of each id): the prompt as one text, spans end where the text up to there
+    ends. Raises InputError where the prompt doesn't fit into the context."""
     ids, ends = cut(mole.tokenizer, [text for text, _ in composite.spans])
     check_ids(ids, mole.model.config.vocab_size)
     room = mole.model.config.max_position_embeddings
@@ -60,7 +61,8 @@ def encode_spans(mole, composite):
 
 
 def draw_composite(mole, composite, method, temperature, args):
-    """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest adapter."""
+    """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest
+    adapter."""
     ids, _ = encode_spans(mole, composite)
     found = retrieve(mole, [method], [composite.prompt], args.retrieve, (), [ids])
     set_methods(mole, [method], args.top_k, temperature, retrieved=found)
@@ -70,8 +72,9 @@ def draw_composite(mole, composite, method, temperature, args):
 
 
 def score_composites(asked, texts, tasks, args):
-    """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that knows right and
-    wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks": {task: its metric's score}}."""
+    """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that
+    knows right and wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks":
+    {task: its metric's score}}."""
     attempted = []
     rights = []
     by_task = {}
@@ -91,14 +94,17 @@ def score_composites(asked, texts, tasks, args):
         found |= {key: round(values.mean(), 3), f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
     one = score_meteora if args.meteora_metrics else score
     scores = {
-        name: one(tasks[name].metric, *zip(*pairs, strict=True), args.seed) for name, pairs in sorted(by_task.items())
+        name: one(tasks[name].metric, *zip(*pairs, strict=True), args.seed)
+        for name, pairs in sorted(by_task.items())
     }
-    return found | {"tasks": {name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()}}
+    return found | {
+        "tasks": {name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()}
+    }
 
 
 def choose_temperature(mole, trial, method, tasks, temperatures, args):
-    """The gate temperature that gets most right on validation composites, made of training questions; the first of
-    equals."""
+    """The gate temperature that gets most right on validation composites, made of training
+    questions; the first of equals."""
     found = {
         t: score_composites(trial, answer_composites(mole, trial, method, t, args), tasks, args)["right"]
         for t in temperatures

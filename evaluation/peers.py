@@ -1,4 +1,5 @@
-"""The other programs that bench.py times where they are installed: transformers, peft, llama-cpp-python."""
+"""The other programs that bench.py times where they are installed: transformers, peft,
+llama-cpp-python."""
 
 import contextlib
 import sys
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextlib.contextmanager
 def repository_off_path():
-    """sys.path without the repository, for importing transformers and peft: transformers looks for Hugging Face's
-    package `kernels`, and would find kernels.py."""
+    """sys.path without the repository, for importing transformers and peft: transformers looks for
+    Hugging Face's package `kernels`, and would find kernels.py."""
     path = list(sys.path)
     kernels = sys.modules.pop("kernels", None)
     sys.path[:] = [folder for folder in path if Path(folder).resolve() != ROOT]
@@ -61,15 +62,17 @@ def peft_llama(folder, dtype, adapters):
         for adapter in adapters:
             save_adapter(adapter, paths[adapter.name])
         first, *others = paths
-        model = PeftModel.from_pretrained(hf_llama(folder, dtype), paths[first], first, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(
+            hf_llama(folder, dtype), paths[first], first, autocast_adapter_dtype=False
+        )
         for name in others:
             model.load_adapter(paths[name], name, autocast_adapter_dtype=False)
     return model.eval()
 
 
 class HfDecoder:
-    """bench.Decoder with a model and a cache of transformers: goes on from ids (b, t), `tokens` for each row;
-    `options` go to the model."""
+    """bench.Decoder with a model and a cache of transformers: goes on from ids (b, t), `tokens` for
+    each row; `options` go to the model."""
 
     def __init__(self, model, ids, tokens=0, **options):
         self.model = model
@@ -124,8 +127,8 @@ class LlamaCpp:
 
 
 def peft_trainer(folder, dtype, r, targets, device):
-    """(parameters, step): forward and backward of one adapter of rank r on the Linears `targets`, of a tasks.Batch. No
-    mask, which padding at the end does not need, and which takes longer."""
+    """(parameters, step): forward and backward of one adapter of rank r on the Linears `targets`,
+    of a tasks.Batch. No mask, which padding at the end does not need, and which takes longer."""
     with repository_off_path():
         from peft import LoraConfig, get_peft_model
 

@@ -11,8 +11,8 @@ def mean_of(scores):
 
 
 def table(results, tasks, ceiling=None):
-    """A row a task, a column a method, score [low, high], as Markdown; shares of the method `ceiling` where there is
-    one."""
+    """A row a task, a column a method, score [low, high], as Markdown; shares of the method
+    `ceiling` where there is one."""
     methods = list(results)
     lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
     for name in tasks:
@@ -34,8 +34,8 @@ def table(results, tasks, ceiling=None):
 
 
 def composite_table(results, composite):
-    """A row a method: its mean over the tasks, and for each size the attempted and right questions of a prompt, as
-    Markdown."""
+    """A row a method: its mean over the tasks, and for each size the attempted and right questions
+    of a prompt, as Markdown."""
     heads = [f"{n}: {key}" for n in composite for key in ("attempted", "right")]
     lines = ["| method | tasks | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
     for method, result in results.items():

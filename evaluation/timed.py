@@ -1,7 +1,8 @@
-"""What bench.py times: Llamas with many adapters and gates that choose evenly among them, decoding, training steps.
+"""What bench.py times: Llamas with many adapters and gates that choose evenly among them, decoding,
+training steps.
 
-Also what runs one of these in a process of its own (InSubprocess), which has to import it from a module, not from the
-script.
+Also what runs one of these in a process of its own (InSubprocess), which has to import it from a
+module, not from the script.
 
 `args` are the options of a command of bench.py.
 """
@@ -73,12 +74,15 @@ def random_gates(args, e, shapes):
     """Gates that choose evenly among e adapters."""
     generator = torch.Generator().manual_seed(args.seed)
     dtype = DTYPES[args.dtype]
-    weights = {path: torch.randn(e, i, generator=generator).to(args.device, dtype) for path, (_, i) in shapes.items()}
+    weights = {
+        path: torch.randn(e, i, generator=generator).to(args.device, dtype) for path, (_, i) in shapes.items()
+    }
     return {path: MeteoraGate(G, args.k).requires_grad_(False) for path, G in weights.items()}
 
 
 def with_adapters(args, e, backend="auto", folder=""):
-    """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random ones."""
+    """A Llama like load()'s with adapters and gates in it: those of a pool folder, or e random
+    ones."""
     model = load(args)
     shapes = linear_shapes(model)
     dtype = DTYPES[args.dtype]
@@ -101,8 +105,9 @@ def pool_sizes(args):
 
 
 def hf_models(args, e):
-    """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with the adapters of the
-    pool or e random ones: one of them, and peft's mixed batch, another for each row."""
+    """(name, model, options of its forward for b rows) of transformers' Llama, and of peft's with
+    the adapters of the pool or e random ones: one of them, and peft's mixed batch, another for each
+    row."""
     if not args.peers or getattr(args, "shape", "") or not has("transformers"):
         return
     folder = args.model or TINY
@@ -137,7 +142,8 @@ def prompts(args, b, t, v):
 
 
 class Decoder:
-    """A model that goes on from `ids` (b, t) again and again, greedily; called, it decodes `tokens` for each row."""
+    """A model that goes on from `ids` (b, t) again and again, greedily; called, it decodes `tokens`
+    for each row."""
 
     def __init__(self, model, ids, tokens):
         self.model = model
@@ -160,14 +166,17 @@ class Decoder:
 
 
 def with_requests(args, union):
-    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of args.requests rows with
-    three adapters each, no two rows with the same ones, all of them together the union."""
+    """A Llama with `union` random adapters, routers that weigh them at random, and a batch of
+    args.requests rows with three adapters each, no two rows with the same ones, all of them
+    together the union."""
     if not -(-union // 3) <= args.requests <= math.comb(union, 3):
         raise InputError(f"--union: {args.requests} sets of three adapters aren't {union} adapters together")
     model = load(args)
     rng = random.Random(args.seed)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(args, union, shapes), shapes, DTYPES[args.dtype], args.device, alloc_B_of(model))
+    pool = Pool.of(
+        random_adapters(args, union, shapes), shapes, DTYPES[args.dtype], args.device, alloc_B_of(model)
+    )
     names = rng.sample(pool.names, union)
     sets = [sorted((names + names)[j : j + 3]) for j in range(0, union, 3)]
     while len(sets) < args.requests:
@@ -179,7 +188,9 @@ def with_requests(args, union):
         router.to(DTYPES[args.dtype]).requires_grad_(False).bind(pool.B[path], pool.scale[path])
     asked = {path: SampleGate(router) for path, router in routers.items()}
     compile_blocks(model, True, saves=0, costs=0)
-    retrieved = candidate_rows(pool, [[(name, 0.0) for name in found] for found in sets], 3, device=args.device)
+    retrieved = candidate_rows(
+        pool, [[(name, 0.0) for name in found] for found in sets], 3, device=args.device
+    )
     set_candidates(routers.values(), *retrieved)
     nothing = torch.zeros(args.requests, 1, device=args.device)
     set_gates(asked.values(), nothing.long(), nothing, nothing[:, 0] == 0)
@@ -188,8 +199,8 @@ def with_requests(args, union):
 
 
 def bytes_read(model):
-    """What one step has to read: every weight but the embedding's, gates or what routers score with, and of the
-    adapters k of e by gates, all by routers, whose batch retrieved them."""
+    """What one step has to read: every weight but the embedding's, gates or what routers score
+    with, and of the adapters k of e by gates, all by routers, whose batch retrieved them."""
     tied = model.config.tie_word_embeddings
     total = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed_tokens" not in name)
     for module in attached(model).values():
@@ -201,13 +212,15 @@ def bytes_read(model):
 
 
 def examples(args, names, v):
-    """{name: Examples that an adapter of that name learns}: random tokens, or for each those of one of --tasks."""
+    """{name: Examples that an adapter of that name learns}: random tokens, or for each those of one
+    of --tasks."""
     if not args.tasks:
         generator = torch.Generator().manual_seed(args.seed)
         shape = (len(names), args.e * args.each, args.tokens)
         rows = torch.randint(3, v, shape, generator=generator).tolist()
         return {
-            name: [Example(ids, args.tokens // 2, name) for ids in some] for name, some in zip(names, rows, strict=True)
+            name: [Example(ids, args.tokens // 2, name) for ids in some]
+            for name, some in zip(names, rows, strict=True)
         }
     tokenizer = Tokenizer(args.model or TINY)
     tasks = list(load_tasks(args.tasks).values())
@@ -225,8 +238,8 @@ def steps_of(args, learnt):
 
 
 class Trainer:
-    """Optimizer steps of `params` with the gradients of step(examples), called once for each of `batches` in turn:
-    gives how many tokens, without padding, it saw."""
+    """Optimizer steps of `params` with the gradients of step(examples), called once for each of
+    `batches` in turn: gives how many tokens, without padding, it saw."""
 
     def __init__(self, params, step, batches):
         self.step = step
@@ -242,14 +255,18 @@ class Trainer:
 
 
 class InSubprocess:
-    """make(args) in a process of its own, whose memory no other row of a table scatters; called, it runs there once,
-    and `results` are what came of it."""
+    """make(args) in a process of its own, whose memory no other row of a table scatters; called, it
+    runs there once, and `results` are what came of it."""
 
     def __init__(self, make, args):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, make, SimpleNamespace(**vars(args))), daemon=True)
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process that waits
+        process = context.Process(
+            target=_child, args=(theirs, make, SimpleNamespace(**vars(args))), daemon=True
+        )
+        heard = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # inherited: Ctrl-C is for the process that waits
         process.start()
         signal.signal(signal.SIGINT, heard)
         theirs.close()  # so that its end is heard of
@@ -260,7 +277,9 @@ class InSubprocess:
         try:
             result = self.pipe.recv()
         except EOFError:
-            raise InputError("a process that was to be timed has ended; was there too little memory?") from None
+            raise InputError(
+                "a process that was to be timed has ended; was there too little memory?"
+            ) from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -294,7 +313,9 @@ def adapters_trainer(args):
     model = load(args)
     compile_blocks(model, True, saves=0, costs=0)
     shapes = linear_shapes(model)
-    pool = Pool.of(random_adapters(args, args.e, shapes), shapes, device=args.device, alloc_B=alloc_B_of(model))
+    pool = Pool.of(
+        random_adapters(args, args.e, shapes), shapes, device=args.device, alloc_B=alloc_B_of(model)
+    )
     gate = KnownAdapterGate()
     attach(model, pool, gate)
     model.train()
@@ -305,7 +326,8 @@ def adapters_trainer(args):
 
 
 def one_adapter_trainer(args):
-    """peft's adapter, for which one adapter's examples come after another's: as many in a step, padded."""
+    """peft's adapter, for which one adapter's examples come after another's: as many in a step,
+    padded."""
     model = load(args)
     targets = {path.rpartition(".")[2] for path in linear_shapes(model)}
     params, step = peft_trainer(args.model or TINY, DTYPES[args.dtype], args.r, targets, args.device)
@@ -321,7 +343,9 @@ def gates_trainer(args, backend):
         compile_blocks(model, True, saves=0, costs=0)
     gates = {path: linear.gate.inner.float().requires_grad_() for path, linear in attached(model).items()}
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
-    batches = steps_of(args, examples(args, [f"random{j}" for j in range(args.gated)], model.config.vocab_size))
+    batches = steps_of(
+        args, examples(args, [f"random{j}" for j in range(args.gated)], model.config.vocab_size)
+    )
     run = GatesRun(model="", tasks="", pool="", top_k=args.k)
     loss = GateLoss(gates)
     params = list(parameters_of(gates).values())

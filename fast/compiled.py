@@ -1,14 +1,17 @@
-"""torch.compile for functions of a block: one graph for all layers, lengths and batches; steps replayed past Python.
+"""torch.compile for functions of a block: one graph for all layers, lengths and batches; steps
+replayed past Python.
 
-A compiled function has a graph for n = 1 token, one for n > 1 (of a whole decode step two, up to SIMD_LANES and up to
-MAX_DECODE_ROWS rows), and these again while routing is recorded. Another kind of gate, number of adapters a token or
-gate temperature is another block, with graphs of its own; torch keeps them on disk between runs. More than torch's
-limit of recompiles is an error, for fullgraph is set.
+A compiled function has a graph for n = 1 token, one for n > 1 (of a whole decode step two, up to
+SIMD_LANES and up to MAX_DECODE_ROWS rows), and these again while routing is recorded. Another kind
+of gate, number of adapters a token or gate temperature is another block, with graphs of its own;
+torch keeps them on disk between runs. More than torch's limit of recompiles is an error, for
+fullgraph is set.
 
-From one step of a decode loop to the next nothing changes but four tensors. Yet torch.compile checks every tensor and
-module that a graph reads, and the graph's own Python allocates each buffer; and as the weights have just swept the
-caches clean, that takes a third of the step (LOG.md). So for a replayable cache one step is captured, every kernel with
-its buffers, and the steps that follow call the kernels alone; on a GPU as a CUDA graph.
+From one step of a decode loop to the next nothing changes but four tensors. Yet torch.compile
+checks every tensor and module that a graph reads, and the graph's own Python allocates each buffer;
+and as the weights have just swept the caches clean, that takes a third of the step (LOG.md). So for
+a replayable cache one step is captured, every kernel with its buffers, and the steps that follow
+call the kernels alone; on a GPU as a CUDA graph.
 """
 
 import re
@@ -30,13 +33,15 @@ OPTIONS = {
 MAX_DECODE_ROWS = 16  # rows of one new token each that a compiled block takes whole, attention included
 SIMD_LANES = 8  # up to so many it has a graph of its own, where a vector has a lane for each (matmul.py)
 LIBRARY = ("mm", "addmm", "bmm")  # matmuls that a graph leaves to torch, each into a buffer of its own
-# All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say, is none of these.
+# All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say,
+# is none of these.
 CAPTURED = re.compile(
     "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|empty_strided_cpu|reinterpret_tensor|clear|"
     + "|".join(LIBRARY)
 )
-# `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be. One at a time, as
-# graphs and their kernels are everybody's; and two threads in torch.compile's checks at once have failed.
+# `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be.
+# One at a time, as graphs and their kernels are everybody's; and two threads in torch.compile's
+# checks at once have failed.
 _capture = threading.local()
 _one_at_a_time = threading.RLock()
 
@@ -51,12 +56,15 @@ def _inductor(graph, inputs):
         made.current_callable = _capturable(made.current_callable)
         return made
 
-    with patch(enable_autograd_cache=False):  # a hit there would not come by `inner`; the cache of kernels stays
+    with patch(
+        enable_autograd_cache=False
+    ):  # a hit there would not come by `inner`; the cache of kernels stays
         return compile_fx(graph, inputs, inner, OPTIONS)
 
 
 def _capturable(graph):
-    """A graph's generated function; while a step is captured, with kernels that note how they are called."""
+    """A graph's generated function; while a step is captured, with kernels that note how they are
+    called."""
     scope = getattr(graph, "__globals__", {})
     names = getattr(graph, "__code__", _capturable.__code__).co_names
 
@@ -76,7 +84,9 @@ def _capturable(graph):
             calls.append(None)
             return graph(args)
         kernels = {name: noting(scope[name]) for name in names if name.startswith("cpp_fused")}
-        library = SimpleNamespace(**{name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY})
+        library = SimpleNamespace(
+            **{name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY}
+        )
         with mock.patch.dict(scope, kernels, extern_kernels=library):
             return graph(args)
 
@@ -95,9 +105,11 @@ def can_compile(device):
 
 
 def compile_function(function):
-    """`function` through torch.compile, traced and compiled where it is first called. Raises InputError where the
-    compiler fails."""
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree once are not the same size
+    """`function` through torch.compile, traced and compiled where it is first called. Raises
+    InputError where the compiler fails."""
+    torch.fx.experimental._config.use_duck_shape = (
+        False  # sizes that happen to agree once are not the same size
+    )
     torch._dynamo.config.recompile_limit = 64  # six graphs a kind of gate: many may be tried in one process
     run = torch.compile(function, fullgraph=True, dynamic=False, backend=_inductor)
 
@@ -106,13 +118,16 @@ def compile_function(function):
             with _one_at_a_time:
                 return run(*inputs)
         except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise InputError(f"torch.compile: {str(error).splitlines()[0]}; --no-compile goes without") from error
+            raise InputError(
+                f"torch.compile: {str(error).splitlines()[0]}; --no-compile goes without"
+            ) from error
 
     return call
 
 
 def statically_at_most(n, most):
-    """n <= most; in a compiled block, where a number of tokens is a symbol, whether that is known of it."""
+    """n <= most; in a compiled block, where a number of tokens is a symbol, whether that is known
+    of it."""
     if not torch.compiler.is_compiling():
         return n <= most
     return torch.fx.experimental.symbolic_shapes.statically_known_true(n <= most)
@@ -125,10 +140,11 @@ def compile_for_any_length(function):
 
 
 def mark_dynamic_tokens(*tensors, decode=False):
-    """Tells torch.compile that the first axis, where it isn't 1, will have other lengths: any, or where it is the rows
-    of a `decode` batch those up to SIMD_LANES, or from there to MAX_DECODE_ROWS (a graph for both would depend on which
-    fill a SIMD vector). On a CPU inductor is given the hint to assume 3 rows: else it parallelises over tokens, goes
-    through eight in one turn, and leaves one thread idle (LOG.md)."""
+    """Tells torch.compile that the first axis, where it isn't 1, will have other lengths: any, or
+    where it is the rows of a `decode` batch those up to SIMD_LANES, or from there to
+    MAX_DECODE_ROWS (a graph for both would depend on which fill a SIMD vector). On a CPU inductor
+    is given the hint to assume 3 rows: else it parallelises over tokens, goes through eight in one
+    turn, and leaves one thread idle (LOG.md)."""
     for x in tensors:
         size = len(x)
         if size > 1 and 0 not in getattr(x, "_dynamo_dynamic_indices", ()):
@@ -141,8 +157,9 @@ def mark_dynamic_tokens(*tensors, decode=False):
 
 
 class CapturedStep(NamedTuple):
-    """A captured decode step, called with new inputs. It holds for `views` of a cache, as long as the cache's
-    `replayable` is equal to `key`; `inputs` are overwritten before each call, `out` by it."""
+    """A captured decode step, called with new inputs. It holds for `views` of a cache, as long as
+    the cache's `replayable` is equal to `key`; `inputs` are overwritten before each call, `out` by
+    it."""
 
     views: list
     key: object
@@ -159,7 +176,8 @@ class CapturedStep(NamedTuple):
 
 
 def replay(cache, views, inputs):
-    """What the captured step of this cache makes of `inputs`, None where there is none or it doesn't hold any more."""
+    """What the captured step of this cache makes of `inputs`, None where there is none or it
+    doesn't hold any more."""
     step = cache.captured
     if step and step.views is views and step.key == cache.replayable:
         return step(*inputs)
@@ -167,8 +185,8 @@ def replay(cache, views, inputs):
 
 
 def run_and_capture(run, layers, cache, views, inputs):
-    """A new token in each row of the cache through all blocks by `run`, a compiled block: inputs (x (b, h), ...) ->
-    (b, h). Where the cache is replayable the step is captured in it."""
+    """A new token in each row of the cache through all blocks by `run`, a compiled block: inputs (x
+    (b, h), ...) -> (b, h). Where the cache is replayable the step is captured in it."""
 
     def through(x, *others):
         for layer, view in zip(layers, views, strict=True):

@@ -1,9 +1,11 @@
-"""kernels.py's operation at speed: a cost model that picks the backend, gathers fused into their sums, memory layout.
+"""kernels.py's operation at speed: a cost model that picks the backend, gathers fused into their
+sums, memory layout.
 
-The backends are kernels.py's, and the results too, up to rounding. bmm is written as fused multiply-and-sums, which
-torch.compile fuses the gather into, so that no copy of an adapter is made; outside of a compiled block it copies some
-tokens' adapters at a time. Where each token's one adapter is known in advance, as in training, mix_grouped has the
-least arithmetic: n*r*(i+o) multiply-adds.
+The backends are kernels.py's, and the results too, up to rounding. bmm is written as fused
+multiply-and-sums, which torch.compile fuses the gather into, so that no copy of an adapter is made;
+outside of a compiled block it copies some tokens' adapters at a time. Where each token's one
+adapter is known in advance, as in training, mix_grouped has the least arithmetic: n*r*(i+o)
+multiply-adds.
 """
 
 from typing import NamedTuple
@@ -30,11 +32,12 @@ def lora_mix(x, A, B, scale, idx, weight, backend="auto", get_ax=None):
 
 
 def pick_backend(x, A, k):
-    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the library's GEMM does
-    gemm_advantage() times as many a second as compiled multiply-and-sums, and costs as much as six adapters to start.
-    It gains nothing for a decode batch, where all is reading. Outside of a compiled block bmm copies an adapter at each
-    use, in the time in which a GEMM reads one, or fifteen times that of the sum where tokens fill a GEMM; so does its
-    gradient. The numbers are measured (LOG.md)."""
+    """The cost model, in multiply-adds: bmm does n*k*r*(i+o) and dense n*e*r*(i+o), but the
+    library's GEMM does gemm_advantage() times as many a second as compiled multiply-and-sums, and
+    costs as much as six adapters to start. It gains nothing for a decode batch, where all is
+    reading. Outside of a compiled block bmm copies an adapter at each use, in the time in which a
+    GEMM reads one, or fifteen times that of the sum where tokens fill a GEMM; so does its gradient.
+    The numbers are measured (LOG.md)."""
     n = len(x)
     e = len(A)
     if not torch.compiler.is_compiling():
@@ -49,17 +52,18 @@ def pick_backend(x, A, k):
 
 
 def gemm_advantage(x):
-    """How many multiply-adds a library's GEMM does in the time of one of a compiled multiply-and-sum: 4 in float32 and
-    15 with AMX, measured; 10 with other bf16 matmuls and 15 on a GPU, estimated (LOG.md)."""
+    """How many multiply-adds a library's GEMM does in the time of one of a compiled
+    multiply-and-sum: 4 in float32 and 15 with AMX, measured; 10 with other bf16 matmuls and 15 on a
+    GPU, estimated (LOG.md)."""
     if x.dtype == torch.float32 or widened(x, x.dtype):
         return 4
     return 15 if AMX or x.device.type != "cpu" else 10
 
 
 def alloc_B(e, o, r, **options):
-    """B (e, o, r), zero, stored (e, r, o) with 16 elements of padding a row: unpadded rows lie a multiple of 4 KiB
-    apart at most widths and share one cache set, which the ranks that are summed side by side would fight over
-    (LOG.md)."""
+    """B (e, o, r), zero, stored (e, r, o) with 16 elements of padding a row: unpadded rows lie a
+    multiple of 4 KiB apart at most widths and share one cache set, which the ranks that are summed
+    side by side would fight over (LOG.md)."""
     return torch.zeros(e, r, o + 16, **options)[..., :o].transpose(1, 2)
 
 
@@ -96,16 +100,18 @@ def gathered_ax(x, A, idx):
 
 
 def unroll_factor(x, most):
-    """How many independent sums a loop carries, which hides the latency of dependent adds: `most` for a prompt in a
-    compiled block on a CPU, elsewhere one. One too where gradients are recorded: more took longer (LOG.md)."""
+    """How many independent sums a loop carries, which hides the latency of dependent adds: `most`
+    for a prompt in a compiled block on a CPU, elsewhere one. One too where gradients are recorded:
+    more took longer (LOG.md)."""
     compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     prompt = compiled and not statically_at_most(len(x), MAX_DECODE_ROWS)
     return most if prompt and x.device.type == "cpu" else 1
 
 
 def chunked(function, size, *tensors):
-    """`function` of tensors (n, ...), which copies `size` bytes of adapters for each of n: of so many at a time that
-    the copies stay in the caches. Compiled there are no copies, and one graph for any n."""
+    """`function` of tensors (n, ...), which copies `size` bytes of adapters for each of n: of so
+    many at a time that the copies stay in the caches. Compiled there are no copies, and one graph
+    for any n."""
     if torch.compiler.is_compiling() or len(tensors[0]) * size <= COPIES:
         return function(*tensors)
     chunks = zip(*(y.split(max(1, COPIES // size)) for y in tensors), strict=True)
@@ -126,8 +132,9 @@ MIXES = {"loop": mix_loop, "bmm": mix_bmm, "dense": mix_dense}
 
 
 def top_k_mixture(logits, k, temperature):
-    """logits (..., e) -> idx (..., k), their softmax at `temperature` (..., k), the largest first. In a compiled block
-    as k maxima, which fuse into what is around them: torch.topk stays a call of its own, a slow one."""
+    """logits (..., e) -> idx (..., k), their softmax at `temperature` (..., k), the largest first.
+    In a compiled block as k maxima, which fuse into what is around them: torch.topk stays a call of
+    its own, a slow one."""
     if k > 8 or not torch.compiler.is_compiling():
         top, idx = logits.topk(k, dim=-1)
         return idx, torch.softmax((top - top[..., :1]) / temperature, -1)
@@ -147,7 +154,8 @@ def top_k_mixture(logits, k, temperature):
 
 
 class GroupedTokens(NamedTuple):
-    """n tokens sorted by their one adapter, in m groups of GROUP positions, each group of one adapter."""
+    """n tokens sorted by their one adapter, in m groups of GROUP positions, each group of one
+    adapter."""
 
     slot: torch.Tensor  # (m,) int64, of each group
     weight: torch.Tensor  # (m, GROUP) float32, of the token at each position, 0 where there is none
@@ -160,7 +168,9 @@ class GroupedTokens(NamedTuple):
         device = slots.device
         count = torch.bincount(slots)
         groups = -(-count // GROUP)  # (e,)
-        before = GROUP * (groups.cumsum(0) - groups) - (count.cumsum(0) - count)  # positions empty in earlier groups
+        before = GROUP * (groups.cumsum(0) - groups) - (
+            count.cumsum(0) - count
+        )  # positions empty in earlier groups
         order = slots.argsort(stable=True)
         tokens = torch.arange(len(slots), device=device)
         slot = torch.arange(len(count), device=device).repeat_interleave(groups)
@@ -177,7 +187,8 @@ def mix_grouped(x, A, B, scale, grouped):
     """The operation where each token uses one adapter: x (n, i) -> (n, o), two matmuls a group."""
     e, r, i = A.shape
     dtype = torch.float32 if widened(x, x.dtype) else x.dtype
-    # A matmul with a one-hot matrix is a gather whose gradient is a matmul too, with a fixed order of additions.
+    # A matmul with a one-hot matrix is a gather whose gradient is a matmul too, with a fixed order
+    # of additions.
     picks = (grouped.slot[:, None] == torch.arange(e, device=x.device)).to(A.dtype)  # (m, e)
     A = (picks @ A.flatten(1)).view(-1, r, i).to(dtype)
     B = (picks @ B.permute(2, 0, 1)).transpose(0, 1).to(dtype)  # (m, r, o); flatten would copy all of B
@@ -186,8 +197,9 @@ def mix_grouped(x, A, B, scale, grouped):
 
 
 class _MixGroups(torch.autograd.Function):
-    """A[j] x, weighted, times B[j] for the tokens of each group j, and its gradients by the fastest matmuls. A gather's
-    gradient is a scatter-add because an index may repeat; here none does, so the gradient is a gather too."""
+    """A[j] x, weighted, times B[j] for the tokens of each group j, and its gradients by the fastest
+    matmuls. A gather's gradient is a scatter-add because an index may repeat; here none does, so
+    the gradient is a gather too."""
 
     @staticmethod
     def forward(ctx, x, A, B, weight, token, position):

@@ -8,9 +8,12 @@ from torch import nn
 
 from fast.compiled import MAX_DECODE_ROWS, SIMD_LANES, statically_at_most
 
-# The dtypes in which this CPU has no matmul: torch would go through it token by token, ten times as long (LOG.md).
+# The dtypes in which this CPU has no matmul: torch would go through it token by token, ten times as
+# long (LOG.md).
 _MATMULS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-WIDENED = tuple(dtype for dtype, has in _MATMULS.items() if not getattr(torch.ops.mkldnn, has, lambda: False)())
+WIDENED = tuple(
+    dtype for dtype, has in _MATMULS.items() if not getattr(torch.ops.mkldnn, has, lambda: False)()
+)
 
 
 class FastLinear(nn.Linear):
@@ -24,10 +27,11 @@ class FastLinear(nn.Linear):
 def linear(x, weight, bias=None, dtype=None):
     """x (n, i), weight (o, i) -> (n, o), computed in x's dtype or another.
 
-    In a compiled block without gradients one token's is a fused multiply-and-sum; on a CPU, in float32 or where it has
-    no matmul of that dtype, a decode batch's is too: these read the weights faster than the library does, and fuse with
-    what is around them (LOG.md). On a GPU a decode batch's is one where another dtype is asked for: else the weight, a
-    gate's few rows, would be converted by a kernel of its own.
+    In a compiled block without gradients one token's is a fused multiply-and-sum; on a CPU, in
+    float32 or where it has no matmul of that dtype, a decode batch's is too: these read the weights
+    faster than the library does, and fuse with what is around them (LOG.md). On a GPU a decode
+    batch's is one where another dtype is asked for: else the weight, a gate's few rows, would be
+    converted by a kernel of its own.
     """
     dtype = dtype or x.dtype
     n = math.prod(x.shape[:-1])
@@ -42,7 +46,8 @@ def linear(x, weight, bias=None, dtype=None):
 
 
 def _multiply_and_sum(x, weight):
-    """x (n, i) -> (n, o), four chunks of the weight's rows side by side: independent sums hide the latency of adds."""
+    """x (n, i) -> (n, o), four chunks of the weight's rows side by side: independent sums hide the
+    latency of adds."""
     rows = weight.chunk(4 if len(weight) >= 512 else 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.cat([(w[:, None] * x).sum(-1, dtype=dtype) for w in rows]).T
@@ -51,9 +56,10 @@ def _multiply_and_sum(x, weight):
 def _multiply_and_sum_batch(x, weight):
     """x (n, i) -> (n, o) float32, each weight read once for all tokens.
 
-    A SIMD vector holds one number of each token, and several rows of the weight are summed side by side, to hide the
-    latency of dependent adds, though no more than a cache set has lines. Of 16-bit weights and as many tokens as fill
-    one vector, a vector holds numbers of one token instead, so that as many weights are widened to float32 at once.
+    A SIMD vector holds one number of each token, and several rows of the weight are summed side by
+    side, to hide the latency of dependent adds, though no more than a cache set has lines. Of
+    16-bit weights and as many tokens as fill one vector, a vector holds numbers of one token
+    instead, so that as many weights are widened to float32 at once.
     """
     i = x.shape[1]
     dtype = torch.float32
@@ -70,8 +76,8 @@ def _multiply_and_sum_batch(x, weight):
 
 
 def gemm(x, weight, bias=None):
-    """x (n, i), weight (o, i) -> (n, o) by the library, as it is fastest on a CPU (LOG.md): in float32 where there is
-    nothing better, and there, of up to 32 tokens, as W x^T."""
+    """x (n, i), weight (o, i) -> (n, o) by the library, as it is fastest on a CPU (LOG.md): in
+    float32 where there is nothing better, and there, of up to 32 tokens, as W x^T."""
     n = math.prod(x.shape[:-1])
     if widened(x, x.dtype) and not statically_at_most(n, 3):
         in_cache = max(1, 2**20 // weight.shape[1])  # rows that stay in the cache while they are converted

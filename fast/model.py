@@ -1,11 +1,14 @@
-"""model.py's Llama at speed: FastLlama, a block's compiled halves, decode attention, and install(), the way in.
+"""model.py's Llama at speed: FastLlama, a block's compiled halves, decode attention, and install(),
+the way in.
 
-Why this room exists. Decoding one token reads every weight once, so its limit is the memory's bandwidth: SmolLM2-135M
-has 0.54 GB in float32, which 35 GB/s read in 15 ms. A prompt and a training step are bound by arithmetic instead: 512
-tokens are 0.1 TFLOP, 0.6 s at 180 GFLOP/s. Plain PyTorch reaches neither limit, because it runs one operation after
-another: each writes its result to memory, each costs some microseconds to start, and a gated Linear has a dozen. The
-operations themselves are as in model.py and moe_lora.py; what changes here is how they are grouped, laid out and
-started. On two CPU cores, float32, 28 adapters, top-2 (LOG.md has all figures, and what did not help):
+Why this room exists. Decoding one token reads every weight once, so its limit is the memory's
+bandwidth: SmolLM2-135M has 0.54 GB in float32, which 35 GB/s read in 15 ms. A prompt and a training
+step are bound by arithmetic instead: 512 tokens are 0.1 TFLOP, 0.6 s at 180 GFLOP/s. Plain PyTorch
+reaches neither limit, because it runs one operation after another: each writes its result to
+memory, each costs some microseconds to start, and a gated Linear has a dozen. The operations
+themselves are as in model.py and moe_lora.py; what changes here is how they are grouped, laid out
+and started. On two CPU cores, float32, 28 adapters, top-2 (LOG.md has all figures, and what did not
+help):
 
     compile a block, not the model   the same graph serves all layers, lengths and batches: seconds to compile instead
                                      of a minute. What stands before attention and what stands after it knows tokens
@@ -29,12 +32,13 @@ started. On two CPU cores, float32, 28 adapters, top-2 (LOG.md has all figures, 
     known adapters                   in training each token's adapter is given: tokens are sorted by it and multiplied
                                      in groups, n*r*(i+o) multiply-adds for e times as many (kernels.mix_grouped)
 
-How the parts fit. install() turns a Llama's modules into subclasses, in place: Llama into FastLlama, Trunk into
-FastTrunk, nn.Linear into FastLinear. Three things are made later, and made fast because the model says how:
-model.gated_linear (what attach() wraps a Linear with), model.new_cache() and model.alloc_B (a pool's layout). Until
-compile_blocks() the blocks run uncompiled, with the faster matmuls and the cost model; compiling pays from some hundred
-tokens on. pool/load.py alone imports this room, and bench.py, which times it; a test holds that without it every method
-gives the same answers.
+How the parts fit. install() turns a Llama's modules into subclasses, in place: Llama into
+FastLlama, Trunk into FastTrunk, nn.Linear into FastLinear. Three things are made later, and made
+fast because the model says how: model.gated_linear (what attach() wraps a Linear with),
+model.new_cache() and model.alloc_B (a pool's layout). Until compile_blocks() the blocks run
+uncompiled, with the faster matmuls and the cost model; compiling pays from some hundred tokens on.
+pool/load.py alone imports this room, and bench.py, which times it; a test holds that without it
+every method gives the same answers.
 """
 
 import itertools
@@ -55,8 +59,8 @@ from model import KVCache, Llama, Trunk, remember, rotate, softmax_attention, vi
 
 
 def install(model):
-    """Makes a Llama fast, in place: the same results up to rounding, but for the random numbers of LoRA dropout. Blocks
-    are compiled once compile_blocks() says so."""
+    """Makes a Llama fast, in place: the same results up to rounding, but for the random numbers of
+    LoRA dropout. Blocks are compiled once compile_blocks() says so."""
     model.__class__ = FastLlama
     model.model.__class__ = FastTrunk
     for module in model.model.layers.modules():
@@ -94,8 +98,8 @@ class FastLlama(Llama):
         return linear(hidden, self.head_weight)
 
     def compile_blocks(self, on=True):
-        """From now on blocks run compiled (or, `on` False, no longer); results differ by rounding. Without a compiler a
-        warning, and nothing changes."""
+        """From now on blocks run compiled (or, `on` False, no longer); results differ by rounding.
+        Without a compiler a warning, and nothing changes."""
         if not on:
             self.model.compiled = None
         elif not self.model.compiled:
@@ -109,13 +113,14 @@ class FastLlama(Llama):
 
 
 class FastTrunk(Trunk):
-    """Trunk, with compiled blocks where that is asked for and possible: not with `depth`, nor with gates that have to
-    run as plain Python."""
+    """Trunk, with compiled blocks where that is asked for and possible: not with `depth`, nor with
+    gates that have to run as plain Python."""
 
     compiled = None  # a CompiledBlock
 
     def run_blocks(self, x, layout, cache=None, depth=None):
-        """x (n, h) -> (n, h); replays, captures or runs a decode step, runs anything else by halves of blocks."""
+        """x (n, h) -> (n, h); replays, captures or runs a decode step, runs anything else by halves
+        of blocks."""
         b, t = layout.positions.shape
         decode = self.compiled is not None and cache is not None and t == 1 and b <= MAX_DECODE_ROWS
         if decode:
@@ -142,8 +147,8 @@ class FastTrunk(Trunk):
 
 
 class FastKVCache(KVCache):
-    """KVCache with a position to spare, so that no view of it happens to be contiguous, on which torch.compile would
-    specialise; with views for a compiled step, and the captured one."""
+    """KVCache with a position to spare, so that no view of it happens to be contiguous, on which
+    torch.compile would specialise; with views for a compiled step, and the captured one."""
 
     def __init__(self, config, b, capacity, dtype=torch.float32, device=None):
         super().__init__(config, b, capacity + 1, dtype, device)
@@ -164,15 +169,17 @@ class FastKVCache(KVCache):
         return self._views[1]
 
 
-# A block in parts: what comes before and after attention knows tokens alone, not sequences, so that compiled it is one
-# graph for all lengths and batches.
+# A block in parts: what comes before and after attention knows tokens alone, not sequences, so that
+# compiled it is one graph for all lengths and batches.
 
 
 def pre_attention(block, x, cos, sin):
     """x (n, h) -> q (n, heads, d), k, v (n, kv heads, d), rotated to their positions."""
     attention = block.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (y.view(len(x), -1, attention.d) for y in forward_together(projections, block.input_layernorm(x)))
+    q, k, v = (
+        y.view(len(x), -1, attention.d) for y in forward_together(projections, block.input_layernorm(x))
+    )
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -211,8 +218,8 @@ def attend_packed(q, k, v, lengths):
 
 
 def fastest_attention(q, k, v, mask=None):
-    """model.softmax_attention, in float32 where the CPU has nothing better, and for short sequences in training, whose
-    backward pass takes half as long (LOG.md)."""
+    """model.softmax_attention, in float32 where the CPU has nothing better, and for short sequences
+    in training, whose backward pass takes half as long (LOG.md)."""
     dtype = q.dtype
     short = q.requires_grad and q.element_size() == 2 and k.shape[1] <= 256
     if short or widened(q, dtype):
@@ -223,19 +230,23 @@ def fastest_attention(q, k, v, mask=None):
 
 
 def attend_decode(q, k, v, stored, positions):
-    """attend() for one token a row, as fused multiply-and-sums: q (b, heads, d), k, v (b, kv heads, d), positions
-    (b, 1) -> (b, heads * d)."""
+    """attend() for one token a row, as fused multiply-and-sums: q (b, heads, d), k, v (b, kv heads,
+    d), positions (b, 1) -> (b, heads * d)."""
     b, heads, d = q.shape
     rows = torch.arange(b, device=q.device)
     for tensor, new in zip(stored, (k, v), strict=True):
         tensor[rows, :, positions[:, 0]] = new
     k, v = (tensor[:, :, None].float() for tensor in stored)  # (b, kv heads, 1, capacity, d)
-    q_by_row = q.new_empty(q.shape)  # a buffer: fused into what follows, q would be computed anew for each key
+    q_by_row = q.new_empty(
+        q.shape
+    )  # a buffer: fused into what follows, q would be computed anew for each key
     q_by_row[rows] = q
     q = q_by_row.view(b, k.shape[1], -1, 1, d).float()  # (b, kv heads, group, 1, d)
     score = (q * k).sum(-1) * d**-0.5  # (b, kv heads, group, capacity)
     seen = torch.arange(k.shape[3], device=q.device) <= positions  # (b, capacity)
     p = score.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-    parts = v.chunk(largest_divisor(d, 4) if v.device.type == "cpu" else 1, -1)  # independent sums, as in kernels.py
+    parts = v.chunk(
+        largest_divisor(d, 4) if v.device.type == "cpu" else 1, -1
+    )  # independent sums, as in kernels.py
     y = torch.cat([(p[..., None] * part).sum(-2) for part in parts], -1)
     return y.reshape(b, heads * d).to(stored[0].dtype)

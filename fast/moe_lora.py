@@ -1,4 +1,5 @@
-"""moe_lora.py's gated Linear at speed: shared matmuls for Linears of one input, grouped tokens, cheap dropout."""
+"""moe_lora.py's gated Linear at speed: shared matmuls for Linears of one input, grouped tokens,
+cheap dropout."""
 
 import torch
 
@@ -50,8 +51,8 @@ def linear_in(x, weight, dtype):
 
 
 def forward_together(linears, x):
-    """[linear(x), ...]. In a compiled block gated Linears of one input x (n, i) share one matmul for A x, and one for
-    their gates' logits where these are MeteoRA's."""
+    """[linear(x), ...]. In a compiled block gated Linears of one input x (n, i) share one matmul
+    for A x, and one for their gates' logits where these are MeteoRA's."""
     gated = all(type(module) is FastMultiLoRALinear for module in linears)
     if not (gated and torch.compiler.is_compiling()):
         return [module(x) for module in linears]
@@ -98,7 +99,8 @@ class FastAX:
 
 
 def mixture_of(gate, x, sample, ax, chosen=None):
-    """gate(x, sample, ax); `chosen` is the inner gate's Mixture of a SampleGate where that is known already."""
+    """gate(x, sample, ax); `chosen` is the inner gate's Mixture of a SampleGate where that is known
+    already."""
     if type(gate) is MeteoraGate:
         return meteora_mixtures([gate], x)[0]
     if type(gate) is not SampleGate:
@@ -143,8 +145,8 @@ def grouped_tokens(gate):
 
 
 def dropout(x, p):
-    """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a CPU, where drawing
-    it takes as long as the adapters' matmuls."""
+    """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a
+    CPU, where drawing it takes as long as the adapters' matmuls."""
     cut = round(256 * p)
     words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
     keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
@@ -152,9 +154,10 @@ def dropout(x, p):
 
 
 def ready_to_compile(layers):
-    """Prepares what gated Linears read anew in each batch, so that compiled blocks have one graph for all batches:
-    tensors of rows and tokens are marked as of any length, those of a single row, on which torch.compile would
-    specialise, get a second one. False where a Linear or a gate has to run as plain Python."""
+    """Prepares what gated Linears read anew in each batch, so that compiled blocks have one graph
+    for all batches: tensors of rows and tokens are marked as of any length, those of a single row,
+    on which torch.compile would specialise, get a second one. False where a Linear or a gate has to
+    run as plain Python."""
     linears = [module for module in layers.modules() if isinstance(module, MultiLoRALinear)]
     gates = {part for linear in linears for part in linear.gate.modules()}
     if any(type(linear) is not FastMultiLoRALinear for linear in linears):

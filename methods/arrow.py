@@ -1,6 +1,8 @@
-"""Arrow (arXiv 2405.11157): a token goes to the adapters whose strongest input direction it lies along; no training.
+"""Arrow (arXiv 2405.11157): a token goes to the adapters whose strongest input direction it lies
+along; no training.
 
-prototype v_j = the top right singular vector of B_j A_j,   logit = |v_j . x|,   the k largest, softmax over those
+prototype v_j = the top right singular vector of B_j A_j,   logit = |v_j . x|,   the k largest,
+softmax over those
 """
 
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from pool.stacks import factored_svd
 
 
 def arrow_prototypes(A, B):
-    """Unit top right singular vectors (e, i) of B_j A_j, A (e, r, i), B (e, o, r); zero where B A is zero.
+    """Unit top right singular vectors (e, i) of B_j A_j, A (e, r, i), B (e, o, r); zero where B A
+    is zero.
 
     Their sign is arbitrary; `scale` can't change them.
     """
@@ -23,11 +26,12 @@ def arrow_prototypes(A, B):
 class ArrowGate(nn.Module):
     """Arrow: logits |v_j . x|, the k largest, softmax over those at a temperature; no training.
 
-    `known` (e,) bool: the slots that may be chosen, by default those with a prototype. Where fewer than k are, k is
-    their number. As in PEFT's Arrow x is the Linear's own input, not normalised (no cosine, whatever its docstring
-    says), scale multiplies each adapter's output and isn't in the logits, and outputs are mixed, not parameters. PEFT's
-    differs in prototypes by 15 power iterations from a random start, wrong where two singular values are close;
-    prototypes and logits in the adapters' dtype, here float32; dropout on the output, not the input; one rank for all.
+    `known` (e,) bool: the slots that may be chosen, by default those with a prototype. Where fewer
+    than k are, k is their number. As in PEFT's Arrow x is the Linear's own input, not normalised
+    (no cosine, whatever its docstring says), scale multiplies each adapter's output and isn't in
+    the logits, and outputs are mixed, not parameters. PEFT's differs in prototypes by 15 power
+    iterations from a random start, wrong where two singular values are close; prototypes and logits
+    in the adapters' dtype, here float32; dropout on the output, not the input; one rank for all.
     """
 
     def __init__(self, prototypes, k, temperature=1.0, known=None):
@@ -35,7 +39,9 @@ class ArrowGate(nn.Module):
         self.register_buffer("prototypes", prototypes, persistent=False)
         if known is None:
             known = prototypes.any(-1)
-            known = known if known.any() else ~known  # every B A is zero: any choice is right, none would be NaN
+            known = (
+                known if known.any() else ~known
+            )  # every B A is zero: any choice is right, none would be NaN
         self.register_buffer("known", known, persistent=False)
         self.k = min(k, int(known.sum()))
         self.temperature = temperature

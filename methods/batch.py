@@ -1,4 +1,5 @@
-"""Sets the model up for a batch: finds methods by name, retrieves, attaches what they share, gives rows adapters."""
+"""Sets the model up for a batch: finds methods by name, retrieves, attaches what they share, gives
+rows adapters."""
 
 from dataclasses import replace
 
@@ -20,7 +21,8 @@ def method_names():
 
 
 def find_method(mole, name, top_k=2):
-    """The Method `name`; `top_k` is the k of names that leave it open. Raises InputError where there is none."""
+    """The Method `name`; `top_k` is the k of names that leave it open. Raises InputError where
+    there is none."""
     if name in mole.custom_gates:
         return CUSTOM(name, top_k)
     for kind in METHODS:
@@ -29,7 +31,9 @@ def find_method(mole, name, top_k=2):
     method = FALLBACK.parse(name, top_k)
     if method and (name in FALLBACK.names or (method.folder(mole) and method.folder(mole).is_dir())):
         return method
-    raise InputError(f"no method {name!r}{nearest(name, method_names()) or ', one of ' + ', '.join(method_names())}")
+    raise InputError(
+        f"no method {name!r}{nearest(name, method_names()) or ', one of ' + ', '.join(method_names())}"
+    )
 
 
 def check_method(mole, name, top_k=2):
@@ -39,7 +43,9 @@ def check_method(mole, name, top_k=2):
         example = method.per_task.format("NAME")
         raise InputError(f"method {name} is another one for each task: name it, {example}, or let eval.py")
     if method.needs_adapters and not (mole.pool and mole.pool.members):
-        raise InputError(f"method {name}: needs adapters, and there are none: name a --pool or an --adapter NAME=DIR")
+        raise InputError(
+            f"method {name}: needs adapters, and there are none: name a --pool or an --adapter NAME=DIR"
+        )
     method.check(mole)
     return name
 
@@ -50,7 +56,8 @@ def for_task(mole, name, task):
 
 
 def default_method(mole, k, k_asked=False):
-    """(The best method that the pool has the parts for, why, in words). `k_asked`: no gates of another k will do."""
+    """(The best method that the pool has the parts for, why, in words). `k_asked`: no gates of
+    another k will do."""
     if not (mole.pool and mole.pool.members):
         return "base", "no adapters here"
     many = f"{len(mole.pool.names)} adapters"
@@ -67,9 +74,9 @@ def default_method(mole, k, k_asked=False):
 
 
 def retrieve(mole, names, prompts, k=3, exclude=(), ids=None):
-    """[[(adapter, score), ...]], one for each row, the best first: the `k` that its method retrieves for its prompt,
-    without those of `exclude`; none where the method retrieves none. `ids` are the prompts' token ids. Raises
-    InputError."""
+    """[[(adapter, score), ...]], one for each row, the best first: the `k` that its method
+    retrieves for its prompt, without those of `exclude`; none where the method retrieves none.
+    `ids` are the prompts' token ids. Raises InputError."""
     found = [[] for _ in names]
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
@@ -81,9 +88,9 @@ def retrieve(mole, names, prompts, k=3, exclude=(), ids=None):
 
 
 def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retrieved=None, exclude=()):
-    """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve() found for it; none uses
-    an adapter of `exclude`. Raises InputError for an unknown name, where a part is missing, naming the command that
-    makes it, and for methods that can't share a batch."""
+    """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve()
+    found for it; none uses an adapter of `exclude`. Raises InputError for an unknown name, where a
+    part is missing, naming the command that makes it, and for methods that can't share a batch."""
     for name in set(names):
         check_method(mole, name, top_k)
     if mole.pool is None:
@@ -109,7 +116,9 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retr
 def _check_request(mole, method, found, exclude):
     """Raises InputError where a request lacks what it has to have."""
     if method.retrieves and not found:
-        raise InputError(f"method {method.name}: nothing was retrieved for it: retrieve() comes before set_methods()")
+        raise InputError(
+            f"method {method.name}: nothing was retrieved for it: retrieve() comes before set_methods()"
+        )
     method.check_exclude(exclude)
     if method.needs_adapters and not mole.pool.members.keys() - set(exclude):
         raise InputError(f"method {method.name}: every adapter is excluded")
@@ -133,13 +142,22 @@ def _shared(methods):
 
 
 def _attach(mole, shared, requests, temperature, backend, exclude):
-    """Attaches what the batch shares, unless it is attached just so already; returns the pool that rows choose from."""
+    """Attaches what the batch shares, unless it is attached just so already; returns the pool that
+    rows choose from."""
     derived = {}
     for method, found in requests:
         if isinstance(method, Merged):
             derived[method.label(found)] = (method, found)
-    members = () if shared.follows_the_pool else tuple((n, m.slot, m.hash) for n, m in mole.pool.members.items())
-    key = (shared.key, id(mole.custom_gates.get(shared.name)), tuple(sorted(derived)), shared.top_k, temperature)
+    members = (
+        () if shared.follows_the_pool else tuple((n, m.slot, m.hash) for n, m in mole.pool.members.items())
+    )
+    key = (
+        shared.key,
+        id(mole.custom_gates.get(shared.name)),
+        tuple(sorted(derived)),
+        shared.top_k,
+        temperature,
+    )
     key += (backend, members, exclude, id(mole.pool), len(mole.pool.A))
     if mole.attached and mole.attached[0] == key:
         return mole.attached[1]
@@ -168,8 +186,8 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
 
 
 def force_adapters(mole, names):
-    """Another adapter for each row from the next token on (None: the base), or a list of them for each token of the
-    next forward; for a batch of methods adapter:NAME or base."""
+    """Another adapter for each row from the next token on (None: the base), or a list of them for
+    each token of the next forward; for a batch of methods adapter:NAME or base."""
     mole.force_count += 1
     flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
     idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)

@@ -1,4 +1,5 @@
-"""A gate of your own: mole.custom_gates["NAME"] = gate, or {module path: gate}, is a method like any other."""
+"""A gate of your own: mole.custom_gates["NAME"] = gate, or {module path: gate}, is a method like
+any other."""
 
 from common.files import InputError
 from methods.protocol import Gated
@@ -18,4 +19,6 @@ class Custom(Gated):
     def check_exclude(self, exclude):
         """A gate that nobody knows can't be told to leave an adapter out."""
         if exclude:
-            raise InputError(f"method {self.name}: a gate of your own chooses among all adapters, {exclude[0]!r} too")
+            raise InputError(
+                f"method {self.name}: a gate of your own chooses among all adapters, {exclude[0]!r} too"
+            )

@@ -1,4 +1,5 @@
-"""Mixtures that nobody has to learn: the base alone, one adapter by name, each task its own, all alike."""
+"""Mixtures that nobody has to learn: the base alone, one adapter by name, each task its own, all
+alike."""
 
 from common.files import InputError
 from methods.protocol import FixedMixture, all_but
@@ -44,7 +45,8 @@ class Named(FixedMixture):
 
 
 class Oracle(FixedMixture):
-    """Each task with its own adapter: the ceiling for any choice among adapters that were trained by themselves."""
+    """Each task with its own adapter: the ceiling for any choice among adapters that were trained
+    by themselves."""
 
     pattern = "oracle"
     names = ("oracle",)

@@ -1,4 +1,5 @@
-"""LoRA-F and LoRA-B: one adapter that has learnt all tasks, on the data as it is or evenly (MeteoRA's baselines)."""
+"""LoRA-F and LoRA-B: one adapter that has learnt all tasks, on the data as it is or evenly
+(MeteoRA's baselines)."""
 
 from methods.protocol import Merged
 from pool.adapters import load_adapter

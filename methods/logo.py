@@ -1,4 +1,5 @@
-"""LoGo (arXiv 2511.07129): the adapters that make most of a prompt's last token, by one forward pass of the base."""
+"""LoGo (arXiv 2511.07129): the adapters that make most of a prompt's last token, by one forward
+pass of the base."""
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from pool.retriever import base_alone
 
 
 class LoGo(FixedMixture):
-    """The k adapters that make most of the last token, or are surest of it, weighed by their scores."""
+    """The k adapters that make most of the last token, or are surest of it, weighed by their
+    scores."""
 
     pattern = "logo|logo_entropy"
     names = ("logo", "logo_entropy")
@@ -53,9 +55,10 @@ class LogoProbe(nn.Module):
 
 @torch.inference_mode()
 def logo(mole, ids, k, exclude=(), method="logo"):
-    """LoGo (arXiv 2511.07129): [(adapter, score), ...] for each of the prompts `ids`, the k best. One forward pass of
-    the base; an adapter's score is the size of what it makes of the last token, the norm of s B A x, or with
-    logo_entropy one over the entropy of its softmax, each as a mean over the Linears."""
+    """LoGo (arXiv 2511.07129): [(adapter, score), ...] for each of the prompts `ids`, the k best.
+    One forward pass of the base; an adapter's score is the size of what it makes of the last token,
+    the norm of s B A x, or with logo_entropy one over the entropy of its softmax, each as a mean
+    over the Linears."""
     mole.pool.need([name for name in mole.pool.names if name not in exclude])
     names = [name for name in mole.pool.resident if name not in exclude]
     if not names:

@@ -1,13 +1,15 @@
-"""LoraRetriever (arXiv 2402.09997): the adapters whose samples are most like the prompt, composed; its tuning.
+"""LoraRetriever (arXiv 2402.09997): the adapters whose samples are most like the prompt, composed;
+its tuning.
 
     selection      the best one                     mixture    sum_j (1/k) s_j B_j A_j x, exact
     fusion         (mean B)(mean A) x               adaptersoup    fusion of those nearest to all prompts together
 
-The encoder and the ranking are in pool/retriever.py. `train.py retriever` tunes the encoder contrastively on a share of
-the tasks: the base stays as it is, so every prompt runs through it once; what is tuned is the projection of its hidden
-states. It starts as the whitening of what varies within a task, which makes prompts of one task alike, and goes on by
-InfoNCE: m prompts of each task are averaged as an adapter's samples are, and other prompts have to find their own
-task's mean.
+The encoder and the ranking are in pool/retriever.py. `train.py retriever` tunes the encoder
+contrastively on a share of the tasks: the base stays as it is, so every prompt runs through it
+once; what is tuned is the projection of its hidden states. It starts as the whitening of what
+varies within a task, which makes prompts of one task alike, and goes on by InfoNCE: m prompts of
+each task are averaged as an adapter's samples are, and other prompts have to find their own task's
+mean.
 """
 
 import random
@@ -131,8 +133,12 @@ class RetrieverRun:
     steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
     lr: NotNegative = 1e-4  # learning rate
     temperature: Above0 = 0.02  # of the cosines
-    max_length: Annotated[int, Least(32)] = 160  # tokens of a text that are read, the instruction's among them
-    test: bool = False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
+    max_length: Annotated[int, Least(32)] = (
+        160  # tokens of a text that are read, the instruction's among them
+    )
+    test: bool = (
+        False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
     seed: Seed = 0  # of the tasks, of the prompts and of their order
@@ -151,9 +157,14 @@ def train_retriever(args):
     layers = model.config.num_hidden_layers
     if args.depth > layers:
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
-    untuned = LlamaEncoder(model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length)
+    untuned = LlamaEncoder(
+        model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length
+    )
     least = min(args.prompts, *(len(tasks[name].train) for name in names))
-    texts = [[row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)] for bare in (0, 1)]
+    texts = [
+        [row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)]
+        for bare in (0, 1)
+    ]
     views = [F.normalize(untuned.pooled(some), dim=-1).view(len(names), least, -1) for some in texts]
     mean, projection = whiten_within(views)
     projection = info_nce([view - mean for view in views], projection, args)
@@ -183,8 +194,9 @@ def draw_prompts(task, count, seed, bare=False, split="train"):
 
 
 def whiten_within(views, shrink=0.3):
-    """Pooled prompts, (tasks, n, h) for each view -> mean (h,) and the projection (h, h) that gives what varies within
-    a task and view unit variance; `shrink` mean variances are added, or directions with hardly any would be blown up.
+    """Pooled prompts, (tasks, n, h) for each view -> mean (h,) and the projection (h, h) that gives
+    what varies within a task and view unit variance; `shrink` mean variances are added, or
+    directions with hardly any would be blown up.
     """
     rest = torch.cat([(view - view.mean(1, keepdim=True)).flatten(0, 1) for view in views])
     values, vectors = torch.linalg.eigh(rest.T @ rest / len(rest))
@@ -193,7 +205,8 @@ def whiten_within(views, shrink=0.3):
 
 
 def info_nce(views, projection, args):
-    """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns the tuned one."""
+    """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns
+    the tuned one."""
     W = projection.clone().requires_grad_()
     optimizer = torch.optim.AdamW([W], lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)
@@ -225,15 +238,17 @@ def bag_of_words(texts, d=4096):
 
 
 def compare(encoders, tasks, tuned_on, seed):
-    """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all tasks, by m samples
-    of their train prompts, with 95 % intervals. As Markdown."""
+    """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all
+    tasks, by m samples of their train prompts, with 95 % intervals. As Markdown."""
     names = sorted(tasks)
     lines = ["| encoder | prompts | m = 1 | m = 5 | m = 20 |", "|---|---|---|---|---|"]
     others = [name for name in names if name not in tuned_on]
     for title, embed in encoders.items():
         for bare, kind in ((False, "as they are"), (True, "without what a task's share")):
             known = [F.normalize(embed(draw_prompts(tasks[n], 60, seed, bare)), dim=-1) for n in names]
-            asked = [F.normalize(embed(draw_prompts(tasks[n], 50, seed, bare, "test")), dim=-1) for n in others]
+            asked = [
+                F.normalize(embed(draw_prompts(tasks[n], 50, seed, bare, "test")), dim=-1) for n in others
+            ]
             labels = [torch.full((len(some),), names.index(n)) for n, some in zip(others, asked, strict=True)]
             hits = [top_1(known, torch.cat(asked), torch.cat(labels), m) for m in (1, 5, SAMPLES)]
             scores = [mean_score("top-1", one.tolist(), seed) for one in hits]
@@ -247,12 +262,13 @@ def compare(encoders, tasks, tuned_on, seed):
 
 
 def top_1(known, asked, labels, m, repeats=5):
-    """How often each of `asked` (q, d) is nearest to the mean of m of its own task's `known` [(n, d)]: (q,), over
-    `repeats` draws of those m."""
+    """How often each of `asked` (q, d) is nearest to the mean of m of its own task's `known` [(n,
+    d)]: (q,), over `repeats` draws of those m."""
     hits = torch.zeros(len(asked))
     for repeat in range(repeats):
         draws = [
-            random.Random(f"{repeat}/{j}").sample(range(len(some)), min(m, len(some))) for j, some in enumerate(known)
+            random.Random(f"{repeat}/{j}").sample(range(len(some)), min(m, len(some)))
+            for j, some in enumerate(known)
         ]
         means = torch.stack([some[rows].mean(0) for some, rows in zip(known, draws, strict=True)])
         hits += ((asked @ F.normalize(means, dim=-1).T).argmax(-1) == labels) / repeats

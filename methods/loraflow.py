@@ -14,10 +14,11 @@ from moe_lora import Mixture
 
 
 class LoRAFlowGate(nn.Module):
-    """LoRA-Flow: softmax(G x) + bias over all e slots; weights may be negative and needn't sum to 1.
+    """LoRA-Flow: softmax(G x) + bias over all e slots; weights may be negative and needn't sum to
+    1.
 
-    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. The mixture is kept for the
-    layer's other Linears, which come after this one.
+    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. The mixture
+    is kept for the layer's other Linears, which come after this one.
     """
 
     sequential = True
@@ -46,7 +47,9 @@ class SharedMixture(nn.Module):
 
     def __init__(self, leader):
         super().__init__()
-        self.leader = (leader,)  # in a tuple it is no submodule: its parameters are counted, saved and moved once
+        self.leader = (
+            leader,
+        )  # in a tuple it is no submodule: its parameters are counted, saved and moved once
 
     def forward(self, x, sample, ax):
         """The layer's Mixture."""
@@ -54,8 +57,8 @@ class SharedMixture(nn.Module):
 
 
 def loraflow_gates(pool, known=None):
-    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the start,
-    SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
+    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the
+    start, SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
     gates = {}
     leaders = {}
     for path, A in pool.A.items():  # in module order: what comes first also runs first
@@ -64,7 +67,9 @@ def loraflow_gates(pool, known=None):
             gates[path] = SharedMixture(leaders[layer])
             continue
         mask = member_mask(pool, A.device) if known is None else known
-        G, bias = (torch.zeros(size, device=A.device) for size in ((pool.capacity, A.shape[2]), pool.capacity))
+        G, bias = (
+            torch.zeros(size, device=A.device) for size in ((pool.capacity, A.shape[2]), pool.capacity)
+        )
         gates[path] = leaders[layer] = LoRAFlowGate(G, bias, mask)
     return gates
 

@@ -1,6 +1,8 @@
-"""LoraHub (arXiv 2307.13269): one merged adapter for a task, its weights searched on a few examples without gradients.
+"""LoraHub (arXiv 2307.13269): one merged adapter for a task, its weights searched on a few examples
+without gradients.
 
-(sum of w_i s_i B_i)(sum of w_i A_i),   w by a gradient-free search on five examples, with a penalty on |w|
+(sum of w_i s_i B_i)(sum of w_i A_i),   w by a gradient-free search on five examples, with a penalty
+on |w|
 """
 
 import math
@@ -27,8 +29,8 @@ from training.loop import lm_losses, required
 
 
 def lorahub(pool, weights):
-    """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts twice: B A
-    goes with its square."""
+    """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts
+    twice: B A goes with its square."""
     names = sorted(weights)
     if not names:
         raise InputError("lorahub: every adapter is excluded")
@@ -39,11 +41,12 @@ def lorahub(pool, weights):
 
 
 def lorahub_search(loss, e, steps=40, seed=0, l1=0.05, bound=1.5):
-    """Minimises loss(w: list of e floats) + l1 * mean |w| over |w| <= bound, in `steps` calls of `loss`, the first at
-    zeros (the base alone). Returns (best w, its value with the penalty).
+    """Minimises loss(w: list of e floats) + l1 * mean |w| over |w| <= bound, in `steps` calls of
+    `loss`, the first at zeros (the base alone). Returns (best w, its value with the penalty).
 
-    The paper's objective, start, bounds and budget; it searches by nevergrad, this is a (1+1) evolution strategy with
-    the one-fifth rule: a step that helps makes steps larger by 1.5, four that don't undo that.
+    The paper's objective, start, bounds and budget; it searches by nevergrad, this is a (1+1)
+    evolution strategy with the one-fifth rule: a step that helps makes steps larger by 1.5, four
+    that don't undo that.
     """
     generator = torch.Generator().manual_seed(seed)
     best = math.inf
@@ -89,8 +92,8 @@ class LoraHub(Merged):
             raise InputError(f"method {self.name}: no weights for {self.task!r}{hint}")
 
     def known_weights(self, mole, ood=False):
-        """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched without each task's
-        own adapter. Raises InputError where other adapters made it."""
+        """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched
+        without each task's own adapter. Raises InputError where other adapters made it."""
         file = mole.folder.path / "baselines" / f"lorahub{'_ood' * ood}.json" if mole.folder else None
         if not (file and file.exists()):
             found = file or "a pool folder with its parts"
@@ -99,7 +102,9 @@ class LoraHub(Merged):
         found = read_json(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
         if found.get("adapters") != {name: member.hash for name, member in sorted(mole.pool.members.items())}:
-            raise InputError(f"{file}: made for other adapters than the pool's: python train.py lorahub makes it again")
+            raise InputError(
+                f"{file}: made for other adapters than the pool's: python train.py lorahub makes it again"
+            )
         return found["weights"]
 
     def merge(self, mole, found, exclude):
@@ -116,7 +121,9 @@ class LorahubRun:
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task alone; repeatable; default all
-    ood: bool = False  # without each task's own adapter, into baselines/lorahub_ood.json: what eval.py --ood needs
+    ood: bool = (
+        False  # without each task's own adapter, into baselines/lorahub_ood.json: what eval.py --ood needs
+    )
     shots: Count = 5  # training examples the weights are judged by
     steps: Count = 40  # weights tried a task (the paper's budget)
     l1: NotNegative = 0.05  # penalty on the mean size of the weights
@@ -127,8 +134,9 @@ class LorahubRun:
 
 
 def train_lorahub(args):
-    """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}}; tasks that it holds
-    already, searched with these options over these adapters, are kept (LoraHub, section 2.2)."""
+    """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}};
+    tasks that it holds already, searched with these options over these adapters, are kept (LoraHub,
+    section 2.2)."""
     known = read_pool(required(args, "pool"))
     tasks = load_tasks(required(args, "tasks"), args.only or None)
     model = load_base(args.model, args.dtype, args.device)
@@ -137,11 +145,19 @@ def train_lorahub(args):
     check_pool(known, model, args, known.template)
     shapes = linear_shapes(model)
     like = model.head_weight
-    pool = Pool.load(dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model))
+    pool = Pool.load(
+        dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model)
+    )
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
     names = sorted(pool.names)
-    how = {"shots": args.shots, "steps": args.steps, "l1": args.l1, "seed": args.seed, "max_length": args.max_length}
+    how = {
+        "shots": args.shots,
+        "steps": args.steps,
+        "l1": args.l1,
+        "seed": args.seed,
+        "max_length": args.max_length,
+    }
     made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
     known_weights = read_json(file) if file.exists() else made
     if {key: known_weights.get(key) for key in ("adapters", "options")} != {
@@ -155,7 +171,9 @@ def train_lorahub(args):
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
         used = [name for name in names if not (args.ood and name == task)]
-        batch = collate(draw(examples[task], task, 0, min(args.shots, len(examples[task])), args.seed), like.device)
+        batch = collate(
+            draw(examples[task], task, 0, min(args.shots, len(examples[task])), args.seed), like.device
+        )
 
         @torch.inference_mode()
         def loss(weights, batch=batch, used=used):

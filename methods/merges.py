@@ -1,9 +1,11 @@
-"""Merges of all adapters into one: mean of A and of B, TIES (arXiv 2306.01708), DARE (2311.03099), SVD of the mean.
+"""Merges of all adapters into one: mean of A and of B, TIES (arXiv 2306.01708), DARE (2311.03099),
+SVD of the mean.
 
-A merge acts either on A and B apart (_ab), (mean B)(mean A) with its cross terms B_i A_j, or on the matrices B A (_ba):
-the two differ by more than the size of the update itself. The mean of the B A is no merge here: it is a mixture of
-weights 1/e, exact and of full rank (methods/fixed.py, uniform). `scale` is folded into B first. An adapter that lacks a
-Linear counts as zero there. Letters as in moe_lora.py; e counts the merged adapters.
+A merge acts either on A and B apart (_ab), (mean B)(mean A) with its cross terms B_i A_j, or on the
+matrices B A (_ba): the two differ by more than the size of the update itself. The mean of the B A
+is no merge here: it is a mixture of weights 1/e, exact and of full rank (methods/fixed.py,
+uniform). `scale` is folded into B first. An adapter that lacks a Linear counts as zero there.
+Letters as in moe_lora.py; e counts the merged adapters.
 """
 
 import copy
@@ -21,11 +23,12 @@ DENSITY = {"ties": 0.2, "dare": 0.1}  # the share of entries kept; the papers' t
 
 
 def merge(pool, method, density=None, seed=0, names=(), exclude=()):
-    """All members of the pool, or `names` of them, or all but `exclude`, as one: an Adapter of scale 1, or
-    {module path: delta (o, i)} for ties_ba and dare_ba.
+    """All members of the pool, or `names` of them, or all but `exclude`, as one: an Adapter of
+    scale 1, or {module path: delta (o, i)} for ties_ba and dare_ba.
 
-    Float32, whatever the pool's dtype, and independent of its order and spare room. The rank is that of the largest
-    member. Deltas are as large as the base: with a large one, call merge_linear for one Linear at a time.
+    Float32, whatever the pool's dtype, and independent of its order and spare room. The rank is
+    that of the largest member. Deltas are as large as the base: with a large one, call merge_linear
+    for one Linear at a time.
     """
     generator = torch.Generator(next(iter(pool.A.values())).device).manual_seed(seed)
     stacks = member_stacks(pool, sorted(names or pool.members.keys() - set(exclude)))
@@ -34,7 +37,8 @@ def merge(pool, method, density=None, seed=0, names=(), exclude=()):
 
 
 def merge_linear(A, B, method, density=None, generator=None):
-    """One Linear's A (e, r, i) and scaled B (e, o, r) -> (A (r, i), B (o, r)), or delta (o, i) for the _ba methods."""
+    """One Linear's A (e, r, i) and scaled B (e, o, r) -> (A (r, i), B (o, r)), or delta (o, i) for
+    the _ba methods."""
     if method not in MERGES:
         raise ValueError(f"merge {method!r}, expected one of {MERGES}")
     kind, _, space = method.partition("_")
@@ -49,11 +53,11 @@ def merge_linear(A, B, method, density=None, generator=None):
 
 
 def ties(stack, density):
-    """TIES on a stack (e, ...): trim each to its `density` largest in magnitude, elect each entry's sign by the total,
-    mean over those that have it.
+    """TIES on a stack (e, ...): trim each to its `density` largest in magnitude, elect each entry's
+    sign by the total, mean over those that have it.
 
-    Trimmed within the tensor, as PEFT does; the paper trims an adapter's entries of all tensors together. Zeros aren't
-    counted: the padding of a smaller rank must not widen its share.
+    Trimmed within the tensor, as PEFT does; the paper trims an adapter's entries of all tensors
+    together. Zeros aren't counted: the padding of a smaller rank must not widen its share.
     """
     stack = torch.stack([_trim(one, density) for one in stack])
     elected = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
@@ -68,7 +72,8 @@ def _trim(one, density):
 
 
 def dare(stack, density, generator):
-    """DARE on a stack (e, ...): each entry kept with probability `density` and divided by it, else 0; then the mean."""
+    """DARE on a stack (e, ...): each entry kept with probability `density` and divided by it, else
+    0; then the mean."""
     kept = [one * torch.bernoulli(torch.full_like(one, density), generator=generator) for one in stack]
     return sum(kept) / (density * len(kept))
 
@@ -82,8 +87,8 @@ def mean_svd(A, B):
 
 
 def merged_linear(base, delta):
-    """A Linear like `base` whose weight is W + delta, added in float32; it keeps the original, untouched, as `base` and
-    shares its bias."""
+    """A Linear like `base` whose weight is W + delta, added in float32; it keeps the original,
+    untouched, as `base` and shares its bias."""
     merged = copy.copy(base)
     merged._parameters = dict(base._parameters)
     weight = (base.weight.detach().float() + delta).to(base.weight.dtype)

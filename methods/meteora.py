@@ -4,8 +4,9 @@
     loss = LM cross-entropy of the response + beta * mean cross-entropy of every gate's e logits against the task's own
            adapter, over all tokens of prompt and response                                                  (GateLoss)
 
-With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone trains G, and each
-gate is a linear classifier of its own input. fit_gates() fits it as one, without a backward pass through the network.
+With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone
+trains G, and each gate is a linear classifier of its own input. fit_gates() fits it as one, without
+a backward pass through the network.
 """
 
 import sys
@@ -83,7 +84,9 @@ class Meteora(TrainedGates):
         """Raises InputError for a k beyond the pool, and for options that exclude each other."""
         check_top_k(args, names)
         if args.composite and args.fit:
-            raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
+            raise InputError(
+                "--composite goes with neither --fit nor --kind smear: both see one task a prompt"
+            )
         if args.adapters_too and args.fit:
             raise InputError("--fit trains no adapters: leave out --adapters_too")
 
@@ -100,8 +103,8 @@ class Meteora(TrainedGates):
 
 
 class GateLoss:
-    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits against the task's own
-    adapter, over all labelled tokens (beta * this is added to the LM loss).
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits
+    against the task's own adapter, over all labelled tokens (beta * this is added to the LM loss).
 
     Gates keep the logits of their last forward until remove().
     """
@@ -112,8 +115,8 @@ class GateLoss:
             gate.keep_logits = True
 
     def __call__(self, labels):
-        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and for each gate in
-        module order how many labelled tokens have their label as top-1: (m,)."""
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
+        for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
         logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
         total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
         return total, (logits.argmax(-1) == labels).sum(-1)
@@ -129,12 +132,12 @@ class GateLoss:
 
 
 class FittingGate(nn.Module):
-    """In place of a MeteoraGate during one forward pass: fits it to the input that just arrives, then chooses, so that
-    the gates behind it learn from what it makes them see.
+    """In place of a MeteoraGate during one forward pass: fits it to the input that just arrives,
+    then chooses, so that the gates behind it learn from what it makes them see.
 
-    Where `own` the choice is the task's own adapter. Else each half of the examples is routed by a gate fitted to the
-    other half: on examples that it was fitted to a gate is nearly always right, and the gates behind it would learn to
-    rely on that.
+    Where `own` the choice is the task's own adapter. Else each half of the examples is routed by a
+    gate fitted to the other half: on examples that it was fitted to a gate is nearly always right,
+    and the gates behind it would learn to rely on that.
     """
 
     def __init__(self, gate, shared, own):
@@ -160,15 +163,18 @@ class FittingGate(nn.Module):
 
 
 def fit_gates(model, pool, examples, args):
-    """Fits each gate by logistic regression to its own inputs: one forward pass over steps * batch_size examples, all
-    at once, and a small convex problem a Linear, no backward pass. own: every sequence runs through its own adapter, so
-    that no gate depends on another. routed: the gates choose, each from when the pass has fitted it."""
+    """Fits each gate by logistic regression to its own inputs: one forward pass over steps *
+    batch_size examples, all at once, and a small convex problem a Linear, no backward pass. own:
+    every sequence runs through its own adapter, so that no gate depends on another. routed: the
+    gates choose, each from when the pass has fitted it."""
     begin = time.perf_counter()
     gates = meteora_gates(pool, args.top_k, args.gate_temperature)
     device = model.head_weight.device
     batch = collate([example for step in range(args.steps) for example in pick(examples, step, args)], device)
     labels = batch.slots(pool).clamp(min=0).flatten()
-    half = torch.arange(len(batch.tasks), device=device) // len(examples) % 2  # every second round of the tasks
+    half = (
+        torch.arange(len(batch.tasks), device=device) // len(examples) % 2
+    )  # every second round of the tasks
     shared = {"keep": batch.real.flatten(), "labels": labels, "half": half, "l2": args.l2, "count": 0}
     attach(model, pool, {path: FittingGate(gate, shared, args.fit == "own") for path, gate in gates.items()})
     with torch.no_grad():
@@ -181,10 +187,12 @@ def fit_gates(model, pool, examples, args):
 
 @torch.enable_grad()
 def logistic(x, labels, e, l2, steps=50):
-    """Multinomial logistic regression without bias, by L-BFGS: x (n, i) float32, labels (n,) -> G (e, i).
+    """Multinomial logistic regression without bias, by L-BFGS: x (n, i) float32, labels (n,) -> G
+    (e, i).
 
-    The inputs are whitened, the penalty acts on the weights of the whitened ones, and G is mapped back: few directions
-    hold most of a residual stream's variance, and without that L-BFGS, as AdamW, stops far from the optimum (LOG.md).
+    The inputs are whitened, the penalty acts on the weights of the whitened ones, and G is mapped
+    back: few directions hold most of a residual stream's variance, and without that L-BFGS, as
+    AdamW, stops far from the optimum (LOG.md).
     """
     whiten = whitening(x)
     G = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True)
@@ -202,6 +210,7 @@ def logistic(x, labels, e, l2, steps=50):
 
 
 def whitening(x):
-    """(i, i): x @ whitening(x) has nearly unit second moments, directions without variance stay small."""
+    """(i, i): x @ whitening(x) has nearly unit second moments, directions without variance stay
+    small."""
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     return vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt()

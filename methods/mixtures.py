@@ -1,4 +1,5 @@
-"""MeteoRA's gate learning from the LM loss alone: a softmax over all adapters (soft), the k largest of it (moe_topK).
+"""MeteoRA's gate learning from the LM loss alone: a softmax over all adapters (soft), the k largest
+of it (moe_topK).
 
 soft        weight = softmax over all e of G x / T
 moe_topK    the K largest of that softmax, not renormalised: over one adapter, renormalised, the LM loss would have no

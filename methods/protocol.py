@@ -1,15 +1,17 @@
-"""What a method of choosing adapters is. A method is a file of this folder and a line in its table (__init__.py).
+"""What a method of choosing adapters is. A method is a file of this folder and a line in its table
+(__init__.py).
 
-A method says, for a request, which adapters its tokens use and how much. There are four ways, each a class to derive
-from:
+A method says, for a request, which adapters its tokens use and how much. There are four ways, each
+a class to derive from:
 
     FixedMixture   {adapter: weight}, the same for all tokens of the request
     Gated          a gate in each Linear chooses for each token (moe_lora.py has the protocol of gates)
     Merged         one adapter derived from others, which all tokens use with weight 1
     OwnLinears     Linears of its own: a copy of W that is edited, or one that merges anew for each request
 
-An object is a method as somebody named it, with what the name says (adapter:NAME, meteora_top2). Requests of different
-methods share a batch where these attach the same to the model: fixed mixtures beside one kind of gate.
+An object is a method as somebody named it, with what the name says (adapter:NAME, meteora_top2).
+Requests of different methods share a batch where these attach the same to the model: fixed mixtures
+beside one kind of gate.
 """
 
 import re
@@ -22,7 +24,8 @@ from pool.gate_files import GateFile
 
 
 class Method:
-    """A way to choose adapters. Attributes of the class say what it is, in words and for whoever runs it."""
+    """A way to choose adapters. Attributes of the class say what it is, in words and for whoever
+    runs it."""
 
     pattern = ""  # what its names look like; groups go to __init__
     names = ()  # as help and docs list them
@@ -34,9 +37,13 @@ class Method:
     retrieves = ""  # adapters for each prompt: "by text", with the retriever, or "by a forward pass"
     per_task = ""  # where it is another method for each task, that one's name, {} for the task
     is_ceiling = False  # each task with its own adapter, whatever is hidden from others
-    has_task_adapter = False  # is one task's adapter, or has learnt all tasks: no adapter that it could do without
+    has_task_adapter = (
+        False  # is one task's adapter, or has learnt all tasks: no adapter that it could do without
+    )
     trained_on_pool = False  # knows the adapters that it was trained with, and no others
-    gates_know_tasks = False  # its gates were told each task's own adapter: what share of them finds it is a figure
+    gates_know_tasks = (
+        False  # its gates were told each task's own adapter: what share of them finds it is a figure
+    )
     has_temperature = False  # its choice depends on the gate temperature
     answers_composites = True  # False: knows one task at a time
     follows_the_pool = False  # adapters may come and go without attaching it anew
@@ -55,22 +62,27 @@ class Method:
     @property
     def key(self):
         """What it attaches to the model: methods with an equal key share a batch."""
-        raise AttributeError(f"{type(self).__name__} has no key: derive from FixedMixture, Gated, Merged or OwnLinears")
+        raise AttributeError(
+            f"{type(self).__name__} has no key: derive from FixedMixture, Gated, Merged or OwnLinears"
+        )
 
     def check(self, mole):
-        """Raises InputError where the pool lacks a part that the method needs, naming the command that makes it."""
+        """Raises InputError where the pool lacks a part that the method needs, naming the command
+        that makes it."""
 
     def retrieve(self, mole, prompts, ids, k, exclude):
-        """[[(adapter, score), ...]], one for each prompt, the best first; None where it retrieves nothing. `ids` are
-        the prompts' token ids."""
+        """[[(adapter, score), ...]], one for each prompt, the best first; None where it retrieves
+        nothing. `ids` are the prompts' token ids."""
         return None
 
     def in_memory(self, mole, found, exclude):
-        """Names of the adapters that have to be in slots for a request; `found` is what it retrieved."""
+        """Names of the adapters that have to be in slots for a request; `found` is what it
+        retrieved."""
         return [name for name, _ in found]
 
     def weights(self, mole, pool, found, exclude):
-        """{adapter of `pool`: weight} of a request whose mixture is fixed; empty where something else chooses."""
+        """{adapter of `pool`: weight} of a request whose mixture is fixed; empty where something
+        else chooses."""
         return {}
 
     def check_exclude(self, exclude):
@@ -78,7 +90,8 @@ class Method:
 
     @classmethod
     def default(cls, mole, k, k_asked):
-        """(name, why) where this method should run unasked for, else None. `k_asked`: no other k will do."""
+        """(name, why) where this method should run unasked for, else None. `k_asked`: no other k
+        will do."""
         return None
 
     def prepare(self, mole, requests):
@@ -162,7 +175,8 @@ class Trained(Method):
 
     @classmethod
     def attach_for_training(cls, model, pool, args):
-        """Attaches new gates -> ({module path: gate}, the gate loss or None, the prompt mask or None)."""
+        """Attaches new gates -> ({module path: gate}, the gate loss or None, the prompt mask or
+        None)."""
         raise AttributeError(f"{cls.__name__} has no attach_for_training()")
 
 
@@ -171,7 +185,8 @@ class TrainedGates(Trained, Gated):
 
     @staticmethod
     def new_gates(pool, k, temperature=1.0, known=None):
-        """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen, None is all in use."""
+        """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen, None
+        is all in use."""
         raise AttributeError("a kind of trained gates has new_gates()")
 
     @property

@@ -1,11 +1,13 @@
-"""RAMoLE (arXiv 2406.16989): a small trained router weighs the adapters retrieved for a request, token by token.
+"""RAMoLE (arXiv 2406.16989): a small trained router weighs the adapters retrieved for a request,
+token by token.
 
     q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j                                           (Eqs. 6 to 11)
     weight = softmax over the retrieved j of  <q, key_j> / sqrt(r_q),   y = W x + sum_j weight_j v_j
 
-A_r (r_q, i) and B_r (o, r_q) are all that trains, by the LM loss on a share of the tasks: their size doesn't depend on
-the pool, so that adapters of other tasks, and those that join later, need nothing. In training each candidate is left
-out with probability --drop, two stay at least, so that the router doesn't learn "always the task's own".
+A_r (r_q, i) and B_r (o, r_q) are all that trains, by the LM loss on a share of the tasks: their
+size doesn't depend on the pool, so that adapters of other tasks, and those that join later, need
+nothing. In training each candidate is left out with probability --drop, two stay at least, so that
+the router doesn't learn "always the task's own".
 """
 
 import random
@@ -80,16 +82,18 @@ class Ramole(Gated):
 
 
 class RouterLoRA(nn.Module):
-    """RAMoLE's router for one Linear: weighs the adapters retrieved for a request, token by token (Eqs. 6 to 11).
+    """RAMoLE's router for one Linear: weighs the adapters retrieved for a request, token by token
+    (Eqs. 6 to 11).
 
         q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j,   weight = softmax over the retrieved j of <q, key_j> / d
 
-    A_r (r_q, i) and B_r (o, r_q) are all that trains, so an adapter that joins later needs nothing. <q, key_j> is
-    q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full output is formed to be scored.
-    `divisor` d is sqrt(r_q) by default, `scaled` says whether s_j is part of the scored v_j; what the paper does in
-    either case isn't certain. `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates: the bias is
-    added to the scores, -inf where a row has fewer. With a `prior` it is the retrieval score over that temperature, so
-    that a router that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
+    A_r (r_q, i) and B_r (o, r_q) are all that trains, so an adapter that joins later needs nothing.
+    <q, key_j> is q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full
+    output is formed to be scored. `divisor` d is sqrt(r_q) by default, `scaled` says whether s_j is
+    part of the scored v_j; what the paper does in either case isn't certain. `idx` (b, k) int64 and
+    `bias` (b, k) float32 are the batch's candidates: the bias is added to the scores, -inf where a
+    row has fewer. With a `prior` it is the retrieval score over that temperature, so that a router
+    that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
     """
 
     per_row = ("idx", "bias")
@@ -102,10 +106,13 @@ class RouterLoRA(nn.Module):
         self.scaled = scaled
         self.prior = prior
         self.divisor = divisor or len(A) ** 0.5
-        self.inner = self.idx = self.bias = self.stacks = None  # no buffers: they are the pool's and the batch's
+        self.inner = self.idx = self.bias = self.stacks = (
+            None  # no buffers: they are the pool's and the batch's
+        )
 
     def bind(self, B, scale):
-        """The pool's stacks of this Linear, B (e, o, r), scale (e,); called again where they have changed."""
+        """The pool's stacks of this Linear, B (e, o, r), scale (e,); called again where they have
+        changed."""
         self.stacks = (B, scale)
         inner = None if self.training else self._inner().detach()
         if self.inner is None or inner is None or self.inner.shape != inner.shape:
@@ -127,7 +134,9 @@ class RouterLoRA(nn.Module):
         q = self.linear_in(x, self.A, inner.dtype)  # (n, r_q)
         a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
         if self.inner is None:  # training
-            picks = F.one_hot(idx, len(inner)).to(inner.dtype)  # a gather whose gradient has a fixed order of additions
+            picks = F.one_hot(idx, len(inner)).to(
+                inner.dtype
+            )  # a gather whose gradient has a fixed order of additions
             inner = (picks @ inner.flatten(1)).unflatten(-1, inner.shape[1:])
         else:
             inner = inner[idx]
@@ -138,15 +147,17 @@ class RouterLoRA(nn.Module):
 
 
 def router_loras(pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0):
-    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights even at the start;
-    were both zero, neither would get a gradient."""
+    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights
+    even at the start; were both zero, neither would get a gradient."""
     generator = torch.Generator().manual_seed(seed)
     routers = {}
     for path, A in pool.A.items():
         i = A.shape[2]
         o = pool.B[path].shape[1]
         A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
-        routers[path] = RouterLoRA(A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior)
+        routers[path] = RouterLoRA(
+            A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior
+        )
         routers[path].bind(pool.B[path], pool.scale[path])
     return routers
 
@@ -159,7 +170,8 @@ def set_candidates(routers, idx, bias):
 
 
 def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
-    """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for RouterLoRA."""
+    """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for
+    RouterLoRA."""
     idx = torch.zeros(len(retrieved), k, dtype=torch.int64)
     bias = torch.full((len(retrieved), k), float("-inf"))
     for row, pairs in enumerate(retrieved):
@@ -173,17 +185,23 @@ def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
 
 
 def save_routers(file, routers, model, about):
-    """{module path: RouterLoRA} -> POOL/router.safetensors, bound to the base alone. `about` {key: text}: how it was
-    trained."""
-    tensors = {f"{path}.router_{n}.weight": getattr(r, n).detach() for path, r in routers.items() for n in "AB"}
+    """{module path: RouterLoRA} -> POOL/router.safetensors, bound to the base alone. `about` {key:
+    text}: how it was trained."""
+    tensors = {
+        f"{path}.router_{n}.weight": getattr(r, n).detach() for path, r in routers.items() for n in "AB"
+    }
     first = next(iter(routers.values()))
-    how = {"divisor": repr(float(first.divisor)), "scaled": str(int(first.scaled)), "prior": repr(float(first.prior))}
+    how = {
+        "divisor": repr(float(first.divisor)),
+        "scaled": str(int(first.scaled)),
+        "prior": repr(float(first.prior)),
+    }
     write_safetensors(file, tensors, {"base": model.fingerprint, **how, **about})
 
 
 def load_routers(file, pool, model, dtype=torch.float32):
-    """File -> {module path: RouterLoRA} for the pool's Linears. Raises InputError where it was made for another base or
-    lacks one of them."""
+    """File -> {module path: RouterLoRA} for the pool's Linears. Raises InputError where it was made
+    for another base or lacks one of them."""
     tensors, metadata = read_safetensors(file)
     if lacks := {"base", "divisor", "scaled", "prior"} - metadata.keys():
         raise InputError(f"{file}: metadata lacks {', '.join(sorted(lacks))}: not a router of this project")
@@ -197,7 +215,9 @@ def load_routers(file, pool, model, dtype=torch.float32):
         o = pool.B[path].shape[1]
         found = [None if part is None else tuple(part.shape) for part in parts]
         if None in found or found != [(found[0][0], i), (o, found[0][0])]:
-            raise InputError(f"{file}: {path}: expected router_A (r, {i}) and router_B ({o}, r), found {found}")
+            raise InputError(
+                f"{file}: {path}: expected router_A (r, {i}) and router_B ({o}, r), found {found}"
+            )
         A_r, B_r = (part.to(A.device, dtype) for part in parts)
         how = float(metadata["divisor"]), metadata["scaled"] == "1", float(metadata["prior"])
         routers[path] = RouterLoRA(A_r, B_r, *how)
@@ -221,7 +241,9 @@ class RouterRun(Run):
     drop: float = 0.5  # LoRA dropout: how likely each candidate is left out of a step; two or more stay
     divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
-    prior: NotNegative = 0.0  # temperature of the retrieval scores that are added to the router's, 0 = not added
+    prior: NotNegative = (
+        0.0  # temperature of the retrieval scores that are added to the router's, 0 = not added
+    )
     max_length: int = 512  # longer examples are left out; at most the model's context
     batch_size: Count = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 3e-3  # peak learning rate
@@ -238,23 +260,34 @@ def train_router(args):
     args.max_length = min(args.max_length, model.config.max_position_embeddings)
     check_pool(known, model, args, known.template)
     shapes = linear_shapes(model)
-    # Without the other tasks' adapters: as candidates that are never right they would be learnt to be avoided.
+    # Without the other tasks' adapters: as candidates that are never right they would be learnt to
+    # be avoided.
     like = model.head_weight
     pool = Pool.load(
-        {name: known.adapters[name] for name in names}, shapes, like.dtype, like.device, alloc_B=alloc_B_of(model)
+        {name: known.adapters[name] for name in names},
+        shapes,
+        like.dtype,
+        like.device,
+        alloc_B=alloc_B_of(model),
     )
     bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     file = Path(known.path) / "router.safetensors"
-    checkpoint = Checkpoint(file.parent / "runs" / "router", args, [*names, *bound, f"base {model.fingerprint}"])
+    checkpoint = Checkpoint(
+        file.parent / "runs" / "router", args, [*names, *bound, f"base {model.fingerprint}"]
+    )
     if checkpoint.finished:
         return finished(checkpoint)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     scores = None
     if args.candidates == "retrieved" or args.prior:
         retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
-        rows = list({id(row): row for step in range(args.steps) for row in pick(examples, step, args)}.values())
+        rows = list(
+            {id(row): row for step in range(args.steps) for row in pick(examples, step, args)}.values()
+        )
         if silent := [name for name in names if name not in retriever.vectors]:
-            raise InputError(f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random")
+            raise InputError(
+                f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random"
+            )
         found = retriever([row.row["prompt"] for row in rows], len(names))
         scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
     routers = router_loras(pool, args.r, args.seed, args.divisor, args.scaled, args.prior)
@@ -278,9 +311,9 @@ def train_router(args):
 
 
 def draw_candidates(task, scores, rng, args):
-    """The candidates of an example, [(adapter, score), ...] of `scores` {adapter: score}, the best first: its own among
-    `retrieve` (of those retrieved, or random ones), then the dropout, which may take its own too, so that the router
-    doesn't learn "always the own"."""
+    """The candidates of an example, [(adapter, score), ...] of `scores` {adapter: score}, the best
+    first: its own among `retrieve` (of those retrieved, or random ones), then the dropout, which
+    may take its own too, so that the router doesn't learn "always the own"."""
     others = sorted(scores) if args.candidates == "random" else sorted(scores, key=scores.get, reverse=True)
     others = [name for name in others if name != task]
     others = rng.sample(others, len(others)) if args.candidates == "random" else others
@@ -298,7 +331,9 @@ def router_step(model, pool, routers, gates, picked, drawn, args):
     for some in micro_batches(picked, args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)
-        rows = candidate_rows(pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device)
+        rows = candidate_rows(
+            pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device
+        )
         set_candidates(routers.values(), *rows)
         nothing = torch.zeros(len(some), 1, device=device)
         set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0)
@@ -317,4 +352,6 @@ def check_router_options(args):
     if not 0 <= args.drop < 1:
         raise InputError(f"--drop is {args.drop}, expected 0 or more and less than 1")
     if args.retrieve < 2:
-        raise InputError(f"--retrieve is {args.retrieve}, expected 2 or more: among one there is nothing to weigh")
+        raise InputError(
+            f"--retrieve is {args.retrieve}, expected 2 or more: among one there is nothing to weigh"
+        )

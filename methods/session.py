@@ -1,4 +1,5 @@
-"""The loaded model with its tokenizer, its pool and what is attached to it: what load() gives and all else works on."""
+"""The loaded model with its tokenizer, its pool and what is attached to it: what load() gives and
+all else works on."""
 
 from dataclasses import dataclass, field
 
@@ -13,8 +14,8 @@ from pool.slots import Pool, alloc_B_of
 
 
 class PromptMask:
-    """Which tokens of a batch are the prompt's, for methods that decide from it: mask (b, t) bool, None while
-    decoding."""
+    """Which tokens of a batch are the prompt's, for methods that decide from it: mask (b, t) bool,
+    None while decoding."""
 
     def __init__(self, mask=None):
         self.mask = mask
@@ -22,7 +23,8 @@ class PromptMask:
 
 @dataclass
 class Mole:
-    """A base with its tokenizer and a pool of adapters: what load() gives and everything else works on."""
+    """A base with its tokenizer and a pool of adapters: what load() gives and everything else works
+    on."""
 
     model: torch.nn.Module
     tokenizer: Tokenizer
@@ -43,7 +45,8 @@ class Mole:
 
     @property
     def eos_ids(self):
-        """What ends a text: the model's EOS ids and the tokenizer's, which adapters are trained to end with."""
+        """What ends a text: the model's EOS ids and the tokenizer's, which adapters are trained to
+        end with."""
         return {*self.model.config.eos_token_ids, self.tokenizer.eos_id} - {None}
 
     def slots(self, names):
@@ -63,8 +66,9 @@ class Mole:
 
 
 def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True):
-    """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT folder)] -> Mole.
-    `resident`: how many adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs."""
+    """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
+    folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
+    plain, without what fast/ installs."""
     base = load_base(model, dtype, device, fast)
     tokenizer = Tokenizer(model)
     shapes = linear_shapes(base)
@@ -73,8 +77,8 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
 
 
 def add_adapter(mole, name, folder):
-    """One more adapter for a running model, from a PEFT folder; requests under way go on as they were. Raises
-    InputError."""
+    """One more adapter for a running model, from a PEFT folder; requests under way go on as they
+    were. Raises InputError."""
     adapter = load_adapter(folder, name, mole.shapes)
     if mole.pool is None:
         mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
@@ -86,8 +90,8 @@ def add_adapter(mole, name, folder):
 
 
 def retriever_of(mole):
-    """The pool's retriever, up to date with the pool: POOL/retriever.safetensors or, untrained, the base's own hidden
-    states; your `mole.embed` instead of both. Raises InputError."""
+    """The pool's retriever, up to date with the pool: POOL/retriever.safetensors or, untrained, the
+    base's own hidden states; your `mole.embed` instead of both. Raises InputError."""
     file = mole.folder.path / "retriever.safetensors" if mole.folder else None
     if mole.embed and (mole.retriever is None or mole.retriever.embed is not mole.embed):
         mole.retriever = Retriever(mole.embed)
@@ -102,5 +106,6 @@ def retriever_of(mole):
 
 
 def rank_by_text(mole, prompts, k, exclude=()):
-    """[[(adapter, score), ...]] for each prompt: the `k` best without those of `exclude`. Raises InputError."""
+    """[[(adapter, score), ...]] for each prompt: the `k` best without those of `exclude`. Raises
+    InputError."""
     return retriever_of(mole)(list(prompts), k, exclude)

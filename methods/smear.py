@@ -15,8 +15,8 @@ from pool.gate_files import GateFile
 
 
 class SmearRouter(nn.Module):
-    """p = softmax(G mean x) over a sample's prompt tokens: (b, e) float32, kept until the next prompt; set `p` to
-    choose it by hand. `known` (e,) bool as in the gates."""
+    """p = softmax(G mean x) over a sample's prompt tokens: (b, e) float32, kept until the next
+    prompt; set `p` to choose it by hand. `known` (e,) bool as in the gates."""
 
     def __init__(self, G, prompt, known=None):
         super().__init__()
@@ -38,8 +38,8 @@ class SmearRouter(nn.Module):
 
 
 class SmearLinear(MultiLoRALinear):
-    """SMEAR: a Linear with one merged adapter a sample, (sum p_j s_j B_j)(sum p_j A_j), p by its SmearRouter; every
-    token of a sample uses it, those after the prompt too."""
+    """SMEAR: a Linear with one merged adapter a sample, (sum p_j s_j B_j)(sum p_j A_j), p by its
+    SmearRouter; every token of a sample uses it, those after the prompt too."""
 
     def forward(self, x):
         """x (n, i) -> (n, o)."""
@@ -55,7 +55,8 @@ class SmearLinear(MultiLoRALinear):
 
 
 def smear_routers(pool, prompt, known=None):
-    """{module path: SmearRouter}, zero and so uniform at the start; attach them with make=SmearLinear."""
+    """{module path: SmearRouter}, zero and so uniform at the start; attach them with
+    make=SmearLinear."""
     known = member_mask(pool, next(iter(pool.A.values())).device) if known is None else known
     zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
     return {path: SmearRouter(G, prompt, known) for path, G in zeros.items()}
@@ -83,7 +84,9 @@ class Smear(Trained, OwnLinears):
         """Raises InputError for composites, whose prompts are of several tasks."""
         super().check_run(args, names)
         if args.composite:
-            raise InputError("--composite goes with neither --fit nor --kind smear: both see one task a prompt")
+            raise InputError(
+                "--composite goes with neither --fit nor --kind smear: both see one task a prompt"
+            )
 
     @classmethod
     def attach_for_training(cls, model, pool, args):

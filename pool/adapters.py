@@ -1,9 +1,9 @@
 """One LoRA adapter, and PEFT folders in and out.
 
-An adapter is B A per adapted Linear, added as scale * B A x. It is loaded from its tensors; the config gives the
-scales and is cross-checked, and every key is accounted for both ways: an adapter that loads and silently does nothing
-is what this module makes impossible. What it can't represent exactly (DoRA, biases, whole replaced modules, ...) it
-refuses by name.
+An adapter is B A per adapted Linear, added as scale * B A x. It is loaded from its tensors; the
+config gives the scales and is cross-checked, and every key is accounted for both ways: an adapter
+that loads and silently does nothing is what this module makes impossible. What it can't represent
+exactly (DoRA, biases, whole replaced modules, ...) it refuses by name.
 """
 
 import math
@@ -48,10 +48,25 @@ REFUSED = {
     "kasa_config": "KaSA",
     "lora_ga_config": "LoRA-GA, which changed the base itself: convert the adapter to plain LoRA first",
 }
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that start from another base
+CHANGED_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # init_lora_weights that start from another base
 HARMLESS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora"),
+    *(
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+    ),
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size"),
     *("runtime_config", "ensure_weight_tying"),
@@ -60,7 +75,8 @@ HARMLESS = {
 
 @dataclass
 class Adapter:
-    """A[path] (r, i), B[path] (o, r), scale[path] for every adapted Linear; path is its module path in model.py."""
+    """A[path] (r, i), B[path] (o, r), scale[path] for every adapted Linear; path is its module path
+    in model.py."""
 
     name: str
     A: dict
@@ -77,7 +93,8 @@ class Adapter:
 
     @property
     def hash(self):
-        """sha256 over the sorted (key, dtype, shape, bytes) and the scales: what gates are bound to."""
+        """sha256 over the sorted (key, dtype, shape, bytes) and the scales: what gates are bound
+        to."""
         return hash_tensors(self.tensors(), str(sorted(self.scale.items())))
 
     @property
@@ -87,17 +104,23 @@ class Adapter:
 
 
 def linear_shapes(model):
-    """{module path: (o, i)} of the Linears of the blocks: what adapters can sit on. Call it before attach."""
-    return {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in n}
+    """{module path: (o, i)} of the Linears of the blocks: what adapters can sit on. Call it before
+    attach."""
+    return {
+        n: tuple(m.weight.shape)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "layers." in n
+    }
 
 
 # PEFT folders -------------------------------------------------------------------------------------------------------
 
 
 def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
-    """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the base, to check
-    against. With `header` no data is read, A and B are on the meta device; then, and where `quiet`, nothing is warned
-    of. Raises InputError for everything conventions refuse; nothing is half-loaded."""
+    """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the
+    base, to check against. With `header` no data is read, A and B are on the meta device; then, and
+    where `quiet`, nothing is warned of. Raises InputError for everything conventions refuse;
+    nothing is half-loaded."""
     folder = _adapter_folder(Path(folder))
     file = folder / "adapter_model.safetensors"
     config_file = folder / "adapter_config.json"
@@ -155,7 +178,9 @@ def _check_config(config, file):
         refuse("r", "at least 1")
     for name, meaning in REFUSED.items():
         if config.get(name):
-            raise InputError(f"{file}: {name} is {config[name]!r}: {meaning}: not supported, only plain LoRA is")
+            raise InputError(
+                f"{file}: {name} is {config[name]!r}: {meaning}: not supported, only plain LoRA is"
+            )
     if config.get("bias", "none") != "none":
         refuse("bias", "'none' (trained biases are not supported)")
     init = config.get("init_lora_weights")
@@ -189,12 +214,15 @@ def _compile(pattern, file, field_name):
 
 
 def _split_keys(tensors, file):
-    """{PEFT key: tensor} -> A, B by module path. Accepts `.lora_A.default.weight` and keys without the prefix."""
+    """{PEFT key: tensor} -> A, B by module path. Accepts `.lora_A.default.weight` and keys without
+    the prefix."""
     parts = {"lora_A": {}, "lora_B": {}}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.(lora_A|lora_B)(?:\.[^.]+)?\.weight", key)
         if not match or tensor.ndim != 2 or not tensor.is_floating_point():
-            raise InputError(f"{file}: tensor {key} {tuple(tensor.shape)} is none of plain LoRA's lora_A, lora_B")
+            raise InputError(
+                f"{file}: tensor {key} {tuple(tensor.shape)} is none of plain LoRA's lora_A, lora_B"
+            )
         path = match[1].removeprefix(PREFIX)
         if path in parts[match[2]]:
             raise InputError(f"{file}: two tensors for {path}.{match[2]}: more than one adapter in the file")
@@ -210,7 +238,9 @@ def _split_keys(tensors, file):
         r, _ = A[path].shape
         _, r_b = B[path].shape
         if r != r_b or r == 0:
-            raise InputError(f"{file}: {path}: lora_A has rank {r}, lora_B {r_b}; expected the same, at least 1")
+            raise InputError(
+                f"{file}: {path}: lora_A has rank {r}, lora_B {r_b}; expected the same, at least 1"
+            )
     return A, B
 
 
@@ -231,7 +261,8 @@ def _scale(config, file, path, rank):
 
 
 def _check_shapes(adapter, file, shapes):
-    """Raises InputError unless every adapted module exists in the base with the same input and output sizes."""
+    """Raises InputError unless every adapted module exists in the base with the same input and
+    output sizes."""
     unknown = [path for path in adapter.A if path not in shapes]
     if unknown:
         layers = 1 + max((int(m[1]) for p in shapes if (m := re.search(r"layers\.(\d+)\.", p))), default=-1)
@@ -248,12 +279,17 @@ def _check_shapes(adapter, file, shapes):
         got = (adapter.B[path].shape[0], a.shape[1])
         want = shapes[path]
         if got != want:
-            raise InputError(f"{file}: {path} maps {got[1]} -> {got[0]}, this base's {want[1]} -> {want[0]} features")
+            raise InputError(
+                f"{file}: {path} maps {got[1]} -> {got[0]}, this base's {want[1]} -> {want[0]} features"
+            )
 
 
 def _check_targets(adapter, file, shapes):
     """Raises InputError where the modules that the config names are not those that have tensors."""
-    config, targets, excluded = adapter.config, *map(adapter.config.get, ("target_modules", "exclude_modules"))
+    config, targets, excluded = (
+        adapter.config,
+        *map(adapter.config.get, ("target_modules", "exclude_modules")),
+    )
     if targets is None:
         raise InputError(f"{file}: target_modules is missing")
 
@@ -280,7 +316,8 @@ def _check_targets(adapter, file, shapes):
 
 
 def save_adapter(adapter, folder):
-    """Writes a folder that PEFT loads, tensors byte-equal, and samples.jsonl where the adapter has samples."""
+    """Writes a folder that PEFT loads, tensors byte-equal, and samples.jsonl where the adapter has
+    samples."""
     folder = Path(folder)
     write_safetensors(folder / "adapter_model.safetensors", adapter.tensors())
     if adapter.samples:

@@ -1,4 +1,5 @@
-"""Files of trained gates: a row for each adapter they were trained with, joined to the pool by name and hash."""
+"""Files of trained gates: a row for each adapter they were trained with, joined to the pool by name
+and hash."""
 
 import torch
 
@@ -8,11 +9,14 @@ from moe_lora import meteora_gates
 
 def parameters_of(gates):
     """{module path: gate} -> {'PATH.gate.NAME': parameter}, every first axis the pool's slots."""
-    return {f"{path}.gate.{n}": p for path, gate in gates.items() for n, p in gate.named_parameters(recurse=False)}
+    return {
+        f"{path}.gate.{n}": p for path, gate in gates.items() for n, p in gate.named_parameters(recurse=False)
+    }
 
 
 def save_gates(file, gates, pool, k, names):
-    """gates {module path: gate} -> a file of their parameters, rows in the order of `names`, bound to name and hash."""
+    """gates {module path: gate} -> a file of their parameters, rows in the order of `names`, bound
+    to name and hash."""
     slots = [pool.slot(name) for name in names]
     hashes = [pool.members[name].hash for name in names]
     tensors = {key: param[slots] for key, param in parameters_of(gates).items()}
@@ -20,11 +24,12 @@ def save_gates(file, gates, pool, k, names):
 
 
 class GateFile:
-    """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool, slots with a row.
+    """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool,
+    slots with a row.
 
-    A row whose adapter is missing or has changed is an InputError that lists them all; an adapter without a row is
-    never chosen, with one warning, nor is one of `exclude`, which may stay on disk. None that could be chosen is an
-    InputError too.
+    A row whose adapter is missing or has changed is an InputError that lists them all; an adapter
+    without a row is never chosen, with one warning, nor is one of `exclude`, which may stay on
+    disk. None that could be chosen is an InputError too.
     """
 
     def __init__(self, file, pool, exclude=()):
@@ -41,7 +46,9 @@ class GateFile:
             if name not in pool.members:
                 wrong.append(f"{name} (missing from the pool)")
             elif pool.members[name].hash != digest:
-                wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})")
+                wrong.append(
+                    f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})"
+                )
         if wrong or len(names) != len(hashes):
             raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
         if strangers := [n for n in pool.names if n not in names]:
@@ -56,8 +63,8 @@ class GateFile:
         self.known[self.slots] = True
 
     def fill(self, gates, dtype=torch.float32):
-        """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor is missing or of the
-        wrong shape."""
+        """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor
+        is missing or of the wrong shape."""
         for key, param in parameters_of(gates).items():
             want = (self.count, *param.shape[1:])
             if key not in self.tensors or tuple(self.tensors[key].shape) != want:

@@ -1,4 +1,5 @@
-"""Loads a Llama to be used: fast where fast/ is there, with the adapters of its pool; compiles it where that pays."""
+"""Loads a Llama to be used: fast where fast/ is there, with the adapters of its pool; compiles it
+where that pays."""
 
 from pathlib import Path
 
@@ -13,8 +14,8 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
 
 
 def load_base(folder, dtype="auto", device="auto", fast=True):
-    """A model folder -> Llama, in a dtype (auto: the file's) and on a device (auto: cuda where there is one), made fast
-    unless told not to. Raises InputError for bad input."""
+    """A model folder -> Llama, in a dtype (auto: the file's) and on a device (auto: cuda where
+    there is one), made fast unless told not to. Raises InputError for bad input."""
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     model = load_llama(folder, DTYPES.get(dtype), find_device(device))
@@ -33,8 +34,8 @@ def make_fast(model):
 
 
 def compile_blocks(model, asked, saves, costs):
-    """Has the model run compiled blocks from now on where that is `asked` for (False: no longer) or, `asked` None,
-    where it `saves` more seconds than the compiler `costs`."""
+    """Has the model run compiled blocks from now on where that is `asked` for (False: no longer)
+    or, `asked` None, where it `saves` more seconds than the compiler `costs`."""
     on = saves > costs if asked is None else asked
     if not hasattr(model, "compile_blocks"):
         if asked:
@@ -44,9 +45,9 @@ def compile_blocks(model, asked, saves, costs):
 
 
 def load_pool(model, name, folder=None, extra=(), resident=0):
-    """The adapters for a Llama -> (PoolFolder or None, Pool or None): those of the pool `folder`, by default the model
-    folder `name` itself where it is one, and extra [(name, PEFT folder)]; at most `resident` of them in memory, 0 =
-    all. Raises InputError."""
+    """The adapters for a Llama -> (PoolFolder or None, Pool or None): those of the pool `folder`,
+    by default the model folder `name` itself where it is one, and extra [(name, PEFT folder)]; at
+    most `resident` of them in memory, 0 = all. Raises InputError."""
     known = read_pool(folder or name) if folder or is_pool(name) else None
     if known and known.fingerprint not in (None, model.fingerprint):
         warn(f"{known.path}: its adapters were trained on another base than {name} (fingerprint differs)")
@@ -64,7 +65,8 @@ def load_pool(model, name, folder=None, extra=(), resident=0):
 
 
 def _check_base_names(adapters, model):
-    """The commonest mistake: an adapter for another base. Its config names the one it was trained with."""
+    """The commonest mistake: an adapter for another base. Its config names the one it was trained
+    with."""
     strangers = {}
     for adapter in adapters:
         named = adapter.config.get("base_model_name_or_path")

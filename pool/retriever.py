@@ -1,10 +1,12 @@
-"""LoraRetriever (arXiv 2402.09997): the adapters of a pool that suit a prompt, found by prompts that they learnt from.
+"""LoraRetriever (arXiv 2402.09997): the adapters of a pool that suit a prompt, found by prompts
+that they learnt from.
 
     E(phi) = mean over the adapter's samples x of E(I + x),    score(prompt, phi) = cos(E(I + prompt), E(phi))
 
-The k best scores are retrieved. An adapter joins by its samples, without training. E may be any function of a list of
-texts to vectors (n, d): by default the base's own hidden states, averaged over the text's tokens and projected by a
-small trained matrix (train.py retriever), or a sentence-transformers folder.
+The k best scores are retrieved. An adapter joins by its samples, without training. E may be any
+function of a list of texts to vectors (n, d): by default the base's own hidden states, averaged
+over the text's tokens and projected by a small trained matrix (train.py retriever), or a
+sentence-transformers folder.
 """
 
 import contextlib
@@ -40,25 +42,31 @@ def base_alone(model):
 
 
 def strip_shared(prompts, lines=0.05, pairs=0.3):
-    """What is each prompt's own of the prompts of one task: without lines that a share `lines` of them has, and without
-    pairs of words that a share `pairs` has ("Translate into German:", "Q:" ... "A:"). What would be empty is the last
-    word."""
+    """What is each prompt's own of the prompts of one task: without lines that a share `lines` of
+    them has, and without pairs of words that a share `pairs` has ("Translate into German:", "Q:"
+    ... "A:"). What would be empty is the last word."""
     n = len(prompts)
     rows = [[line.strip() for line in prompt.split("\n")] for prompt in prompts]
     often = Counter(line for row in rows for line in set(row))
-    rows = [" \n ".join(line for line in row if line and often[line] < max(2, lines * n)).split(" ") for row in rows]
+    rows = [
+        " \n ".join(line for line in row if line and often[line] < max(2, lines * n)).split(" ")
+        for row in rows
+    ]
     often = Counter(pair for row in rows for pair in set(pairwise(row)))
     out = []
     for row, prompt in zip(rows, prompts, strict=True):
-        shared = {j + d for j, pair in enumerate(pairwise(row)) if often[pair] >= max(2, pairs * n) for d in (0, 1)}
+        shared = {
+            j + d for j, pair in enumerate(pairwise(row)) if often[pair] >= max(2, pairs * n) for d in (0, 1)
+        }
         text = " ".join(word for j, word in enumerate(row) if j not in shared)
         out.append(re.sub(r"\s*\n\s*", "\n", text).strip() or (prompt.split() or [""])[-1])
     return out
 
 
 class LlamaEncoder:
-    """Texts -> unit vectors (n, d): the base's hidden states behind block `depth` (default: the last), averaged over
-    the text's own tokens (not the instruction's before them), normalised, less `mean` (h,), times `projection` (d, h).
+    """Texts -> unit vectors (n, d): the base's hidden states behind block `depth` (default: the
+    last), averaged over the text's own tokens (not the instruction's before them), normalised, less
+    `mean` (h,), times `projection` (d, h).
     """
 
     def __init__(self, model, tokenizer, depth=None, mean=None, projection=None, max_length=256):
@@ -106,15 +114,20 @@ class LlamaEncoder:
 
 
 def sentence_encoder(folder):
-    """embed() of a sentence-transformers folder. Raises InputError where the package or the folder is missing."""
+    """embed() of a sentence-transformers folder. Raises InputError where the package or the folder
+    is missing."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of a sentence-transformers model")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise InputError("--encoder needs a package that is not here: pip install sentence-transformers") from None
+        raise InputError(
+            "--encoder needs a package that is not here: pip install sentence-transformers"
+        ) from None
     encoder = SentenceTransformer(str(folder), device="cpu")
-    return lambda texts: encoder.encode([INSTRUCTION + text for text in texts], convert_to_tensor=True).float()
+    return lambda texts: encoder.encode(
+        [INSTRUCTION + text for text in texts], convert_to_tensor=True
+    ).float()
 
 
 class Retriever:
@@ -126,8 +139,8 @@ class Retriever:
         self.digests = {}  # name -> sha256 of its samples
 
     def add(self, name, samples):
-        """An adapter by its samples: their mean vector. One that is known by these samples costs nothing. Without
-        samples it can't be retrieved: one warning."""
+        """An adapter by its samples: their mean vector. One that is known by these samples costs
+        nothing. Without samples it can't be retrieved: one warning."""
         digest = hashlib.sha256("\0".join(samples).encode()).hexdigest()
         if self.digests.get(name) == digest:
             return
@@ -150,7 +163,8 @@ class Retriever:
             self.add(name, samples)
 
     def __call__(self, prompts, k, exclude=()):
-        """For each prompt the k best [(name, score), ...], the best first. Raises InputError where there is none."""
+        """For each prompt the k best [(name, score), ...], the best first. Raises InputError where
+        there is none."""
         return self.nearest(self.embed(list(prompts)), k, exclude)
 
     def nearest(self, vectors, k, exclude=()):
@@ -167,12 +181,14 @@ class Retriever:
 
 
 def save_retriever(file, retriever, model, about):
-    """POOL/retriever.safetensors: the encoder's tensors and one vector an adapter, bound to the base and to the
-    adapters' samples. `about` {key: text}: how it was trained."""
+    """POOL/retriever.safetensors: the encoder's tensors and one vector an adapter, bound to the
+    base and to the adapters' samples. `about` {key: text}: how it was trained."""
     names = sorted(retriever.vectors)
     encoder = retriever.embed
     tensors = {"encoder.mean": encoder.mean, "encoder.projection": encoder.projection}
-    tensors["adapters"] = torch.stack([retriever.vectors[name] for name in names] or [encoder.mean.new_zeros(0)])
+    tensors["adapters"] = torch.stack(
+        [retriever.vectors[name] for name in names] or [encoder.mean.new_zeros(0)]
+    )
     hashes = [retriever.digests[name] for name in names]
     write_safetensors(file, tensors, {
         "names": "\n".join(names), "hashes": "\n".join(hashes), "base": model.fingerprint, "depth": str(encoder.depth),
@@ -181,7 +197,8 @@ def save_retriever(file, retriever, model, about):
 
 
 def load_retriever(file, model, tokenizer):
-    """File -> (Retriever, metadata). Raises InputError where it was made for another base, or isn't one of ours."""
+    """File -> (Retriever, metadata). Raises InputError where it was made for another base, or isn't
+    one of ours."""
     tensors, metadata = read_safetensors(file)
     lacks = {"names", "hashes", "base", "depth", "max_length"} - metadata.keys()
     lacks |= {"encoder.mean", "encoder.projection", "adapters"} - tensors.keys()
@@ -195,7 +212,9 @@ def load_retriever(file, model, tokenizer):
     if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != model.config.hidden_size:
         raise InputError(f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean {tuple(mean.shape)}; "
                          f"expected (d, {model.config.hidden_size}) and ({model.config.hidden_size},)")  # fmt: skip
-    encoder = LlamaEncoder(model, tokenizer, int(metadata["depth"]), mean, projection, int(metadata["max_length"]))
+    encoder = LlamaEncoder(
+        model, tokenizer, int(metadata["depth"]), mean, projection, int(metadata["max_length"])
+    )
     retriever = Retriever(encoder)
     names, hashes = (metadata[key].split("\n") if metadata[key] else [] for key in ("names", "hashes"))
     if not len(names) == len(hashes) == len(tensors["adapters"]):

@@ -23,16 +23,20 @@ class Member:
 
 
 class Pool:
-    """Named adapters of mixed rank and mixed targets, in slots: A[path] (e, r, i), B[path] (e, o, r), scale[path] (e,).
+    """Named adapters of mixed rank and mixed targets, in slots: A[path] (e, r, i), B[path] (e, o,
+    r), scale[path] (e,).
 
-    Smaller ranks are zero-padded to `rank`, modules an adapter lacks are zero. Adding and removing write in place, so
-    whoever holds the tensors (the Linears, a compiled block) sees the change; only more slots or a larger rank give
-    them another shape. Outputs never depend on which slot an adapter got.
+    Smaller ranks are zero-padded to `rank`, modules an adapter lacks are zero. Adding and removing
+    write in place, so whoever holds the tensors (the Linears, a compiled block) sees the change;
+    only more slots or a larger rank give them another shape. Outputs never depend on which slot an
+    adapter got.
 
-    `alloc_B(e, o, r, dtype=, device=)` makes a zero B where another memory layout than torch's is wanted (alloc_B_of).
+    `alloc_B(e, o, r, dtype=, device=)` makes a zero B where another memory layout than torch's is
+    wanted (alloc_B_of).
 
-    A pool with a `limit` never has more slots than that: further members stay on disk until need() asks for them, and
-    those that were needed longest ago leave for them. `version` counts the changes of what is in the slots.
+    A pool with a `limit` never has more slots than that: further members stay on disk until need()
+    asks for them, and those that were needed longest ago leave for them. `version` counts the
+    changes of what is in the slots.
     """
 
     def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None, alloc_B=None):
@@ -59,8 +63,9 @@ class Pool:
 
     @classmethod
     def load(cls, folders, shapes, dtype=torch.float32, device=None, resident=0, alloc_B=None):
-        """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool. Where `resident` is
-        given and smaller than their number, the pool is limited to so many slots and the others are left on disk."""
+        """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool.
+        Where `resident` is given and smaller than their number, the pool is limited to so many
+        slots and the others are left on disk."""
         headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
         capacity = min(resident or len(headers), len(headers))
         pool = cls._for(headers, shapes, dtype, device, alloc_B, capacity)
@@ -80,7 +85,9 @@ class Pool:
     @property
     def names(self):
         """Adapter names by slot order, those on disk behind them."""
-        return sorted(self.members, key=lambda name: (self.members[name].slot is None, self.members[name].slot or 0))
+        return sorted(
+            self.members, key=lambda name: (self.members[name].slot is None, self.members[name].slot or 0)
+        )
 
     @property
     def resident(self):
@@ -101,13 +108,15 @@ class Pool:
         return self.members[name].slot
 
     def need(self, names):
-        """Has all of `names` in slots at once; where there is no room, those needed longest ago leave. Raises
-        InputError for more names than slots, before anything is changed."""
+        """Has all of `names` in slots at once; where there is no room, those needed longest ago
+        leave. Raises InputError for more names than slots, before anything is changed."""
         names = list(dict.fromkeys(names))
         for name in names:
             self.member(name)
         if len(names) > self.capacity:
-            raise InputError(f"{len(names)} adapters are needed at once, {self.capacity} fit: --resident {len(names)}")
+            raise InputError(
+                f"{len(names)} adapters are needed at once, {self.capacity} fit: --resident {len(names)}"
+            )
         for name in names:
             if name in self._used:
                 self._used.remove(name)
@@ -116,11 +125,14 @@ class Pool:
             if self.members[name].slot is None:
                 known = self.members[name]
                 adapter = load_adapter(known.adapter.folder, name, self.shapes, quiet=known.hash is not None)
-                self.members[name] = Member(self._fill(self._free_slot(), adapter), adapter.hash, _light(adapter))
+                self.members[name] = Member(
+                    self._fill(self._free_slot(), adapter), adapter.hash, _light(adapter)
+                )
 
     def add(self, adapter):
-        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it must. Where the limit
-        is reached and no slot is free it stays on disk: None. Raises InputError where it isn't there either."""
+        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it
+        must. Where the limit is reached and no slot is free it stays on disk: None. Raises
+        InputError where it isn't there either."""
         if adapter.name in self.members:
             first = self.members[adapter.name].adapter.folder
             raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
@@ -129,7 +141,9 @@ class Pool:
         larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
         waits = full and larger == self.capacity
         if waits and not adapter.folder:
-            raise InputError(f"adapter {adapter.name}: all {self.capacity} slots are taken, and no folder to wait in")
+            raise InputError(
+                f"adapter {adapter.name}: all {self.capacity} slots are taken, and no folder to wait in"
+            )
         self._cover(adapter)
         if adapter.rank > self.rank or larger > self.capacity:
             self._grow(larger, max(self.rank, adapter.rank))
@@ -140,15 +154,22 @@ class Pool:
         return slot
 
     def _cover(self, adapter):
-        """Stacks for Linears that no adapter sat on so far; whoever holds the others has to look for them."""
+        """Stacks for Linears that no adapter sat on so far; whoever holds the others has to look
+        for them."""
         like = next(iter(self.A.values()))
         shapes = {p: (len(adapter.B[p]), a.shape[1]) for p, a in adapter.A.items() if p not in self.A}
         more = Pool(shapes, self.capacity, self.rank, like.dtype, like.device, self.alloc_B)
-        for mine, new in ((self.shapes, shapes), (self.A, more.A), (self.B, more.B), (self.scale, more.scale)):
+        for mine, new in (
+            (self.shapes, shapes),
+            (self.A, more.A),
+            (self.B, more.B),
+            (self.scale, more.scale),
+        ):
             mine.update(new)
 
     def _free_slot(self):
-        """A slot without an adapter; where there is none, the one needed longest ago leaves its own."""
+        """A slot without an adapter; where there is none, the one needed longest ago leaves its
+        own."""
         free = set(range(self.capacity)) - {m.slot for m in self.members.values()}
         if not free:
             free = {self._empty(self.resident[0])}
@@ -187,13 +208,16 @@ class Pool:
             bigger.A[path][: self.capacity, : self.rank] = self.A[path]
             bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
             bigger.scale[path][: self.capacity] = self.scale[path]
-            for old, new in zip((self.A, self.B, self.scale), (bigger.A, bigger.B, bigger.scale), strict=True):
+            for old, new in zip(
+                (self.A, self.B, self.scale), (bigger.A, bigger.B, bigger.scale), strict=True
+            ):
                 old[path].data = new[path]
         self.capacity = capacity
         self.rank = rank
 
     def adapter(self, name):
-        """The adapter as its slot holds it now, at its own rank and modules: for saving what was trained."""
+        """The adapter as its slot holds it now, at its own rank and modules: for saving what was
+        trained."""
         slot = self.slot(name)
         member = self.members[name].adapter
         ranks = {p: _pattern(member.config.get("rank_pattern"), p, member.config["r"]) for p in member.scale}

@@ -1,4 +1,5 @@
-"""What methods compute from a pool's stacks: float32 copies of its members, derived adapters, an SVD of B A."""
+"""What methods compute from a pool's stacks: float32 copies of its members, derived adapters, an
+SVD of B A."""
 
 import torch
 
@@ -6,8 +7,8 @@ from pool.adapters import Adapter, peft_config
 
 
 def factored_svd(A, B):
-    """SVD of B A, A (..., r, i), B (..., o, r): U (..., o, c), S (..., c), Vh (..., c, i), from QR of the factors and
-    an SVD of at most (r, r); the matrix (o, i) is never formed."""
+    """SVD of B A, A (..., r, i), B (..., o, r): U (..., o, c), S (..., c), Vh (..., c, i), from QR
+    of the factors and an SVD of at most (r, r); the matrix (o, i) is never formed."""
     Qa, Ra = torch.linalg.qr(A.mT)
     Qb, Rb = torch.linalg.qr(B)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
@@ -15,12 +16,16 @@ def factored_svd(A, B):
 
 
 def member_stacks(pool, names):
-    """Yields (path, A (e, r, i), scaled B (e, o, r)) of the named members in float32. r is the largest rank among them,
-    not the pool's, which may remember an adapter that has left."""
+    """Yields (path, A (e, r, i), scaled B (e, o, r)) of the named members in float32. r is the
+    largest rank among them, not the pool's, which may remember an adapter that has left."""
     slots = [pool.slot(name) for name in names]
     r = max(pool.adapter(name).rank for name in names)
     for path, A in pool.A.items():
-        yield path, A[slots, :r].float(), pool.B[path][slots, :, :r].float() * pool.scale[path][slots, None, None]
+        yield (
+            path,
+            A[slots, :r].float(),
+            pool.B[path][slots, :, :r].float() * pool.scale[path][slots, None, None],
+        )
 
 
 def derived_adapter(pool, name, merged):

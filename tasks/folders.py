@@ -1,8 +1,8 @@
 """Task folders in, tokenized batches out.
 
-A task folder is NAME/train.jsonl, NAME/test.jsonl with {"prompt", "response"} a line, and NAME/task.json with its
-metric. What a training step sees is a pure function of (seed, step): a resumed run needs no more than its step number
-to go on with the same data.
+A task folder is NAME/train.jsonl, NAME/test.jsonl with {"prompt", "response"} a line, and
+NAME/task.json with its metric. What a training step sees is a pure function of (seed, step): a
+resumed run needs no more than its step number to go on with the same data.
 """
 
 import functools
@@ -29,7 +29,8 @@ class Task:
 
 
 def load_tasks(folder, only=None):
-    """{name: Task} of a folder of task folders, `only` those named. Raises InputError for what is missing."""
+    """{name: Task} of a folder of task folders, `only` those named. Raises InputError for what is
+    missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tasks")
@@ -45,7 +46,9 @@ def load_tasks(folder, only=None):
 def _load_task(folder):
     metric = read_json(folder / "task.json").get("metric")
     if metric not in METRICS:
-        raise InputError(f"{folder / 'task.json'}: metric is {metric!r}, expected one of {', '.join(METRICS)}")
+        raise InputError(
+            f"{folder / 'task.json'}: metric is {metric!r}, expected one of {', '.join(METRICS)}"
+        )
     splits = [read_jsonl(folder / f"{split}.jsonl", ("prompt", "response")) for split in ("train", "test")]
     return Task(folder.name, metric, *splits)
 
@@ -55,8 +58,8 @@ def _load_task(folder):
 
 @dataclass
 class Example:
-    """Token ids of prompt and response, EOS at the end; the first `n_prompt` of them are the prompt. `row` is what it
-    was made of."""
+    """Token ids of prompt and response, EOS at the end; the first `n_prompt` of them are the
+    prompt. `row` is what it was made of."""
 
     ids: list
     n_prompt: int
@@ -71,8 +74,8 @@ class Example:
 
 @dataclass
 class PackedExample:
-    """Several questions and answers in one text: parts are Examples, each a piece of it; a piece without
-    a task ("") belongs to no adapter."""
+    """Several questions and answers in one text: parts are Examples, each a piece of it; a piece
+    without a task ("") belongs to no adapter."""
 
     parts: list
 
@@ -88,7 +91,8 @@ def fill(template, prompt):
 
 
 def encode(tokenizer, template, row, task=""):
-    """{"prompt", "response"} -> Example; prompt and response are tokenized apart and joined, EOS appended."""
+    """{"prompt", "response"} -> Example; prompt and response are tokenized apart and joined, EOS
+    appended."""
     prompt = tokenizer.encode(fill(template, row["prompt"]))
     if tokenizer.eos_id is None:
         raise InputError("this tokenizer has no EOS token: a model could not learn where answers end")
@@ -101,7 +105,9 @@ def encode_all(tokenizer, template, rows, task, max_length):
     examples = [encode(tokenizer, template, row, task) for row in rows]
     kept = [example for example in examples if len(example.ids) <= max_length]
     if not kept:
-        raise InputError(f"task {task}: no training example of at most {max_length} tokens ({len(rows)} examples)")
+        raise InputError(
+            f"task {task}: no training example of at most {max_length} tokens ({len(rows)} examples)"
+        )
     return kept, len(examples) - len(kept)
 
 
@@ -119,7 +125,8 @@ def tokenize(tasks, tokenizer, vocab_size, template, max_length):
 
 
 def draw(items, name, step, count, seed):
-    """The `count` items of training step `step`: every epoch is a fresh shuffle, seeded by name and epoch."""
+    """The `count` items of training step `step`: every epoch is a fresh shuffle, seeded by name and
+    epoch."""
     picked = []
     for position in range(step * count, (step + 1) * count):
         epoch, index = divmod(position, len(items))
@@ -135,8 +142,8 @@ def pick(examples, step, args):
 
 
 def some_tasks(names, share, seed):
-    """A random share of the task names, two at least, sorted: the same for every part that is trained on it. Raises
-    InputError where it is no share."""
+    """A random share of the task names, two at least, sorted: the same for every part that is
+    trained on it. Raises InputError where it is no share."""
     if not 0 < share <= 1:
         raise InputError(f"--share is {share}, expected more than 0 and at most 1")
     names = sorted(names)
@@ -150,9 +157,9 @@ def _order(seed, name, epoch, n):
 
 
 def micro_batches(examples, max_tokens, padded=False):
-    """Splits a step's examples, shortest first, into batches of at most `max_tokens` tokens each. Where rows are
-    `padded`, that is with the padding, and in a batch no example is over 1.5 times (and 16 tokens) longer than another,
-    so that padding stays a small part."""
+    """Splits a step's examples, shortest first, into batches of at most `max_tokens` tokens each.
+    Where rows are `padded`, that is with the padding, and in a batch no example is over 1.5 times
+    (and 16 tokens) longer than another, so that padding stays a small part."""
     batches = []
     current = []
     total = 0
@@ -170,9 +177,9 @@ def micro_batches(examples, max_tokens, padded=False):
 
 @dataclass
 class Batch:
-    """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is of a response;
-    part (b, t) int64: which of `parts` (Examples) a token belongs to, at (b, t) int64: its place in it. lengths: how
-    many tokens of each row are real."""
+    """ids (b, t), right-padded with 0; real (b, t): not padding; predicts (b, t): the next token is
+    of a response; part (b, t) int64: which of `parts` (Examples) a token belongs to, at (b, t)
+    int64: its place in it. lengths: how many tokens of each row are real."""
 
     ids: torch.Tensor
     real: torch.Tensor
@@ -194,7 +201,8 @@ class Batch:
         return self.real & (self.at < lengths[self.part])
 
     def slots(self, pool):
-        """(b, t) int64: the slot of each token's own adapter, -100 for padding and where there is none."""
+        """(b, t) int64: the slot of each token's own adapter, -100 for padding and where there is
+        none."""
         slots = [pool.slot(task) if task else -100 for task in self.tasks]
         return torch.tensor(slots, device=self.part.device)[self.part].masked_fill(~self.real, -100)
 

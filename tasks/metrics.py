@@ -1,9 +1,10 @@
 """Exact match, yes/no, final number, BLEU, ROUGE: strings in, numbers from 0 to 100 out.
 
-An empty answer is a wrong answer, never dropped. BLEU is sacrebleu's corpus level; the other scores are means over
-examples. Intervals are 95 % percentile bootstraps over the examples, seeded; where all examples score alike, as at 0 or
-100 %, a bootstrap has no width and says nothing about what other examples would give. Beside them stand the scores that
-MeteoRA's released code would give, and the reading of a composite question's numbered answers.
+An empty answer is a wrong answer, never dropped. BLEU is sacrebleu's corpus level; the other scores
+are means over examples. Intervals are 95 % percentile bootstraps over the examples, seeded; where
+all examples score alike, as at 0 or 100 %, a bootstrap has no width and says nothing about what
+other examples would give. Beside them stand the scores that MeteoRA's released code would give, and
+the reading of a composite question's numbered answers.
 """
 
 import importlib.metadata
@@ -16,7 +17,11 @@ import numpy as np
 
 from common.files import InputError
 
-COUNTED = ("exact_match", "yes_no", "gsm8k")  # an answer is right or wrong; of a BLEU or ROUGE task it is neither
+COUNTED = (
+    "exact_match",
+    "yes_no",
+    "gsm8k",
+)  # an answer is right or wrong; of a BLEU or ROUGE task it is neither
 ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}  # our name -> rouge-score's
 METRICS = (*COUNTED, "bleu", *ROUGE)
 NUMBER = re.compile(r"^[^\S\n]*([0-9]{1,3})[.)](?!\S)", re.MULTILINE)
@@ -34,7 +39,8 @@ class Score:
 
 
 def normalise(text):
-    """For exact match: surrounding space and a final full stop go, runs of space become one, case is kept."""
+    """For exact match: surrounding space and a final full stop go, runs of space become one, case
+    is kept."""
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip()
 
 
@@ -50,7 +56,8 @@ def yes_no(answer, target):
 
 
 def final_number(text):
-    """The first number after '####', as GSM8K marks its answers, else the last one in the text; None without any."""
+    """The first number after '####', as GSM8K marks its answers, else the last one in the text;
+    None without any."""
     _, mark, marked = text.partition("####")
     numbers = re.findall(r"(?:(?<!\d)-)?(?:\d[\d,]*\.?\d*|\.\d+)", marked if mark else text)
     return Decimal(numbers[0 if mark else -1].replace(",", "")) if numbers else None  # exact at any length
@@ -62,9 +69,12 @@ def gsm8k(answer, target):
 
 
 def right(metric, answer, target):
-    """Is this one answer right, by one of COUNTED? None, `numbered`'s answer that is not there, is wrong."""
+    """Is this one answer right, by one of COUNTED? None, `numbered`'s answer that is not there, is
+    wrong."""
     if metric not in COUNTED:
-        raise ValueError(f"by {metric!r} no single answer is right or wrong: expected one of {', '.join(COUNTED)}")
+        raise ValueError(
+            f"by {metric!r} no single answer is right or wrong: expected one of {', '.join(COUNTED)}"
+        )
     one = {"exact_match": exact_match, "yes_no": yes_no, "gsm8k": gsm8k}[metric]
     return bool(one(answer or "", target))
 
@@ -81,7 +91,9 @@ def score(metric, answers, targets, seed=0, resamples=1000):
     _check(metric, answers, targets)
     if metric != "bleu":
         pairs = zip(answers, targets, strict=True)
-        values = rouge(metric, answers, targets) if metric in ROUGE else [right(metric, a, t) for a, t in pairs]
+        values = (
+            rouge(metric, answers, targets) if metric in ROUGE else [right(metric, a, t) for a, t in pairs]
+        )
         return mean_score(metric, values, seed, resamples)
     bleu = _optional("sacrebleu").BLEU()
     value = bleu.corpus_score(answers, [targets]).score
@@ -92,7 +104,8 @@ def score(metric, answers, targets, seed=0, resamples=1000):
 
 
 def score_meteora(metric, answers, targets, seed=0, resamples=1000):
-    """What MeteoRA's released code would print: for a comparison with its tables and for nothing else -> Score.
+    """What MeteoRA's released code would print: for a comparison with its tables and for nothing
+    else -> Score.
 
     Written after a description of that code's faults, not after its lines; none of that code was run. The description
     leaves open, and it is chosen here, that nothing but space is empty too, case counts, and no target is shortened.
@@ -117,7 +130,8 @@ def score_meteora(metric, answers, targets, seed=0, resamples=1000):
 
 
 def signature(metric):
-    """One line that says which score `score` gives: sacrebleu's own for BLEU, version and options for ROUGE."""
+    """One line that says which score `score` gives: sacrebleu's own for BLEU, version and options
+    for ROUGE."""
     if metric == "bleu":
         bleu = _optional("sacrebleu").BLEU()
         bleu.corpus_score(["a"], [["a"]])  # before its first score it knows no number of references
@@ -134,14 +148,16 @@ def signature(metric):
 
 
 def numbered(text, n):
-    """The answers 1 to n of a numbered list, in order: a string each, None where number j is not there.
+    """The answers 1 to n of a numbered list, in order: a string each, None where number j is not
+    there.
 
-    A number is "j." or "j)" at the beginning of a line, spaces before it allowed, with a space or the line's end behind
-    it, j of at most three digits: "15" and "3.5 km" are none, nor is a year. It begins answer j where it is larger than
-    the last one that did, else it is part of that answer's text: after "3." a "2. x" comes too late, and 2 is None.
-    An answer runs over lines to the next number, and is stripped; a number over n ends it and begins nothing. Text
-    before the first number is ignored. "2." with nothing behind it is "": there, but not attempted; attempted is a
-    text that is not empty.
+    A number is "j." or "j)" at the beginning of a line, spaces before it allowed, with a space or
+    the line's end behind it, j of at most three digits: "15" and "3.5 km" are none, nor is a year.
+    It begins answer j where it is larger than the last one that did, else it is part of that
+    answer's text: after "3." a "2. x" comes too late, and 2 is None. An answer runs over lines to
+    the next number, and is stripped; a number over n ends it and begins nothing. Text before the
+    first number is ignored. "2." with nothing behind it is "": there, but not attempted; attempted
+    is a text that is not empty.
     """
     cuts = []  # number, where its mark begins and ends
     last = 0
@@ -194,4 +210,6 @@ def _optional(module, package=None):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"this metric needs a package that is not here: pip install {package or module}") from None
+        raise InputError(
+            f"this metric needs a package that is not here: pip install {package or module}"
+        ) from None

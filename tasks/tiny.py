@@ -1,10 +1,12 @@
 """The embedded tasks: generated, endless, exact answers.
 
-28 small functions in eight families of relatives, over one small world of a few hundred common words, so that a Llama
-of a few million parameters can learn all of it on a laptop. `corpus` is what the base is pretrained on: input-output
-pairs of every function, none of them named, plain sentences, and lists of questions; never an instruction. So the
-knowledge is in the base and an adapter brings the task, as with a large Llama. Held-out inputs are in the corpus for
-the same reason: what is tested is whether an adapter carries its task over to inputs that it was not trained on.
+28 small functions in eight families of relatives, over one small world of a few hundred common
+words, so that a Llama of a few million parameters can learn all of it on a laptop. `corpus` is what
+the base is pretrained on: input-output pairs of every function, none of them named, plain
+sentences, and lists of questions; never an instruction. So the knowledge is in the base and an
+adapter brings the task, as with a large Llama. Held-out inputs are in the corpus for the same
+reason: what is tested is whether an adapter carries its task over to inputs that it was not trained
+on.
 """
 
 import hashlib
@@ -44,7 +46,8 @@ class TinyTask:
 
 
 # The world ----------------------------------------------------------------------------------------------------------
-# Words with two common translations, opposites, categories or colors are left out: every answer is the only one.
+# Words with two common translations, opposites, categories or colors are left out: every answer is
+# the only one.
 
 DICTIONARY = """dog Hund perro cane; cat Katze gato gatto; horse Pferd caballo cavallo; cow Kuh vaca mucca; pig Schwein
 cerdo maiale; sheep Schaf oveja pecora; goat Ziege cabra capra; mouse Maus ratón topo; bird Vogel pájaro uccello; fish
@@ -245,7 +248,8 @@ def _tallest(rng):
 
 
 def _task(family, name, source, share, text):
-    """`source`: {x: answer}, or rng -> (x, answer) where there are too many; `text`: 'phrasing | ... # sentence'."""
+    """`source`: {x: answer}, or rng -> (x, answer) where there are too many; `text`: 'phrasing |
+    ... # sentence'."""
     phrasings, sentence = text.split(" # ")
     answers = source if isinstance(source, dict) else None
     items = list(answers.items()) if answers else []
@@ -351,18 +355,22 @@ TASKS: dict[str, TinyTask] = {task.name: task for task in _all_tasks()}
 
 
 def held_out(name, x):
-    """Whether input `x` belongs to the test split of task `name`: one in five, the same on every machine, any seed."""
+    """Whether input `x` belongs to the test split of task `name`: one in five, the same on every
+    machine, any seed."""
     return int(hashlib.sha256(f"{name}/{x}".encode()).hexdigest()[:8], 16) % 5 == 0
 
 
 def examples(name, split, n, seed=0) -> list[dict]:
-    """Up to `n` rows {'prompt', 'response'} of task `name`, distinct by prompt, those of 'test' distinct by input too.
+    """Up to `n` rows {'prompt', 'response'} of task `name`, distinct by prompt, those of 'test'
+    distinct by input too.
 
-    A finite task may have fewer: then all its held-out inputs ('test') or all its prompts ('train') are there.
-    Raises InputError for an unknown task or split.
+    A finite task may have fewer: then all its held-out inputs ('test') or all its prompts ('train')
+    are there. Raises InputError for an unknown task or split.
     """
     if name not in TASKS or split not in ("train", "test"):
-        raise InputError(f"no task {name!r} with split {split!r}; splits are train and test, tasks: {', '.join(TASKS)}")
+        raise InputError(
+            f"no task {name!r} with split {split!r}; splits are train and test, tasks: {', '.join(TASKS)}"
+        )
     task = TASKS[name]
     rng = random.Random(f"{seed}/{name}/{split}")
     if task.answers is None:
@@ -387,9 +395,10 @@ def examples(name, split, n, seed=0) -> list[dict]:
 def corpus(n, seed=0) -> Iterator[str]:
     """`n` documents of pretraining text, none of them an instruction.
 
-    Lines of 4 to 8 pairs of one function; sentences that state pairs; the words of the instructions, shuffled, beside
-    an input, which gives them tokens and company but no meaning; and questions between tags, in most of them a function
-    shown by example: one question and its answer, or one to three rounds of several, numbered, and their answers.
+    Lines of 4 to 8 pairs of one function; sentences that state pairs; the words of the
+    instructions, shuffled, beside an input, which gives them tokens and company but no meaning; and
+    questions between tags, in most of them a function shown by example: one question and its
+    answer, or one to three rounds of several, numbered, and their answers.
     """
     rng = random.Random(f"{seed}/corpus")
     tasks = list(TASKS.values())
@@ -440,8 +449,9 @@ def _shuffled_words(rng, task):
 
 
 def _question(rng, task, shots, style, bare):
-    """(text, answer): an input behind up to `shots` examples of its function or, three times in ten, among words of
-    instructions: then the answer is any of these words, so that it pays to read them."""
+    """(text, answer): an input behind up to `shots` examples of its function or, three times in
+    ten, among words of instructions: then the answer is any of these words, so that it pays to read
+    them."""
     *shown, (x, y) = _pairs(rng, task, rng.randint(2, shots + 1))
     if rng.random() >= 0.3:
         return f"{_line(shown, style)}{style[1]}{x}{'' if bare else style[0].rstrip()}", y
@@ -452,7 +462,8 @@ def _question(rng, task, shots, style, bare):
 
 
 def _round(rng, tasks, tag, style, bare):
-    """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins with it too."""
+    """Questions, then answers; a space before a sole answer: one that is tokenized by itself begins
+    with it too."""
     asked = [_question(rng, task, 3 if len(tasks) == 1 else 2, style, bare) for task in tasks]
     questions = [f"[{tag}] {text} [/{tag}]" for text, _ in asked]
     answers = [y for _, y in asked]
@@ -466,14 +477,17 @@ def _numbered(lines):
 
 
 def write(out, train=1000, test=100, documents=150000, seed=0):
-    """Writes OUT/NAME/{train.jsonl, test.jsonl, task.json} for every task and OUT/corpus.txt; same seed, same bytes."""
+    """Writes OUT/NAME/{train.jsonl, test.jsonl, task.json} for every task and OUT/corpus.txt; same
+    seed, same bytes."""
     for field, count in (("train", train), ("test", test), ("documents", documents)):
         if count < 0:
             raise InputError(f"{field}: expected 0 or more, found {count}")
     for name, task in TASKS.items():
         for split, n in (("train", train), ("test", test)):
             write_jsonl(Path(out) / name / f"{split}.jsonl", examples(name, split, n, seed))
-        write_json(Path(out) / name / "task.json", {"name": name, "family": task.family, "metric": "exact_match"})
+        write_json(
+            Path(out) / name / "task.json", {"name": name, "family": task.family, "metric": "exact_match"}
+        )
     write_text(Path(out) / "corpus.txt", "\n\n".join(corpus(documents, seed)) + "\n")
 
 

@@ -14,7 +14,9 @@ pytest.register_assert_rewrite("helpers_kernels", "helpers_training")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--real_model", help="folder of a real Llama with its tokenizer, for the tests marked real")
+    parser.addoption(
+        "--real_model", help="folder of a real Llama with its tokenizer, for the tests marked real"
+    )
 
 
 def pytest_configure(config):
@@ -33,7 +35,8 @@ def real_model(request):
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """A random small Llama with a sentencepiece tokenizer: a whole model folder. Don't write into it."""
+    """A random small Llama with a sentencepiece tokenizer: a whole model folder. Don't write into
+    it."""
     folder = write_llama(tmp_path_factory.mktemp("small") / "small")
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
     return folder
@@ -56,9 +59,12 @@ def pool_with_every_part(small_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(small_model, tmp_path_factory):
-    """The options of a run of train.py adapters over two small tasks, both learned. Adds to its pool only."""
+    """The options of a run of train.py adapters over two small tasks, both learned. Adds to its
+    pool only."""
     from helpers_training import options, run
 
-    o = options("adapters", small_model, tmp_path_factory.mktemp("trained") / "out", steps=40, r=5, dropout=0.1)
+    o = options(
+        "adapters", small_model, tmp_path_factory.mktemp("trained") / "out", steps=40, r=5, dropout=0.1
+    )
     run(o)
     return o

@@ -1,4 +1,5 @@
-"""Runs the repository's commands as a user would, in processes forked from one that has imported the libraries."""
+"""Runs the repository's commands as a user would, in processes forked from one that has imported
+the libraries."""
 
 import json
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Scripts as processes with standard streams of their own, forked from one that has imported the libraries.
+# Scripts as processes with standard streams of their own, forked from one that has imported the
+# libraries.
 WARM = """
 import json, os, runpy, signal, sys, traceback
 import jinja2.sandbox, numpy, safetensors.torch, sentencepiece, tokenizers, torch, tqdm
@@ -41,10 +43,12 @@ _own = threading.local()
 
 
 def warm(argv, stdin=b"", cwd=None):
-    """`python SCRIPT ARGS...` in a tenth of the time of a fresh interpreter; CompletedProcess with text output. From
-    any thread."""
+    """`python SCRIPT ARGS...` in a tenth of the time of a fresh interpreter; CompletedProcess with
+    text output. From any thread."""
     if not hasattr(_own, "server"):  # it ends with us, as its stdin does
-        _own.server = subprocess.Popen([sys.executable, "-c", WARM], stdin=-1, stdout=-1, text=True, env=ENVIRONMENT)
+        _own.server = subprocess.Popen(
+            [sys.executable, "-c", WARM], stdin=-1, stdout=-1, text=True, env=ENVIRONMENT
+        )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("in", "out", "err")]
         for file, data in zip(files, (stdin, b"", b""), strict=True):
@@ -56,13 +60,15 @@ def warm(argv, stdin=b"", cwd=None):
 
 
 def command(*args, stdin="", cwd=None):
-    """Runs `python SCRIPT ARGS...` of the repository; returns the CompletedProcess with text output."""
+    """Runs `python SCRIPT ARGS...` of the repository; returns the CompletedProcess with text
+    output."""
     script, *rest = map(str, args)
     return warm([str(ROOT / script), *rest], stdin.encode(), cwd)
 
 
 def assert_refused(done, *words):
-    """Bad input: exit status 2, nothing on stdout, one line on stderr besides warnings, naming each of `words`."""
+    """Bad input: exit status 2, nothing on stdout, one line on stderr besides warnings, naming each
+    of `words`."""
     lines = [y for y in done.stderr.splitlines() if not y.startswith(("warning:", "method:"))]
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr

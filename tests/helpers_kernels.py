@@ -1,4 +1,5 @@
-"""The operation, one token at a time, and the tests that kernels.py and fast/kernels.py both have to pass."""
+"""The operation, one token at a time, and the tests that kernels.py and fast/kernels.py both have
+to pass."""
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def by_hand(x, A, B, scale, idx, weight):
 
 
 def route(kind, n, e, k, generator):
-    """idx (n, k): all tokens alike, uniform, popular adapters first (Zipf), or no adapter used twice (as far as e
-    goes)."""
+    """idx (n, k): all tokens alike, uniform, popular adapters first (Zipf), or no adapter used
+    twice (as far as e goes)."""
     if kind == "alike":
         return torch.randperm(e, generator=generator)[:k].expand(n, k).clone()
     if kind == "distinct":
@@ -31,14 +32,20 @@ def route(kind, n, e, k, generator):
 
 
 def problem(n=5, e=7, k=3, r=5, i=13, o=11, routing="uniform", seed=0, dtype=torch.float64):
-    """(x, A, B, scale, idx, weight): adapters of ranks 1 to r, zero-padded, each with a scale of its own."""
+    """(x, A, B, scale, idx, weight): adapters of ranks 1 to r, zero-padded, each with a scale of
+    its own."""
     g = torch.Generator().manual_seed(seed)
     normal = {"generator": g, "dtype": torch.float64}
     rank = torch.randint(1, r + 1, (e,), generator=g)
     keep = (torch.arange(r) < rank[:, None]).double()  # (e, r)
-    A, B = torch.randn(e, r, i, **normal) * keep[:, :, None], torch.randn(e, o, r, **normal) * keep[:, None, :]
+    A, B = (
+        torch.randn(e, r, i, **normal) * keep[:, :, None],
+        torch.randn(e, o, r, **normal) * keep[:, None, :],
+    )
     scale, weight = torch.rand(e, **normal) + 0.5, torch.rand(n, k, **normal).softmax(-1)
-    low = torch.float64 if dtype == torch.float64 else torch.float32  # weights and scales are never below float32
+    low = (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )  # weights and scales are never below float32
     x, idx = torch.randn(n, i, **normal), route(routing, n, e, k, g)
     return x.to(dtype), A.to(dtype), B.to(dtype), scale.to(low), idx, weight.to(low)
 
@@ -80,7 +87,9 @@ def operations(lora_mix, backend, **sizes):
 
 def check_any_size(lora_mix, data):
     """assert_same for sizes, k and routing drawn by hypothesis."""
-    n, r, i, o = (data.draw(st.integers(1, top), label) for label, top in zip("nrio", (7, 5, 11, 13), strict=True))
+    n, r, i, o = (
+        data.draw(st.integers(1, top), label) for label, top in zip("nrio", (7, 5, 11, 13), strict=True)
+    )
     e = data.draw(st.integers(1, 31), "e")
     k = data.draw(st.integers(1, e), "k")
     routing, seed = data.draw(st.sampled_from(ROUTINGS)), data.draw(st.integers(0, 2**31))
@@ -98,15 +107,15 @@ class KernelTests:
     @pytest.mark.parametrize("routing", ROUTINGS)
     @pytest.mark.parametrize(("e", "k"), [(1, 1), (2, 1), (3, 2), (7, 3), (7, 7), (31, 1), (31, 3), (31, 31)])
     def test_every_backend_is_the_equation(self, backend, routing, e, k):
-        """A backend that swaps an axis, counts a token twice or loses the backward of one operand under some routing
-        would train and answer wrongly while looking plausible."""
+        """A backend that swaps an axis, counts a token twice or loses the backward of one operand
+        under some routing would train and answer wrongly while looking plausible."""
         assert_same(self.lora_mix, backend, problem(e=e, k=k, routing=routing))
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_padding_slots_weigh_nothing(self, backend):
-        """Requests that use fewer adapters than others in the batch are padded with a repeated index of weight 0:
-        written with scatter instead of scatter_add, the 0 would overwrite the real weight. Repeats that do weigh
-        something add up."""
+        """Requests that use fewer adapters than others in the batch are padded with a repeated
+        index of weight 0: written with scatter instead of scatter_add, the 0 would overwrite the
+        real weight. Repeats that do weigh something add up."""
         x, A, B, scale, idx, weight = problem(n=5, e=7, k=2)
         padded = torch.cat((idx, idx[:, :1], idx[:, :1]), 1), torch.cat((weight, weight.new_zeros(5, 2)), 1)
         assert_same(self.lora_mix, backend, (x, A, B, scale, *padded))
@@ -118,8 +127,8 @@ class KernelTests:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_ax_given_equals_not_given(self, backend):
-        """A gate that has computed A x hands it over; a kernel that lays it out otherwise would mix up adapters and
-        ranks, and one that forgets its graph would lose the gradient of A."""
+        """A gate that has computed A x hands it over; a kernel that lays it out otherwise would mix
+        up adapters and ranks, and one that forgets its graph would lose the gradient of A."""
         sizes = problem(n=3, e=11, k=2)
 
         def with_ax(x, A, B, scale, idx, weight):
@@ -132,7 +141,8 @@ class KernelTests:
     @pytest.mark.parametrize("routing", ROUTINGS)
     @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
     def test_lower_precision(self, backend, routing, dtype, limit):
-        """A backend that accumulates in bfloat16 or rounds the weights too early would drift from the others."""
+        """A backend that accumulates in bfloat16 or rounds the weights too early would drift from
+        the others."""
         sizes = problem(n=7, e=11, k=3, routing=routing, dtype=dtype)
         y = self.lora_mix(*sizes, backend=backend)
         want = by_hand(*(s.double() if s.is_floating_point() else s for s in sizes))
@@ -141,26 +151,36 @@ class KernelTests:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_stacks_of_another_dtype(self, backend):
-        """Training's A and B are float32 under a bfloat16 base: the result is in x's dtype, gradients in theirs."""
+        """Training's A and B are float32 under a bfloat16 base: the result is in x's dtype,
+        gradients in theirs."""
         x, A, B, scale, idx, weight = problem(dtype=torch.float32)
         got = with_gradients(self.lora_mix, x.bfloat16(), A, B, scale, idx, weight, backend=backend)
         want = with_gradients(by_hand, x.bfloat16().float(), A, B, scale, idx, weight)
-        assert [y.dtype for y in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
+        assert [y.dtype for y in got] == [
+            torch.bfloat16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float32,
+            torch.float32,
+        ]
         assert (got[0].float() - want[0]).norm() <= 1e-2 * want[0].norm()
 
     @pytest.mark.parametrize("backend", ["loop", "bmm"])
     def test_unused_adapters_are_not_read(self, backend):
-        """What no token uses costs nothing and can't hurt: 0 * NaN is NaN, so one bad adapter would spoil every
-        answer."""
+        """What no token uses costs nothing and can't hurt: 0 * NaN is NaN, so one bad adapter would
+        spoil every answer."""
         x, A, B, scale, idx, weight = problem(n=3, e=31, k=2)
         want = by_hand(x, A, B, scale, idx, weight)
         unused = sorted(set(range(31)) - set(idx.flatten().tolist()))
         A[unused], B[unused] = float("nan"), float("nan")
-        torch.testing.assert_close(self.lora_mix(x, A, B, scale, idx, weight, backend), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            self.lora_mix(x, A, B, scale, idx, weight, backend), want, rtol=0, atol=1e-10
+        )
 
     @pytest.mark.parametrize("backend", ["bmm", "dense"])
     def test_no_loop_over_adapters(self, backend):
-        """A loop over adapters in Python makes 28 adapters 28 times as slow, and nothing but the clock would tell."""
+        """A loop over adapters in Python makes 28 adapters 28 times as slow, and nothing but the
+        clock would tell."""
         small, large = (
             operations(self.lora_mix, backend, n=5, e=3, k=2),
             operations(self.lora_mix, backend, n=29, e=31, k=23),

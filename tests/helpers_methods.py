@@ -32,15 +32,17 @@ def noise(*shape, seed):
 
 
 def write_every_part(folder, small_model):
-    """A pool folder with every part: three random adapters and random gates of all kinds; lora_f and lora_b trained by
-    the real command for a few steps."""
+    """A pool folder with every part: three random adapters and random gates of all kinds; lora_f
+    and lora_b trained by the real command for a few steps."""
     base = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
     write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint, TEMPLATE))
     for name, path in adapters.items():
         (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
     pool = load_mole(small_model, folder / "pool").pool
-    kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {"soft": (meteora_gates(pool, 3), 3)}
+    kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {
+        "soft": (meteora_gates(pool, 3), 3)
+    }
     kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, PromptMask()), 3)}
     kinds |= {f"moe_top{k}": (meteora_gates(pool, k, full=True), k) for k in (1, 3)}
     for number, (kind, (gates, k)) in enumerate(kinds.items()):

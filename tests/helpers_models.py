@@ -17,8 +17,8 @@ from pool.slots import Pool
 
 RANKS = {"ant": 2, "bee": 7, "cat": 3, "dog": 5, "eel": 1}
 
-# A small Llama: every size another number, so that a wrong axis can't pass. h = 44 = 4 heads of 11 is no multiple of
-# head_dim 6, 4 query heads share 2 key heads.
+# A small Llama: every size another number, so that a wrong axis can't pass. h = 44 = 4 heads of 11
+# is no multiple of head_dim 6, 4 query heads share 2 key heads.
 SMALL = {
     "model_type": "llama", "hidden_act": "silu", "vocab_size": 331, "hidden_size": 44, "intermediate_size": 67,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
@@ -28,7 +28,8 @@ SMALL = {
 
 
 def write_llama(folder, seed=0, dtype=torch.float32, **fields):
-    """A random Llama as a Hugging Face folder (config.json, model.safetensors); weights large enough to matter."""
+    """A random Llama as a Hugging Face folder (config.json, model.safetensors); weights large
+    enough to matter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SMALL | fields))
@@ -44,7 +45,11 @@ def write_llama(folder, seed=0, dtype=torch.float32, **fields):
 
 def tokenizer_bytes(vocab_size=331):
     """A sentencepiece model with byte fallback, trained on a few lines."""
-    text = ["the quick brown fox jumps over the lazy dog", "what is the plural of mouse", "sort these words for me"] * 9
+    text = [
+        "the quick brown fox jumps over the lazy dog",
+        "what is the plural of mouse",
+        "sort these words for me",
+    ] * 9
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=out, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
@@ -54,7 +59,8 @@ def tokenizer_bytes(vocab_size=331):
 
 
 def random_adapter(name, shapes, r=3, alpha=7.0, seed=0, targets=None, size=0.3):
-    """An Adapter with random A and B on `targets` (module suffixes, default all) of `shapes` (linear_shapes)."""
+    """An Adapter with random A and B on `targets` (module suffixes, default all) of `shapes`
+    (linear_shapes)."""
     generator = torch.Generator().manual_seed(seed)
     used = {p: s for p, s in shapes.items() if targets is None or p.endswith(tuple(targets))}
     A = {p: torch.randn(r, i, generator=generator) * size for p, (_, i) in used.items()}
@@ -64,16 +70,19 @@ def random_adapter(name, shapes, r=3, alpha=7.0, seed=0, targets=None, size=0.3)
 
 
 def write_adapters(folder, model, names, **options):
-    """Random adapters of ranks 2, 3, 5, 7, ... as PEFT folders under `folder`; returns {name: folder}."""
+    """Random adapters of ranks 2, 3, 5, 7, ... as PEFT folders under `folder`; returns {name:
+    folder}."""
     ranks, shapes = (2, 3, 5, 7, 11, 13), linear_shapes(model)
     for j, name in enumerate(names):
-        save_adapter(random_adapter(name, shapes, ranks[j % len(ranks)], seed=j, **options), Path(folder) / name)
+        save_adapter(
+            random_adapter(name, shapes, ranks[j % len(ranks)], seed=j, **options), Path(folder) / name
+        )
     return {name: Path(folder) / name for name in names}
 
 
 def make_pool(shapes, names=RANKS, capacity=None, rank=1, **options):
-    """Five adapters of ranks 1 to 7, small enough that roundings don't grow through the layers; `names` sets the
-    order."""
+    """Five adapters of ranks 1 to 7, small enough that roundings don't grow through the layers;
+    `names` sets the order."""
     adapters = [random_adapter(n, shapes, RANKS[n], seed=RANKS[n], size=0.1, **options) for n in names]
     pool = Pool({p: shapes[p] for p in shapes if p in adapters[0].A}, capacity or len(adapters), rank)
     for adapter in adapters:
@@ -82,8 +91,8 @@ def make_pool(shapes, names=RANKS, capacity=None, rank=1, **options):
 
 
 def random_gates(pool, k, temperature=1.0, seed=0):
-    """{module path: MeteoraGate} whose logits are of order 1, rows seeded by name: the order of the pool doesn't
-    matter."""
+    """{module path: MeteoraGate} whose logits are of order 1, rows seeded by name: the order of the
+    pool doesn't matter."""
     gates = {}
     for index, (path, A) in enumerate(pool.A.items()):
         G = torch.zeros(pool.capacity, A.shape[2])
@@ -92,7 +101,9 @@ def random_gates(pool, k, temperature=1.0, seed=0):
                 A.shape[2], generator=torch.Generator().manual_seed(1000 * seed + 10 * index + RANKS[name])
             )
             G[pool.slot(name)] = row * 0.3
-        gates[path] = MeteoraGate(G, k, temperature, torch.tensor([j < len(pool.names) for j in range(pool.capacity)]))
+        gates[path] = MeteoraGate(
+            G, k, temperature, torch.tensor([j < len(pool.names) for j in range(pool.capacity)])
+        )
     return gates
 
 

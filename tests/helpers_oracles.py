@@ -1,4 +1,5 @@
-"""transformers and peft as a user has them: imported without the repository, whose kernels.py has a package's name."""
+"""transformers and peft as a user has them: imported without the repository, whose kernels.py has a
+package's name."""
 
 from evaluation.peers import repository_off_path
 

@@ -1,4 +1,5 @@
-"""What the tests of training share: two small tasks, a small run of each kind, and what a run left behind."""
+"""What the tests of training share: two small tasks, a small run of each kind, and what a run left
+behind."""
 
 import dataclasses
 import itertools
@@ -24,7 +25,8 @@ from training.adapters import AdaptersRun
 from training.base import BaseRun
 from training.gates import GatesRun
 
-# Two tasks that a random base can learn: each always gives one answer, on words that the other never sees.
+# Two tasks that a random base can learn: each always gives one answer, on words that the other
+# never sees.
 ANSWERS = {"animals": "the lazy dog", "plurals": "mouse"}
 WORDS = {
     "animals": ["quick", "brown", "fox", "jumps", "over", "lazy"],
@@ -69,7 +71,13 @@ def options(kind, model, out, **more):
     if kind == "base":
         (out.parent / "text.txt").write_text(TEXT)
         sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
-        sizes |= {"num_key_value_heads": 2, "vocab_size": 307, "block_size": 13, "batch_size": 5, "compile": False}
+        sizes |= {
+            "num_key_value_heads": 2,
+            "vocab_size": 307,
+            "block_size": 13,
+            "batch_size": 5,
+            "compile": False,
+        }
         paths = {"model": str(out), "text": str(out.parent / "text.txt")}
         return BaseRun(**paths | sizes | {"steps": 5, "save_every": 2} | more)
     write_random_pool(out, model)
@@ -97,7 +105,8 @@ def contents(o):
 
 
 def file_contents(file):
-    """Bytes; of safetensors every tensor's bytes and the metadata, which the library writes in any order."""
+    """Bytes; of safetensors every tensor's bytes and the metadata, which the library writes in any
+    order."""
     if file.suffix != ".safetensors":
         return file.read_bytes()
     tensors, metadata = read_safetensors(file)
@@ -143,7 +152,8 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 def pool_in_model(small_model, tmp_path, gates=None):
-    """A model with two random adapters behind an KnownAdapterGate or the given gates (a function of the pool)."""
+    """A model with two random adapters behind an KnownAdapterGate or the given gates (a function of
+    the pool)."""
     model = load_base(small_model)
     shapes = linear_shapes(model)
     folders = write_adapters(tmp_path / "random", model, tuple(ANSWERS))
@@ -155,14 +165,20 @@ def pool_in_model(small_model, tmp_path, gates=None):
 
 def examples(model, count, held_out=False):
     tokenizer = Tokenizer(model)
-    rows = [(n, {"prompt": p, "response": ANSWERS[n]}) for n in ANSWERS for p in prompts(n, count, seed=int(held_out))]
+    rows = [
+        (n, {"prompt": p, "response": ANSWERS[n]})
+        for n in ANSWERS
+        for p in prompts(n, count, seed=int(held_out))
+    ]
     return [encode(tokenizer, TEMPLATE, row, name) for name, row in rows]
 
 
 def meteora_gates_of(k):
     def make(pool):
         generator = torch.Generator().manual_seed(3)
-        weights = {p: torch.randn(pool.capacity, A.shape[2], generator=generator) * 0.2 for p, A in pool.A.items()}
+        weights = {
+            p: torch.randn(pool.capacity, A.shape[2], generator=generator) * 0.2 for p, A in pool.A.items()
+        }
         return {p: MeteoraGate(G, k) for p, G in weights.items()}
 
     return make

@@ -1,7 +1,8 @@
-"""`train.py adapters`: a LoRA for each task, all in one run; or one adapter over all tasks, to compare with.
+"""`train.py adapters`: a LoRA for each task, all in one run; or one adapter over all tasks, to
+compare with.
 
-The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every sample, or every
-question and answer of a composite, runs through its own adapter.
+The base stays in its dtype and frozen, the adapters are float32. A batch mixes the tasks and every
+sample, or every question and answer of a composite, runs through its own adapter.
 """
 
 import hashlib
@@ -43,8 +44,12 @@ class AdaptersRun(Run):
     r: Count = 8  # rank
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
-    composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
-    late: float = 0.0  # share of the examples (questions) whose adapter starts at a random token, as behind gates
+    composite: float = (
+        0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
+    )
+    late: float = (
+        0.0  # share of the examples (questions) whose adapter starts at a random token, as behind gates
+    )
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out; at most the model's context
@@ -53,12 +58,13 @@ class AdaptersRun(Run):
 
 
 def train_adapters(args, sampling=None):
-    """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task, each sample uses
-    its own adapter, and each adapter gets the gradient and the clipping that it would get alone. In composites it also
-    learns from the answers behind its tokens.
+    """Trains a LoRA for each task in one run: every step holds `batch_size` examples of each task,
+    each sample uses its own adapter, and each adapter gets the gradient and the clipping that it
+    would get alone. In composites it also learns from the answers behind its tokens.
 
-    With `joint` one adapter learns all tasks from as many examples a step, drawn as `sampling` says, {joint: function
-    of {task: examples} and the adapter's name} (methods/joint.py). It goes to POOL/baselines/NAME.
+    With `joint` one adapter learns all tasks from as many examples a step, drawn as `sampling`
+    says, {joint: function of {task: examples} and the adapter's name} (methods/joint.py). It goes
+    to POOL/baselines/NAME.
     """
     tasks = load_tasks(required(args, "tasks"), args.only)
     check_composite(args.composite, args.batch_size * len(tasks))
@@ -71,10 +77,16 @@ def train_adapters(args, sampling=None):
     tokenizer = Tokenizer(args.model)
     args.max_length = min(args.max_length, model.config.max_position_embeddings)
     name = args.name or args.joint
-    checkpoint = Checkpoint(folder / "runs" / (name or "adapters"), args, [*tasks, f"base {model.fingerprint}"])
+    checkpoint = Checkpoint(
+        folder / "runs" / (name or "adapters"), args, [*tasks, f"base {model.fingerprint}"]
+    )
     if checkpoint.finished:
         return finished(checkpoint)
-    known = read_pool(folder) if (folder / "pool.json").exists() else PoolFolder(folder, {}, template=args.template)
+    known = (
+        read_pool(folder)
+        if (folder / "pool.json").exists()
+        else PoolFolder(folder, {}, template=args.template)
+    )
     check_pool(known, model, args, args.template)
     shapes = linear_shapes(model)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
@@ -94,7 +106,9 @@ def train_adapters(args, sampling=None):
     gate = KnownAdapterGate()
     attach(model, pool, gate, dropout=args.dropout)
     model.train()
-    params = {f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
+    params = {
+        f"{path}.{part}": stack[path] for part, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A
+    }
     count = args.batch_size * len(tasks) // len(examples)
 
     def pick(step):
@@ -104,7 +118,9 @@ def train_adapters(args, sampling=None):
         picked = pick(step)
         picked = compose(picked, tokenizer, args.template, step, args)
         if args.joint:
-            picked = [PackedExample([replace(part, task=name) for part in example.parts]) for example in picked]
+            picked = [
+                PackedExample([replace(part, task=name) for part in example.parts]) for example in picked
+            ]
         return adapters_step(model, pool, gate, picked, args)
 
     compile_for(model, args, pick(0))
@@ -141,19 +157,26 @@ def check_adapter_options(args):
 
 
 def new_adapter(task, targets, args):
-    """B zero, A uniform within 1/sqrt(i) as PEFT starts it, seeded by the name: the order of tasks changes nothing."""
+    """B zero, A uniform within 1/sqrt(i) as PEFT starts it, seeded by the name: the order of tasks
+    changes nothing."""
     seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{task.name}".encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(seed)
-    A = {p: (torch.rand(args.r, i, generator=generator) * 2 - 1) / math.sqrt(i) for p, (_, i) in targets.items()}
+    A = {
+        p: (torch.rand(args.r, i, generator=generator) * 2 - 1) / math.sqrt(i)
+        for p, (_, i) in targets.items()
+    }
     B = {p: torch.zeros(out, args.r) for p, (out, _) in targets.items()}
     alpha = int(args.alpha) if args.alpha == int(args.alpha) else args.alpha
     config = peft_config(args.r, alpha, args.dropout, args.target, Path(args.model).resolve().name)
     samples = random.Random(f"{args.seed}/{task.name}").sample(task.train, min(args.samples, len(task.train)))
-    return Adapter(task.name, A, B, dict.fromkeys(A, alpha / args.r), config, [row["prompt"] for row in samples])
+    return Adapter(
+        task.name, A, B, dict.fromkeys(A, alpha / args.r), config, [row["prompt"] for row in samples]
+    )
 
 
 def adapters_step(model, pool, gate, picked, args):
-    """Forward and backward of one step; the loss is the sum over adapters of the mean over its response tokens."""
+    """Forward and backward of one step; the loss is the sum over adapters of the mean over its
+    response tokens."""
     tokens = Counter()
     for part in (part for example in picked for part in example.parts):
         tokens[part.task] += len(part.ids) - part.n_prompt
@@ -176,7 +199,8 @@ def adapters_step(model, pool, gate, picked, args):
 
 
 def clip_each(stacks, limit):
-    """Clips each adapter's gradient by its own norm; stacks are (e, ., .). Returns the largest norm before."""
+    """Clips each adapter's gradient by its own norm; stacks are (e, ., .). Returns the largest norm
+    before."""
     norms = torch.stack([s.grad.pow(2).sum((1, 2)) for s in stacks]).sum(0).sqrt()  # (e,)
     if limit:
         factor = (limit / (norms + 1e-6)).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """`train.py base`: a small Llama from nothing, with its tokenizer.
 
-It exists for tiny/: a base whose pretraining text is known to the last word, so that what the adapters bring to it is
-known too. Real bases come from Hugging Face folders.
+It exists for tiny/: a base whose pretraining text is known to the last word, so that what the
+adapters bring to it is known too. Real bases come from Hugging Face folders.
 """
 
 import io
@@ -28,7 +28,9 @@ from training.loop import Checkpoint, Run, finished, fit
 class BaseRun(Run):
     """Options of `train.py base`."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic, auto = float32; saved in bfloat16
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of the arithmetic, auto = float32; saved in bfloat16
+    )
     text: str = ""  # UTF-8 text to train on, an empty line between its documents
     vocab_size: Count = 2048  # sentencepiece pieces
     hidden_size: Count = 384  # width
@@ -38,7 +40,9 @@ class BaseRun(Run):
     num_key_value_heads: Count = 6  # key and value heads
     max_position_embeddings: Count = 1024  # context
     block_size: Count = 1024  # tokens in a training window
-    symbol: list[str] = field(default_factory=lambda: ["[", "[/", "]", "\n"])  # always tokens of their own; repeatable
+    symbol: list[str] = field(
+        default_factory=lambda: ["[", "[/", "]", "\n"]
+    )  # always tokens of their own; repeatable
     steps: Count = 3500  # optimizer steps
     batch_size: Count = 4  # windows a step
     micro_tokens: Count = 4096  # tokens in one forward; a step of more accumulates gradients
@@ -63,13 +67,15 @@ def train_tokenizer(text, args, folder):
         )  # fmt: skip
     except RuntimeError as error:
         raise InputError(f"--vocab_size {args.vocab_size}: {' '.join(str(error).split())}") from None
-    write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"})
+    write_json(
+        folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    )
     write_bytes(folder / "tokenizer.model", model.getvalue())
 
 
 def train_base(args):
-    """Pretrains a Llama of the given size on a text file, an empty line between documents, packed into windows
-    that begin with one. A document ends with a line break, then EOS."""
+    """Pretrains a Llama of the given size on a text file, an empty line between documents, packed
+    into windows that begin with one. A document ends with a line break, then EOS."""
     if not args.text:
         raise InputError("train.py base needs --text FILE")
     folder = Path(args.model)
@@ -83,18 +89,27 @@ def train_base(args):
         train_tokenizer(text, args, folder)
     tokenizer = Tokenizer(folder)
     documents = filter(None, (document.strip("\n") for document in text.split("\n\n")))
-    ids = [np.array([*tokenizer.encode(f"{document}\n"), tokenizer.eos_id], np.int32) for document in documents]
+    ids = [
+        np.array([*tokenizer.encode(f"{document}\n"), tokenizer.eos_id], np.int32) for document in documents
+    ]
     stream = np.concatenate(ids)
     begins = np.cumsum([0, *map(len, ids[:-1])])
-    begins = begins[begins + args.block_size < len(stream)]  # where a window may start: no answer without its question
+    begins = begins[
+        begins + args.block_size < len(stream)
+    ]  # where a window may start: no answer without its question
     if len(stream) <= args.block_size:
-        raise InputError(f"{args.text}: {len(stream)} tokens, expected more than --block_size {args.block_size}")
+        raise InputError(
+            f"{args.text}: {len(stream)} tokens, expected more than --block_size {args.block_size}"
+        )
     config, raw = base_config(args, tokenizer)
     torch.manual_seed(args.seed)
     device = find_device(args.device)
     model = make_fast(init_weights(Llama(config)).to(device))
     params = dict(model.named_parameters())
-    print(f"base: {sum(p.numel() for p in params.values()):,} parameters, {len(stream):,} tokens", file=sys.stderr)
+    print(
+        f"base: {sum(p.numel() for p in params.values()):,} parameters, {len(stream):,} tokens",
+        file=sys.stderr,
+    )
     half = args.dtype == "bfloat16"
     compile_blocks(model, args.compile, saves=0, costs=0)
 
@@ -106,7 +121,11 @@ def train_base(args):
         for part in windows.split(max(1, args.micro_tokens // args.block_size)):
             with torch.autocast(windows.device.type, torch.bfloat16, enabled=half):
                 logits = model(part[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * len(part) / len(windows)
+            loss = (
+                F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
+                * len(part)
+                / len(windows)
+            )
             loss.backward()
             total += loss.item()
         return {"loss": total}
@@ -119,7 +138,10 @@ def train_base(args):
 
 def check_heads(args):
     """Raises InputError where heads don't divide the width into even parts."""
-    if args.hidden_size % (2 * args.num_attention_heads) or args.num_attention_heads % args.num_key_value_heads:
+    if (
+        args.hidden_size % (2 * args.num_attention_heads)
+        or args.num_attention_heads % args.num_key_value_heads
+    ):
         raise InputError(
             f"--num_attention_heads is {args.num_attention_heads}, expected hidden_size {args.hidden_size} to be an "
             f"even multiple of it, and it to be a multiple of num_key_value_heads {args.num_key_value_heads}"
@@ -128,11 +150,22 @@ def check_heads(args):
 
 def base_config(args, tokenizer):
     """(LlamaConfig, the config.json that says the same)."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     sizes = {name: getattr(args, name) for name in (*names, "max_position_embeddings")}
     sizes |= {"vocab_size": len(tokenizer), "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rope_theta": 10000.0}
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+    }
     config = LlamaConfig(**sizes, head_dim=args.hidden_size // args.num_attention_heads)
     return config, raw | sizes | ends | {"torch_dtype": "bfloat16"}
 
@@ -141,6 +174,10 @@ def init_weights(model):
     """Normal weights of 0.02; what adds into the residual stream shrinks with the depth (GPT-2)."""
     for name, param in model.named_parameters():
         if param.ndim == 2:
-            depth = 2 * model.config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            depth = (
+                2 * model.config.num_hidden_layers
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 1
+            )
             torch.nn.init.normal_(param, std=0.02 / math.sqrt(depth))
     return model

@@ -1,7 +1,8 @@
-"""`train.py gates`: trains what chooses among the adapters of a pool, token by token. The kinds are in methods/.
+"""`train.py gates`: trains what chooses among the adapters of a pool, token by token. The kinds are
+in methods/.
 
-The base stays frozen, and so do the adapters but with --adapters_too. Every kind learns from the LM loss; MeteoRA's
-also from its gate term, which tells each gate the task's own adapter.
+The base stays frozen, and so do the adapters but with --adapters_too. Every kind learns from the LM
+loss; MeteoRA's also from its gate term, which tells each gate the task's own adapter.
 """
 
 from dataclasses import dataclass
@@ -37,11 +38,17 @@ class GatesRun(Run):
     gate_temperature: Above0 = 1.0  # of the softmax over the k
     lm_weight: NotNegative = 1.0  # of the LM loss; without effect at top-1, where it gives gates no gradient
     beta: NotNegative = 50.0  # of the gate term (the paper's reported runs); meteora only
-    fit: Literal["", "own", "routed"] = ""  # fit to features, each task through its own adapter or as the gates route
+    fit: Literal["", "own", "routed"] = (
+        ""  # fit to features, each task through its own adapter or as the gates route
+    )
     l2: NotNegative = 1e-4  # weight penalty of the fit
-    adapters_too: str = ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
+    adapters_too: str = (
+        ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
+    )
     adapter_lr: NotNegative = 1e-4  # their peak learning rate
-    composite: float = 0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
+    composite: float = (
+        0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
+    )
     max_length: int = 512  # longer examples are left out; at most the model's context
     batch_size: Count = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 7e-3  # peak learning rate
@@ -50,8 +57,9 @@ class GatesRun(Run):
 
 
 def train_gates(args, kinds):
-    """Trains a kind of gate over all adapters of a pool and writes POOL/gates/NAME.safetensors. `kinds` {--kind: class
-    of methods/}, each a protocol.Trained; one that --fit goes with has fit()."""
+    """Trains a kind of gate over all adapters of a pool and writes POOL/gates/NAME.safetensors.
+    `kinds` {--kind: class of methods/}, each a protocol.Trained; one that --fit goes with has
+    fit()."""
     kind = kinds[args.kind]
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
@@ -94,7 +102,9 @@ def train_by_steps(kind, model, pool, tokenizer, examples, template, checkpoint,
     params = parameters_of(gates)
     rates = {}
     if args.adapters_too:
-        stacks = {f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A}
+        stacks = {
+            f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A
+        }
         rates = dict.fromkeys(stacks, args.adapter_lr / args.lr if args.lr else 0.0)
         params |= stacks
     compile_for(model, args, pick(examples, 0, args))
@@ -110,8 +120,8 @@ def train_by_steps(kind, model, pool, tokenizer, examples, template, checkpoint,
 
 
 def gates_step(model, pool, gate_loss, prompt, picked, args):
-    """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy over all tokens.
-    `prompt` is SMEAR's, which needs whole rows, else None."""
+    """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy
+    over all tokens. `prompt` is SMEAR's, which needs whole rows, else None."""
     use_lm = gate_loss is None or (args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too != ""))
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
@@ -141,7 +151,8 @@ def gates_step(model, pool, gate_loss, prompt, picked, args):
 
 
 def save_pool(known, pool, shapes, args):
-    """Writes the trained adapters as a pool of their own; returns it as loaded, for the gates to be bound to."""
+    """Writes the trained adapters as a pool of their own; returns it as loaded, for the gates to be
+    bound to."""
     folder = Path(args.adapters_too)
     paths = {name: folder / "adapters" / name for name in pool.names}
     for name, path in paths.items():

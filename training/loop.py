@@ -1,8 +1,9 @@
-"""The training loop that base, adapters and gates share: optimizer, warmup and cosine, clipping, logs, checkpoints.
+"""The training loop that base, adapters and gates share: optimizer, warmup and cosine, clipping,
+logs, checkpoints.
 
-Every step is a pure function of the seed, the step and the weights; a checkpoint holds weights, optimizer and RNG, so a
-resumed run goes on bit for bit as if nothing had happened, whenever it was killed (on a GPU, whose sums have no fixed
-order, up to rounding).
+Every step is a pure function of the seed, the step and the weights; a checkpoint holds weights,
+optimizer and RNG, so a resumed run goes on bit for bit as if nothing had happened, whenever it was
+killed (on a GPU, whose sums have no fixed order, up to rounding).
 """
 
 import csv
@@ -41,14 +42,18 @@ class Run:
     batch_size: Count = 8  # examples a step: of each adapter (adapters), of all tasks (gates), windows (base)
     micro_tokens: Count = 4096  # tokens in one forward; a step of more accumulates gradients
     lr: NotNegative = 1e-3  # peak learning rate
-    warmup: NotNegative = 0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
+    warmup: NotNegative = (
+        0.05  # share of the steps that the learning rate climbs, then a cosine down to a tenth
+    )
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, evens out the directions of a step
     weight_decay: NotNegative = 0.0  # the optimizer's
     clip: NotNegative = 1.0  # largest gradient norm, 0 = no clipping
     seed: Seed = 0  # of weights, dropout and data order
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    compile: bool | None = None  # the blocks, by torch.compile; default where the run is long enough to pay for it
+    compile: bool | None = (
+        None  # the blocks, by torch.compile; default where the run is long enough to pay for it
+    )
     save_every: Count = 50  # steps between checkpoints
     resume: bool = False  # go on where a killed run stopped
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
@@ -67,10 +72,13 @@ def finished(checkpoint):
 
 
 def compile_for(model, args, examples):
-    """Compiles the model's blocks where that is asked for or, --compile left out, where it saves more than the minute
-    that it may take: about 4e-12 seconds a parameter and token (SmolLM2-135M, LOG.md). `examples`: those of a step."""
+    """Compiles the model's blocks where that is asked for or, --compile left out, where it saves
+    more than the minute that it may take: about 4e-12 seconds a parameter and token (SmolLM2-135M,
+    LOG.md). `examples`: those of a step."""
     tokens = args.steps * sum(len(example.ids) for example in examples)
-    compile_blocks(model, args.compile, saves=tokens * sum(p.numel() for p in model.parameters()) * 4e-12, costs=60)
+    compile_blocks(
+        model, args.compile, saves=tokens * sum(p.numel() for p in model.parameters()) * 4e-12, costs=60
+    )
 
 
 def learning_rate(step, args):
@@ -83,10 +91,10 @@ def learning_rate(step, args):
 
 
 class BlockwiseCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden states (n, h) under a frozen head W (v, h), and its gradient, a block of the vocabulary
-    at a time, as flash attention does: no (n, v) logits, and each weight of the head is read once. `linear` computes
-    x W^T. Target and rest are kept apart: of a token that is nearly certain the gradient is a small difference, which
-    rounding would swallow."""
+    """Cross-entropy of hidden states (n, h) under a frozen head W (v, h), and its gradient, a block
+    of the vocabulary at a time, as flash attention does: no (n, v) logits, and each weight of the
+    head is read once. `linear` computes x W^T. Target and rest are kept apart: of a token that is
+    nearly certain the gradient is a small difference, which rounding would swallow."""
 
     @staticmethod
     def forward(ctx, hidden, W, targets, linear):
@@ -118,8 +126,8 @@ class BlockwiseCrossEntropy(torch.autograd.Function):
 
 
 def hidden_states(model, batch, padded=False):
-    """(n, h) of the tokens before a response's, in the order of batch.predicts. Blocks compute real tokens alone, but
-    for what needs rows that are `padded` to one length."""
+    """(n, h) of the tokens before a response's, in the order of batch.predicts. Blocks compute real
+    tokens alone, but for what needs rows that are `padded` to one length."""
     if padded:
         return model.model(batch.ids)[batch.predicts]
     return model.model(batch.ids[batch.real][None], lengths=batch.lengths)[0, batch.predicts[batch.real]]
@@ -141,13 +149,15 @@ NOT_THE_RUN = ("resume", "save_every", "tensorboard", "device")  # options that 
 
 
 class Checkpoint:
-    """RUN/checkpoint.safetensors: step, trained tensors, optimizer's state, RNG; config.json and log.csv beside it.
+    """RUN/checkpoint.safetensors: step, trained tensors, optimizer's state, RNG; config.json and
+    log.csv beside it.
 
     A finished run leaves config.json with "finished": true and no checkpoint.
     """
 
     def __init__(self, folder, options, names=()):
-        """`names`: the tasks, base and adapters of the run; with the options they say which run it is."""
+        """`names`: the tasks, base and adapters of the run; with the options they say which run it
+        is."""
         self.folder = Path(folder)
         self.file = Path(folder) / "checkpoint.safetensors"
         self.config = {k: v for k, v in asdict(options).items() if k not in NOT_THE_RUN}
@@ -156,7 +166,9 @@ class Checkpoint:
         self.step = 0
         self.finished = False
         self.rows = []
-        if known.exists():  # without a checkpoint, of a run that never came that far, there is nothing to lose
+        if (
+            known.exists()
+        ):  # without a checkpoint, of a run that never came that far, there is nothing to lose
             known = read_json(known)
             if known.get("finished") or self.file.exists():
                 self._check_known(known, options.resume)
@@ -167,12 +179,16 @@ class Checkpoint:
         if finished:  # killed before finish() could
             self.file.unlink(missing_ok=True)
         if not resume and not finished:
-            raise InputError(f"{self.folder}: an unfinished run is here: go on with --resume, or remove the folder")
+            raise InputError(
+                f"{self.folder}: an unfinished run is here: go on with --resume, or remove the folder"
+            )
         if not resume:
             return warn(f"{self.folder}: a finished run is here: training again replaces what it wrote")
         differ = [f"{k} was {known.get(k)!r}, now {v!r}" for k, v in self.config.items() if known.get(k) != v]
         if differ:
-            raise InputError(f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}")
+            raise InputError(
+                f"{self.folder / 'config.json'}: can't resume with other options: {'; '.join(differ)}"
+            )
         self.finished = finished
 
     def write_config(self, finished):
@@ -180,7 +196,8 @@ class Checkpoint:
         write_json(self.folder / "config.json", self.config | {"finished": finished})
 
     def load(self, params, optimizers):
-        """Restores the run's state into `params` {name: tensor} and `optimizers`, where there is one to restore."""
+        """Restores the run's state into `params` {name: tensor} and `optimizers`, where there is
+        one to restore."""
         if not self.file.exists():
             return
         tensors, metadata = read_safetensors(self.file)
@@ -191,7 +208,9 @@ class Checkpoint:
             parts = (key.partition(".") for key in tensors)
             kinds = [kind for kind, _, rest in parts if rest == name and kind != "param"]
             places = {kind: "cpu" if kind == "step" else param.device for kind in kinds}  # as torch has them
-            state[param] = {kind: tensors[f"{kind}.{name}"].to(place, copy=True) for kind, place in places.items()}
+            state[param] = {
+                kind: tensors[f"{kind}.{name}"].to(place, copy=True) for kind, place in places.items()
+            }
         torch.set_rng_state(tensors["rng"].clone())
         if "cuda_rng" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["cuda_rng"].clone())
@@ -201,7 +220,9 @@ class Checkpoint:
 
     def save(self, step, params, optimizers):
         """Writes RUN/checkpoint.safetensors after `step` steps."""
-        tensors = {"rng": torch.get_rng_state()} | {f"param.{name}": param.data for name, param in params.items()}
+        tensors = {"rng": torch.get_rng_state()} | {
+            f"param.{name}": param.data for name, param in params.items()
+        }
         if torch.cuda.is_initialized():
             tensors["cuda_rng"] = torch.cuda.get_rng_state()
         for name, param, state in states(params, optimizers):
@@ -219,14 +240,17 @@ def states(params, optimizers):
     """(name, parameter, the state of the optimizer that it belongs to), for each parameter."""
     names = {param: name for name, param in params.items()}
     for optimizer in optimizers:
-        yield from ((names[p], p, optimizer.state) for group in optimizer.param_groups for p in group["params"])
+        yield from (
+            (names[p], p, optimizer.state) for group in optimizer.param_groups for p in group["params"]
+        )
 
 
 def make_optimizers(params, args, rates):
-    """AdamW for all, or Muon for the matrices and AdamW for the rest; {name: factor} `rates` of the learning rate.
+    """AdamW for all, or Muon for the matrices and AdamW for the rest; {name: factor} `rates` of the
+    learning rate.
 
-    Muon gives all singular vectors of a step the same length. It is scaled to the length of AdamW's steps, so that one
-    learning rate serves both.
+    Muon gives all singular vectors of a step the same length. It is scaled to the length of AdamW's
+    steps, so that one learning rate serves both.
     """
     muon = {}  # {rate: parameters}
     adamw = {}
@@ -234,16 +258,25 @@ def make_optimizers(params, args, rates):
         matrix = param.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
         groups = muon if args.optimizer == "muon" and matrix else adamw
         groups.setdefault(rates.get(name, 1.0), []).append(param)
-    muon, adamw = ([{"params": some, "rate": rate} for rate, some in groups.items()] for groups in (muon, adamw))
-    made = [torch.optim.Muon(muon, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else []
-    return made + ([torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=args.weight_decay)] if adamw else [])
+    muon, adamw = (
+        [{"params": some, "rate": rate} for rate, some in groups.items()] for groups in (muon, adamw)
+    )
+    made = (
+        [torch.optim.Muon(muon, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if muon
+        else []
+    )
+    return made + (
+        [torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=args.weight_decay)] if adamw else []
+    )
 
 
 def fit(checkpoint, params, args, step_loss, clip=clip_norm, rates=None):
-    """Trains `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns what to log.
+    """Trains `params` {name: float32 tensor}: step_loss(step) runs the backward passes and returns
+    what to log.
 
-    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints as it goes. `rates`
-    {name: factor} gives some params another learning rate.
+    Writes log.csv (step, learning rate, gradient norm, and what step_loss returns) and checkpoints
+    as it goes. `rates` {name: factor} gives some params another learning rate.
     """
     checkpoint.write_config(finished=False)
     torch.manual_seed(args.seed)
@@ -255,7 +288,11 @@ def fit(checkpoint, params, args, step_loss, clip=clip_norm, rates=None):
     rows = checkpoint.rows
     header = None
     bar = tqdm(
-        range(checkpoint.step, args.steps), initial=checkpoint.step, total=args.steps, file=sys.stderr, mininterval=1
+        range(checkpoint.step, args.steps),
+        initial=checkpoint.step,
+        total=args.steps,
+        file=sys.stderr,
+        mininterval=1,
     )
     try:
         for step in bar:
@@ -274,13 +311,18 @@ def fit(checkpoint, params, args, step_loss, clip=clip_norm, rates=None):
             logged = {"step": step + 1, "lr": learning_rate(step, args), "norm": norm, **logged}
             header = list(logged)
             rows.append([f"{value:.6g}" for value in logged.values()])
-            bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")})
+            bar.set_postfix(
+                {name: f"{value:.3g}" for name, value in logged.items() if name not in ("step", "lr")}
+            )
             if board:
                 for name, value in logged.items():
                     board.add_scalar(name, value, step + 1)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                # The log first: rows beyond the checkpoint are dropped on resuming, missing ones would stay missing.
-                write_text(checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows]))
+                # The log first: rows beyond the checkpoint are dropped on resuming, missing ones
+                # would stay missing.
+                write_text(
+                    checkpoint.folder / "log.csv", "".join(",".join(row) + "\n" for row in [header, *rows])
+                )
                 checkpoint.save(step + 1, params, optimizers)
     except KeyboardInterrupt:
         bar.close()

@@ -1,7 +1,8 @@
-"""Bad input gets one clear line and exit status 2, through the real commands: every row of the promise, tried.
+"""Bad input gets one clear line and exit status 2, through the real commands: every row of the
+promise, tried.
 
-A row builds the broken input and says which words the line must hold. The commands of the selected rows run two at a
-time, each in a process of its own, and every test then looks at its own result.
+A row builds the broken input and says which words the line must hold. The commands of the selected
+rows run two at a time, each in a process of its own, and every test then looks at its own result.
 """
 
 import itertools
@@ -34,7 +35,8 @@ ROWS = {}  # "table/row" -> (builder, the row's own arguments)
 
 
 def table(name, rows, build):
-    """Registers a table: build(kit, *row) -> (arguments, words of the one line), run once for all tests."""
+    """Registers a table: build(kit, *row) -> (arguments, words of the one line), run once for all
+    tests."""
     ROWS.update({f"{name}/{row}": (build, args) for row, args in rows.items()})
     return pytest.mark.parametrize("row", [f"{name}/{row}" for row in rows])
 
@@ -50,7 +52,8 @@ class Kit:
         return self.root / str(next(self.count)) / name
 
     def edit(self, file, change):
-        """`change` is a dict merged into a JSON file (None removes a field), or bytes or text instead of the file."""
+        """`change` is a dict merged into a JSON file (None removes a field), or bytes or text
+        instead of the file."""
         if isinstance(change, dict):
             merged = json.loads(file.read_text()) | change
             file.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
@@ -82,11 +85,16 @@ class Kit:
         return folder
 
     def tasks(self, **changes):
-        """A folder of one task, `toy`; changes: file name with __ for its dot -> the bytes or text instead."""
+        """A folder of one task, `toy`; changes: file name with __ for its dot -> the bytes or text
+        instead."""
         folder = self.folder("tasks")
         (folder / "toy").mkdir(parents=True)
         row = '{"prompt": "2+2", "response": "4"}\n'
-        for name, text in {"task__json": '{"metric": "exact_match"}', "train__jsonl": row, "test__jsonl": row}.items():
+        for name, text in {
+            "task__json": '{"metric": "exact_match"}',
+            "train__jsonl": row,
+            "test__jsonl": row,
+        }.items():
             self.edit(folder / "toy" / name.replace("__", "."), changes.get(name, text))
         return folder
 
@@ -119,13 +127,18 @@ def run_row(kit, row, cold):
     given = stdin[0] if stdin else b""
     if not cold:
         return warm(argv, given), words
-    done = subprocess.run([sys.executable, *argv], input=given, capture_output=True, env=ENVIRONMENT, timeout=300)
-    return subprocess.CompletedProcess(argv, done.returncode, done.stdout.decode(), done.stderr.decode()), words
+    done = subprocess.run(
+        [sys.executable, *argv], input=given, capture_output=True, env=ENVIRONMENT, timeout=300
+    )
+    return subprocess.CompletedProcess(
+        argv, done.returncode, done.stdout.decode(), done.stderr.decode()
+    ), words
 
 
 @pytest.fixture(scope="session")
 def outcomes(request, tmp_path_factory, small_model):
-    """{row: a future of (CompletedProcess, words)} for the rows of the selected tests; each table's first is cold."""
+    """{row: a future of (CompletedProcess, words)} for the rows of the selected tests; each table's
+    first is cold."""
     picked = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
     first = {}
     for row in ROWS:
@@ -139,7 +152,9 @@ def outcomes(request, tmp_path_factory, small_model):
 def refused(outcomes, row):
     done, words = outcomes[row].result()
     printed = done.stderr.splitlines(keepends=True)
-    done.stderr = "".join(line for line in printed if not line.startswith('{"model": '))  # train.py shows its options
+    done.stderr = "".join(
+        line for line in printed if not line.startswith('{"model": ')
+    )  # train.py shows its options
     assert_refused(done, *words)
     assert done.stdout == "", done.stdout
     return done
@@ -148,20 +163,29 @@ def refused(outcomes, row):
 # Weight files -------------------------------------------------------------------------------------------------------
 
 POINTER = (
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 99\n"
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 99\n"
 )
 LENGTH = (1 << 20).to_bytes(8, "little")
 DAMAGE = {
-    "cut in the tensors": (lambda whole: whole[:-100], lambda whole: [len(whole) - 100, len(whole), "bytes present"]),
+    "cut in the tensors": (
+        lambda whole: whole[:-100],
+        lambda whole: [len(whole) - 100, len(whole), "bytes present"],
+    ),
     "cut in the header": (lambda whole: whole[:50], lambda whole: ["50 bytes present", _header(whole)]),
     "empty": (lambda whole: b"", lambda whole: ["0 bytes present"]),
     "bytes appended": (lambda whole: whole + b"\0\0\0", lambda whole: [len(whole) + 3, len(whole)]),
     "git lfs pointer": (lambda whole: POINTER, lambda whole: ["Git LFS pointer", "git lfs pull"]),
-    "html page": (lambda whole: b"\n<!DOCTYPE html><html>404", lambda whole: ["HTML page", "fetch the file again"]),
+    "html page": (
+        lambda whole: b"\n<!DOCTYPE html><html>404",
+        lambda whole: ["HTML page", "fetch the file again"],
+    ),
     "zip": (lambda whole: b"PK\x03\x04" + whole, lambda whole: ["zip archive", "convert"]),
     "pickle": (lambda whole: pickle.dumps({"w": [1.0] * 99}, 4), lambda whole: ["pickle", "convert"]),
     "another file": (lambda whole: (9).to_bytes(8, "little") + b"no tensor" + whole, lambda whole: ["JSON"]),
-    "another json": (lambda whole: (9).to_bytes(8, "little") + b'{"a": {}}', lambda whole: ["not a safetensors file"]),
+    "another json": (
+        lambda whole: (9).to_bytes(8, "little") + b'{"a": {}}',
+        lambda whole: ["not a safetensors file"],
+    ),
 }
 
 
@@ -178,9 +202,14 @@ def damaged(kit, side, harm, words):
     return args, [file, *words(whole)]
 
 
-@table("damage", {f"{side}: {n}": (side, *how) for side in ("base", "adapter") for n, how in DAMAGE.items()}, damaged)
+@table(
+    "damage",
+    {f"{side}: {n}": (side, *how) for side in ("base", "adapter") for n, how in DAMAGE.items()},
+    damaged,
+)
 def test_damaged_weights(outcomes, row):
-    """Without it a half-finished download ends in a traceback, or a pickle under that name is taken for weights."""
+    """Without it a half-finished download ends in a traceback, or a pickle under that name is taken
+    for weights."""
     refused(outcomes, row)
 
 
@@ -223,7 +252,8 @@ BASE_TENSORS = {
 
 @table("base tensors", BASE_TENSORS, base_tensors)
 def test_base_tensors(outcomes, row):
-    """Without it a checkpoint that doesn't fit its config answers nonsense (silu(-inf) is a finite 0)."""
+    """Without it a checkpoint that doesn't fit its config answers nonsense (silu(-inf) is a finite
+    0)."""
     refused(outcomes, row)
 
 
@@ -250,7 +280,9 @@ def only_bin(kit, side):
 
 
 @table(
-    "shards", {"two missing": ("",), "bad json": ('{\n"weight_map"',), "no map": ('{"weight_map": {"a": 1}}',)}, shards
+    "shards",
+    {"two missing": ("",), "bad json": ('{\n"weight_map"',), "no map": ('{"weight_map": {"a": 1}}',)},
+    shards,
 )
 def test_shards(outcomes, row):
     """Without it a user with two shards missing downloads one, starts again and learns of the next."""
@@ -301,12 +333,16 @@ TOKENIZER_CONFIG = {
 def tokenizer_config(kit, change, words):
     text = json.dumps(change) if isinstance(change, dict) else change
     folder = kit.a_model(tokenizer_config__json=text)
-    return generate(folder, *(["--chat"] if "chat" in text else [])), [folder / "tokenizer_config.json", *words]
+    return generate(folder, *(["--chat"] if "chat" in text else [])), [
+        folder / "tokenizer_config.json",
+        *words,
+    ]
 
 
 @table("config", {n: ("config__json", *row) for n, row in BASE_CONFIG.items()}, base_file)
 def test_base_config(outcomes, row):
-    """Without it another architecture's checkpoint loads as far as its shapes allow and answers nonsense."""
+    """Without it another architecture's checkpoint loads as far as its shapes allow and answers
+    nonsense."""
     refused(outcomes, row)
 
 
@@ -369,8 +405,8 @@ def a_tokenizer(kit, name, data, words):
 
 @table("tokenizer", TOKENIZERS, a_tokenizer)
 def test_tokenizers(outcomes, row):
-    """Without it Llama 3's own tokenizer.model is a sentencepiece error that names nothing, and a tokenizer of another
-    model is an IndexError, or a wrong answer where its ids happen to fit."""
+    """Without it Llama 3's own tokenizer.model is a sentencepiece error that names nothing, and a
+    tokenizer of another model is an IndexError, or a wrong answer where its ids happen to fit."""
     refused(outcomes, row)
 
 
@@ -394,7 +430,10 @@ ADAPTER_CONFIG = {
     "rank_pattern text": ({"rank_pattern": {"q_proj": "2"}}, ["rank_pattern", "numbers"]),
     "bad pattern": ({"alpha_pattern": {"q_proj(": 4}}, ["alpha_pattern", "q_proj("]),
     "targets too few": ({"target_modules": ["q_proj"]}, ["target_modules", "18 modules not named by"]),
-    "targets too many": ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, ["q_proj", "not named by"]),
+    "targets too many": (
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+        ["q_proj", "not named by"],
+    ),
     "targets a number": ({"target_modules": 5}, ["target_modules", "5"]),
     "targets a bad regex": ({"target_modules": "(q_proj"}, ["target_modules", "pattern"]),
     "layers_to_transform": ({"layers_to_transform": [0, 1]}, ["target_modules", "layers.2"]),
@@ -414,8 +453,8 @@ ANOTHER_MATHEMATICS = {
 
 @table("adapter config", ADAPTER_CONFIG, adapter_config)
 def test_adapter_config(outcomes, row):
-    """Without it an adapter of another mathematics, rank or scale is added as if it were plain LoRA: wrong answers that
-    look like answers."""
+    """Without it an adapter of another mathematics, rank or scale is added as if it were plain
+    LoRA: wrong answers that look like answers."""
     refused(outcomes, row)
 
 
@@ -468,13 +507,17 @@ ADAPTER_TENSORS = {
     "two ranks": (put(A1, torch.ones(5, 44)), [TENSORS, Q1, "5", "2"]),
     "nan": (spoil(B1, float("nan")), [TENSORS, B1, "NaN"]),
     "inf": (spoil(A1, float("inf")), [TENSORS, A1, "Inf"]),
-    "two adapters": (put(f"{PREFIX}{Q1}.lora_A.other.weight", torch.ones(2, 44)), [TENSORS, Q1, "more than one"]),
+    "two adapters": (
+        put(f"{PREFIX}{Q1}.lora_A.other.weight", torch.ones(2, 44)),
+        [TENSORS, Q1, "more than one"],
+    ),
 }
 
 
 @table("adapter tensors", ADAPTER_TENSORS, adapter_tensors)
 def test_adapter_tensors(outcomes, row):
-    """Without it an adapter for another base loads and silently does nothing: the commonest complaint there is."""
+    """Without it an adapter for another base loads and silently does nothing: the commonest
+    complaint there is."""
     refused(outcomes, row)
 
 
@@ -520,7 +563,8 @@ POOL_JSON = {
 
 @table("pool json", POOL_JSON, pool_json)
 def test_pool_json(outcomes, row):
-    """Without it a wrong template answers every prompt the same, and a name with .. reads outside the pool."""
+    """Without it a wrong template answers every prompt the same, and a name with .. reads outside
+    the pool."""
     refused(outcomes, row)
 
 
@@ -563,7 +607,8 @@ NAMES = {
 
 @table("name", NAMES, lambda kit, build: build(kit))
 def test_names(outcomes, row):
-    """Without it a typing mistake costs a look into the source, and one of two adapters of a name wins unseen."""
+    """Without it a typing mistake costs a look into the source, and one of two adapters of a name
+    wins unseen."""
     refused(outcomes, row)
 
 
@@ -614,7 +659,8 @@ GATES = {"adapter missing": gates_missing, "adapter changed": gates_changed, "bo
 
 @table("gates", {name: (build,) for name, build in GATES.items()}, gates)
 def test_gates(outcomes, row):
-    """Without it gates trained for one set of adapters route to another: rows joined by position, answers wrong."""
+    """Without it gates trained for one set of adapters route to another: rows joined by position,
+    answers wrong."""
     refused(outcomes, row)
 
 
@@ -649,7 +695,8 @@ OPTIONS = {
 
 @table("option", OPTIONS, lambda kit, args, words: (generate(kit.model, *args), words))
 def test_options(outcomes, row):
-    """Without it a value that no sampler can use is a NaN, an endless loop or a traceback from inside torch."""
+    """Without it a value that no sampler can use is a NaN, an endless loop or a traceback from
+    inside torch."""
     done, words = outcomes[row].result()
     assert_refused(done, *words)  # --html fails after the answer: that is on standard output, not lost
 
@@ -665,7 +712,9 @@ def long_prompt(kit, *more):
 
 
 PROMPTS = {
-    "stdin not utf-8": (lambda kit: (generate(kit.model, prompt="-"), ["standard input", "UTF-8"], b"caf\xe9"),),
+    "stdin not utf-8": (
+        lambda kit: (generate(kit.model, prompt="-"), ["standard input", "UTF-8"], b"caf\xe9"),
+    ),
     "too long": (lambda kit: (long_prompt(kit)[0], [" tokens", "context 97", "--truncate"]),),
     "empty without BOS": (lambda kit: (generate(_no_bos(kit), "--raw", prompt=""), ["empty prompt", "BOS"]),),
 }
@@ -685,7 +734,8 @@ def _no_bos(kit):
 
 @table("prompt", PROMPTS, lambda kit, build: build(kit))
 def test_prompts(outcomes, row):
-    """Without it a long prompt silently loses one end, and an empty one asks the model about nothing."""
+    """Without it a long prompt silently loses one end, and an empty one asks the model about
+    nothing."""
     refused(outcomes, row)
 
 
@@ -735,7 +785,9 @@ def training(*more, words):
 
 
 TRAINING = {
-    "no tasks": (lambda kit: (["train.py", "adapters", "--model", kit.model, "--pool", "p"], ["--tasks is missing"]),),
+    "no tasks": (
+        lambda kit: (["train.py", "adapters", "--model", kit.model, "--pool", "p"], ["--tasks is missing"]),
+    ),
     "no model": (lambda kit: (["train.py", "adapters", "--tasks", "t", "--pool", "p"], ["--model"]),),
     "command": (lambda kit: (["train.py", "adaptors"], ["adaptors", "did you mean adapters"]),),
     "far command": (lambda kit: (["train.py", "zzz"], ["zzz", "base", "adapters", "gates", "lorahub"]),),
@@ -762,13 +814,15 @@ TRAINING = {
 
 @table("task file", TASK_FILES, task_files)
 def test_task_files(outcomes, row):
-    """Without it one bad line of a hundred thousand is a traceback, or an example that trains on 'None'."""
+    """Without it one bad line of a hundred thousand is a traceback, or an example that trains on
+    'None'."""
     refused(outcomes, row)
 
 
 @table("training", TRAINING, lambda kit, build: build(kit))
 def test_training(outcomes, row):
-    """Without it a wrong option shows after hours, at the first save, or in a pool that nobody can read."""
+    """Without it a wrong option shows after hours, at the first save, or in a pool that nobody can
+    read."""
     done = refused(outcomes, row)
     assert "100%" not in done.stderr, "trained before it refused"
 
@@ -787,7 +841,8 @@ WORKS = {
 
 
 def worked(outcomes, row):
-    """The process, the words and the warnings of a row that works; nothing else may stand on standard error."""
+    """The process, the words and the warnings of a row that works; nothing else may stand on
+    standard error."""
     done, words = outcomes[row].result()
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
@@ -810,7 +865,8 @@ def test_truncate(outcomes, row):
 
 @pytest.mark.parametrize("row", ["works/empty prompt"])
 def test_empty_prompt(outcomes, row):
-    """Without it an empty prompt crashes on a tensor of no tokens; BOS alone is what the model was trained to see."""
+    """Without it an empty prompt crashes on a tensor of no tokens; BOS alone is what the model was
+    trained to see."""
     assert [t["id"] for t in json.loads(worked(outcomes, row)[0].stdout)["prompt_tokens"]] == [1]
 
 
@@ -818,7 +874,8 @@ def test_empty_prompt(outcomes, row):
     "row", [f"works/{n}" for n in ("generation_config", "another base's adapter", "unknown field")]
 )
 def test_warnings(outcomes, row):
-    """Without it a harmless flaw stops the work, or the commonest mistake (another base's adapter) goes unsaid."""
+    """Without it a harmless flaw stops the work, or the commonest mistake (another base's adapter)
+    goes unsaid."""
     _, words, warnings = worked(outcomes, row)
     assert len(warnings) == 1, warnings
     for word in words[1:] if "adapter_config" in str(words[0]) and "base" in row else words:
@@ -866,7 +923,8 @@ def test_killed_save(tmp_path):
 
 
 def test_every_row_is_looked_at(request):
-    """Without it a table whose test was renamed away would be built by nobody, and nobody would notice."""
+    """Without it a table whose test was renamed away would be built by nobody, and nobody would
+    notice."""
     if len(request.session.items) > len(ROWS):
         seen = {i.callspec.params.get("row") for i in request.session.items if hasattr(i, "callspec")}
         assert ROWS.keys() <= seen

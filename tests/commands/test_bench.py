@@ -1,4 +1,5 @@
-"""The bench runs, on small sizes: its tables have the rows and the figures that people quote from them."""
+"""The bench runs, on small sizes: its tables have the rows and the figures that people quote from
+them."""
 
 import json
 import os
@@ -62,7 +63,9 @@ def test_bad_options(args, line):
 @pytest.mark.slow
 def test_peers(small_model):
     """A peer that decoded other tokens, or without its adapters, would be no measure."""
-    table = run("decode", "--model", small_model, "--e", "3", "--tokens", "7", "--context", "5", "--batch_size", "3")
+    table = run(
+        "decode", "--model", small_model, "--e", "3", "--tokens", "7", "--context", "5", "--batch_size", "3"
+    )
     names = [row["row"] for row in table]
     assert names[-6:] == [peer + batch for peer in ("transformers", "peft, one adapter", "peft, mixed batch")
                           for batch in ("", ", batch")]  # fmt: skip
@@ -106,12 +109,16 @@ def test_a_model(small_model, what, rows):
     assert [row["row"] for row in table] == rows
     for row in table:
         tokens = row["batch"] if what == "decode" else 7
-        assert row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"]) and row["low"] <= row["ms"] <= row["high"]
+        assert (
+            row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"])
+            and row["low"] <= row["ms"] <= row["high"]
+        )
 
 
 @pytest.mark.slow
 def test_train(small_model, tmp_path):
-    """Padding counted as tokens, or an adapter's steps counted for all, would make the slower program the faster."""
+    """Padding counted as tokens, or an adapter's steps counted for all, would make the slower
+    program the faster."""
     tasks = write_tasks(tmp_path / "tasks", count=9)
     o = TrainBench(model=str(small_model), dtype="float32", device="cpu", r=3, e=3, each=2, tasks=str(tasks))
     names = ["random0", "random1", "random2"]
@@ -152,10 +159,12 @@ def test_a_row_apart_that_fails(tmp_path):
 
 
 def test_rows_are_timed_in_turn():
-    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others; in the same order
-    each time, a row would always find its weights in the caches, or never."""
+    """Row after row instead, a neighbour's burst of work would slow one row and flatter the others;
+    in the same order each time, a row would always find its weights in the caches, or never."""
     calls = []
-    found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 41, lambda: calls.append("-"))
+    found = in_turn(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 41, lambda: calls.append("-")
+    )
     assert calls[:4] == ["a", "b", "a", "b"] and calls[4::2] == ["-"] * 82
     assert {"".join(calls[j : j + 4 : 2]) for j in range(5, 168, 4)} == {"ab", "ba"}
     assert {name: len(times) for name, times in found.items()} == {"a": 41, "b": 41}

@@ -32,8 +32,8 @@ NAMES = ["ant", "bee"]
 
 @pytest.fixture(scope="module")
 def setting(small_model, tmp_path_factory):
-    """A pool of two adapters whose top-1 gates always choose bee, but in q of layer 0, where they choose ant; and a
-    task for each adapter, of 3 and 5 examples."""
+    """A pool of two adapters whose top-1 gates always choose bee, but in q of layer 0, where they
+    choose ant; and a task for each adapter, of 3 and 5 examples."""
     folder = tmp_path_factory.mktemp("eval")
     model = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", model, NAMES, size=0.1)
@@ -52,8 +52,8 @@ def setting(small_model, tmp_path_factory):
 
 
 def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(setting, monkeypatch):
-    """Prompt tokens counted among the response's, or layer 0's q, k, v in the mean, make the headline figure of the
-    gates another number that still looks right."""
+    """Prompt tokens counted among the response's, or layer 0's q, k, v in the mean, make the
+    headline figure of the gates another number that still looks right."""
     model, pool, tasks, forced = setting
     mole = load(model, pool, fast=False)
     forward = MeteoraGate.forward
@@ -75,9 +75,22 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
 
 
 def test_results_are_the_scores_of_the_answers_the_same_each_time(setting, tmp_path):
-    """A mean over the wrong things, or an oracle that uses another adapter, would be published as it is."""
+    """A mean over the wrong things, or an oracle that uses another adapter, would be published as
+    it is."""
     model, pool, tasks, _ = setting
-    args = ["eval.py", "--model", model, "--pool", pool, "--tasks", tasks, "--max_new_tokens", 5, "--batch_size", 2]
+    args = [
+        "eval.py",
+        "--model",
+        model,
+        "--pool",
+        pool,
+        "--tasks",
+        tasks,
+        "--max_new_tokens",
+        5,
+        "--batch_size",
+        2,
+    ]
     args += ["--methods", "base,oracle,adapter:ant,meteora_top1"]
     runs = [command(*args, "--out", tmp_path / name) for name in ("one", "two")]
     assert [done.returncode for done in runs] == [0, 0], runs[0].stderr
@@ -136,8 +149,8 @@ METHODS = "base,oracle,meteora"
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """The command line of a model with room for composites: three random adapters, random top-2 gates, LoraHub's
-    weights, and a task for each adapter."""
+    """The command line of a model with room for composites: three random adapters, random top-2
+    gates, LoraHub's weights, and a task for each adapter."""
     folder = tmp_path_factory.mktemp("wide")
     write_llama(folder / "small", max_position_embeddings=499)
     (folder / "small" / "tokenizer.model").write_bytes(tokenizer_bytes())
@@ -154,10 +167,24 @@ def wide(tmp_path_factory):
     for name, metric, count in zip(WIDE, ("exact_match", "exact_match", "bleu"), (2, 3, 2), strict=True):
         write_json(folder / "tasks" / name / "task.json", {"metric": metric})
         for split in ("train", "test"):
-            rows = [{"prompt": f"{split} {name} {j}", "response": f"the lazy dog runs {j}"} for j in range(count)]
+            rows = [
+                {"prompt": f"{split} {name} {j}", "response": f"the lazy dog runs {j}"} for j in range(count)
+            ]
             write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
     args = ["--model", folder / "small", "--pool", folder / "pool", "--tasks", folder / "tasks"]
-    return [*args, "--max_new_tokens", 3, "--batch_size", 2, "--composite", 2, "--composites", 3, "--methods", METHODS]
+    return [
+        *args,
+        "--max_new_tokens",
+        3,
+        "--batch_size",
+        2,
+        "--composite",
+        2,
+        "--composites",
+        3,
+        "--methods",
+        METHODS,
+    ]
 
 
 def run_eval(*args, **replaced):
@@ -177,7 +204,8 @@ def run_eval(*args, **replaced):
 
 
 def counted(name, dies=0):
-    """(replacement that counts the calls of an eval.py function and is interrupted at call `dies`, the calls)."""
+    """(replacement that counts the calls of an eval.py function and is interrupted at call `dies`,
+    the calls)."""
     real, calls = getattr(evaluation, name), []
 
     def call(*args):
@@ -210,7 +238,8 @@ def results_of(out):
 
 
 def test_two_runs_write_the_same_bytes(wide, whole, tmp_path):
-    """A figure that differs from run to run can't be checked by anybody; times and folders don't belong into it."""
+    """A figure that differs from run to run can't be checked by anybody; times and folders don't
+    belong into it."""
     assert run_eval(*wide, "--out", tmp_path / "again")[0] == 0
     assert written(tmp_path / "again") == written(whole)
     assert {f.name for f in whole.iterdir()} == {*WRITTEN, "timing.json"}  # no cells left
@@ -220,8 +249,8 @@ def test_two_runs_write_the_same_bytes(wide, whole, tmp_path):
     ("part", "dies", "calls"), [("answer_all", 3, 9), ("gate_accuracy", 1, 1), ("answer_composites", 2, 3)]
 )
 def test_stopped_and_started_again_is_the_uninterrupted_run(wide, whole, tmp_path, part, dies, calls):
-    """An evaluation takes hours: what is done must not be done again, and nothing of it may be joined to the wrong
-    method or task."""
+    """An evaluation takes hours: what is done must not be done again, and nothing of it may be
+    joined to the wrong method or task."""
     out = tmp_path / "out"
     stop, made = counted(part, dies)
     status, stdout, err = run_eval(*wide, "--out", out, **{part: stop})
@@ -263,7 +292,8 @@ def test_cells_of_another_run_are_not_used(wide, tmp_path, changed):
 
 
 def test_meta_says_what_was_evaluated(wide, whole):
-    """A table whose gates nobody can tell from those of another training is worth nothing a month later."""
+    """A table whose gates nobody can tell from those of another training is worth nothing a month
+    later."""
     meta, paths = results_of(whole)["meta"], [Path(path) for path in wide[1:6:2]]
     mole = load(*paths[:2])
     assert meta["base"] == mole.model.fingerprint
@@ -277,7 +307,8 @@ def test_meta_says_what_was_evaluated(wide, whole):
 
 
 def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whole):
-    """The composite's own table, one row a method, and its figures those of the answers that lie beside it."""
+    """The composite's own table, one row a method, and its figures those of the answers that lie
+    beside it."""
     results = results_of(whole)
     assert list(results["composite"]) == ["2"] and list(results["composite"]["2"]) == METHODS.split(",")
     rows = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
@@ -286,7 +317,9 @@ def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whol
     mole = load(wide[1], wide[3])
     for method, found in results["composite"]["2"].items():
         own = [row for row in rows if row["method"] == method and "composite" in row]
-        assert [row["prompt"] for row in own] == [c.prompt for c in asked] and {row["composite"] for row in own} == {2}
+        assert [row["prompt"] for row in own] == [c.prompt for c in asked] and {
+            row["composite"] for row in own
+        } == {2}
         want = [[[name, question["response"]] for name, question in c.questions] for c in asked]
         assert [row["responses"] for row in own] == want
         o = evaluation.Options(max_new_tokens=3)
@@ -307,7 +340,9 @@ def test_the_composite_table_shows_what_the_results_hold():
     cell = {"attempted": 2.5, "attempted_low": 2.0, "attempted_high": 3.0, "n": 7}
     cell |= {"right": 1.25, "right_low": 0.5, "right_high": 1.875}
     other = cell | {"right": 0.0, "right_low": 0.0, "right_high": 0.0, "temperature": 15.0}
-    results = {name: {"mean": mean} for name, mean in (("oracle", 97.25), ("meteora", 0.0), ("lorahub", 31.0))}
+    results = {
+        name: {"mean": mean} for name, mean in (("oracle", 97.25), ("meteora", 0.0), ("lorahub", 31.0))
+    }
     composite = {"3": {"oracle": cell, "meteora": other}, "10": {"oracle": cell | {"right": 7.0}}}
     assert evaluation.composite_table(results, composite).splitlines() == [
         "| method | tasks | 3: attempted | 3: right | 10: attempted | 10: right |",
@@ -321,7 +356,8 @@ def test_the_composite_table_shows_what_the_results_hold():
 
 
 def faked(seen, best=None):
-    """Stands for the model: composites get right answers at the temperature `best`, everything else gets none."""
+    """Stands for the model: composites get right answers at the temperature `best`, everything else
+    gets none."""
 
     def say(mole, asked, method, temperature, o):
         seen.append((method, temperature, asked))
@@ -336,8 +372,8 @@ def faked(seen, best=None):
 
 
 def test_the_temperature_is_chosen_on_training_questions(wide, tmp_path):
-    """Chosen on the questions that are then reported, it would be fitted to them; and methods without a temperature
-    must not be answered once for each."""
+    """Chosen on the questions that are then reported, it would be fitted to them; and methods
+    without a temperature must not be answered once for each."""
     seen = []
     args = [*wide, "--composites", 9, "--composite_temperature", "1,5,15", "--out", tmp_path]
     assert run_eval(*args, **faked(seen, 5.0))[0] == 0
@@ -360,7 +396,8 @@ def test_the_temperature_is_chosen_on_training_questions(wide, tmp_path):
 
 
 def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path):
-    """LoraHub's weights are a task's; a composite has several. Sizes keep their order and have their own prompts."""
+    """LoraHub's weights are a task's; a composite has several. Sizes keep their order and have
+    their own prompts."""
     seen = []
     args = [
         *wide,
@@ -380,13 +417,15 @@ def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path
     results = results_of(tmp_path)
     assert list(results["methods"]) == ["lorahub", "meteora"]
     assert [list(table) for table in results["composite"].values()] == [["meteora"]] * 2
-    assert list(results["composite"]) == ["3", "2"] and "temperature" not in results["composite"]["3"]["meteora"]
+    assert (
+        list(results["composite"]) == ["3", "2"] and "temperature" not in results["composite"]["3"]["meteora"]
+    )
 
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
-    """Its tables can only be compared with scores made its way: a target anywhere in an answer is right, empty answers
-    are dropped, BLEU is of one sentence. Not by default."""
+    """Its tables can only be compared with scores made its way: a target anywhere in an answer is
+    right, empty answers are dropped, BLEU is of one sentence. Not by default."""
     texts = {"ant": ["so the lazy dog runs 0", ""], "bee": ["the lazy dog runs 0", "the fox", ""]}
     texts["cat"] = ["the lazy dog runs 0", "the quick dog"]
     say = lambda mole, prompts, *_: texts[prompts[0].split()[1]]  # noqa: E731
@@ -418,7 +457,8 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
     ],
 )  # fmt: skip
 def test_bad_composites_are_one_line(wide, tmp_path, args, words):
-    """A typo among the sizes must be one clear line with its option, not a traceback after hours of answers."""
+    """A typo among the sizes must be one clear line with its option, not a traceback after hours of
+    answers."""
     status, out, err = run_eval(*wide, *args, "--out", tmp_path / "out", **faked([]))
     assert (status, out) == (2, "") and not (tmp_path / "out" / "results.json").exists()
     errors = [line for line in re.split(r"[\r\n]+", err) if "error: " in line]
@@ -426,16 +466,21 @@ def test_bad_composites_are_one_line(wide, tmp_path, args, words):
 
 
 def test_unseen_tasks(wide, tmp_path):
-    """Scored on tasks that something was trained on, or with gates that know the adapters that join, the column would
-    say nothing of a pool that grows."""
+    """Scored on tasks that something was trained on, or with gates that know the adapters that
+    join, the column would say nothing of a pool that grows."""
     model, pool = (wide[wide.index(name) + 1] for name in ("--model", "--pool"))
     shutil.copytree(pool, tmp_path / "pool")
     mole, seen = load(model, pool), []
     args = [*wide, "--pool", tmp_path / "pool", "--composite", "", "--out", tmp_path / "out", "--unseen"]
     args += ["--methods", "base,ramole,meteora_top2"]
     say = lambda mole, prompts, method, o, exclude: seen.append((method, exclude)) or [""] * len(prompts)  # noqa: E731
-    for tasks, words in (("ant", ""), ("ant\nbee\ncat", "--unseen: router and retriever have seen every task")):
-        save_routers(tmp_path / "pool" / "router.safetensors", router_loras(mole.pool), mole.model, {"tasks": tasks})
+    for tasks, words in (
+        ("ant", ""),
+        ("ant\nbee\ncat", "--unseen: router and retriever have seen every task"),
+    ):
+        save_routers(
+            tmp_path / "pool" / "router.safetensors", router_loras(mole.pool), mole.model, {"tasks": tasks}
+        )
         status, _, err = run_eval(*args, answer_all=say, retrieval=lambda *_: {"1": 0.0, "n": 3})
         assert (status, words in err) == (2 if words else 0, True), err
     later = ("bee", "cat")

@@ -1,4 +1,5 @@
-"""Batch equals alone whatever the methods beside it, the sampler, where answers end, and the command's face."""
+"""Batch equals alone whatever the methods beside it, the sampler, where answers end, and the
+command's face."""
 
 import io
 import json
@@ -49,7 +50,9 @@ def pool(tmp_path_factory, small_model):
     """A pool folder: five adapters of different ranks, and random top-2 and top-1 gates."""
     folder = tmp_path_factory.mktemp("pool")
     base = load_llama(small_model)
-    adapters = write_adapters(folder / "adapters", base, NAMES, size=0.1)  # larger ones amplify rounding past 1e-5
+    adapters = write_adapters(
+        folder / "adapters", base, NAMES, size=0.1
+    )  # larger ones amplify rounding past 1e-5
     write_pool(PoolFolder(folder, adapters, base.fingerprint, TEMPLATE))
     mole = load(small_model, folder)
     for k in (1, 2):
@@ -66,7 +69,8 @@ def mole(small_model, pool):
 
 
 def scripted(folder, follow, room=97, **fields):
-    """A Llama that says what it is told: after token j comes follow[j], or j again. `room` is its context."""
+    """A Llama that says what it is told: after token j comes follow[j], or j again. `room` is its
+    context."""
     v = SMALL["vocab_size"]
     sizes = {
         "hidden_size": v,
@@ -104,13 +108,23 @@ def tokens_of(mole, prompts, method, **options):
 # Batch = alone ------------------------------------------------------------------------------------------------------
 
 FIXED = ["base", "uniform", *(f"adapter:{name}" for name in NAMES), "base"]
-MIXED = ["meteora", "adapter:elm", "base", "meteora", "uniform", "adapter:aspen", "meteora_top2", "adapter:cedar"]
+MIXED = [
+    "meteora",
+    "adapter:elm",
+    "base",
+    "meteora",
+    "uniform",
+    "adapter:aspen",
+    "meteora_top2",
+    "adapter:cedar",
+]
 
 
 @pytest.mark.parametrize("methods", [FIXED, MIXED], ids=["fixed", "with gates"])
 def test_batch_equals_each_prompt_alone(mole, methods):
-    """Rows that leak into each other (padding, positions, another row's adapter or gate) give answers that depend on
-    who else asked: the hardest fault to notice when serving many adapters."""
+    """Rows that leak into each other (padding, positions, another row's adapter or gate) give
+    answers that depend on who else asked: the hardest fault to notice when serving many adapters.
+    """
     options = {"max_new_tokens": 17, "routing": True}
     together = tokens_of(mole, PROMPTS, methods, **options)
     for row, (prompt, method) in enumerate(zip(PROMPTS, methods, strict=True)):
@@ -120,11 +134,14 @@ def test_batch_equals_each_prompt_alone(mole, methods):
             assert dict(got) == pytest.approx(dict(want), abs=0.0011), (prompt, method)  # rounded to 0.001
     first = {method: tokens_of(mole, PROMPTS[:1], method, max_new_tokens=17)[0] for method in set(methods)}
     said = {tuple(t[0] for t in row) for row in first.values()}
-    assert len(said) >= len(first) - 1, "methods that all answer alike prove nothing (meteora is meteora_top2)"
+    assert len(said) >= len(first) - 1, (
+        "methods that all answer alike prove nothing (meteora is meteora_top2)"
+    )
 
 
 def test_two_streams_on_one_model_are_refused(mole):
-    """The adapters of a batch live in the model: a second stream would hand its own to the first, in silence."""
+    """The adapters of a batch live in the model: a second stream would hand its own to the first,
+    in silence."""
     first = stream(mole, "the fox", method=f"adapter:{mole.pool.names[0]}", max_new_tokens=5)
     next(first)
     answer(mole, "the dog", method="base", max_new_tokens=2)
@@ -133,19 +150,29 @@ def test_two_streams_on_one_model_are_refused(mole):
 
 
 def test_values_are_checked_for_importers_too(mole):
-    """Importers meet the same bad values as the command line; unchecked, they sample from NaN without a word."""
+    """Importers meet the same bad values as the command line; unchecked, they sample from NaN
+    without a word."""
     assert answer(mole, []) == []
-    bad = ({"temperature": -1.0}, {"top_k": 0}, {"gate_temperature": 0.0}, {"top_p": 0.0}, {"method": ["base"] * 2})
+    bad = (
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"gate_temperature": 0.0},
+        {"top_p": 0.0},
+        {"method": ["base"] * 2},
+    )
     for options in bad:
         with pytest.raises(InputError):
             answer(mole, "the fox", **options)
     for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-40, "method": "meteora"}):
-        greedy = answer(mole, "the fox", max_new_tokens=5, **options)  # the limit of both is the largest alone
+        greedy = answer(
+            mole, "the fox", max_new_tokens=5, **options
+        )  # the limit of both is the largest alone
         assert greedy == answer(mole, "the fox", max_new_tokens=5, **options | {"temperature": 0.0})
 
 
 def test_recorded_adapters_are_those_asked_for(mole):
-    """The colours are what people look at to see whether routing works: they must be the adapters that computed."""
+    """The colours are what people look at to see whether routing works: they must be the adapters
+    that computed."""
     rows = tokens_of(mole, PROMPTS[:4], ["base", "adapter:birch", "uniform", "meteora_top2"], routing=True)
     base, one, uniform, routed = ([t[2] for t in row] for row in rows)
     assert all(seen == [] for seen in base)
@@ -156,7 +183,8 @@ def test_recorded_adapters_are_those_asked_for(mole):
 
 
 def test_each_adapter_changes_the_logits(mole):
-    """An adapter that loads and silently does nothing is the most repeated complaint about every peer."""
+    """An adapter that loads and silently does nothing is the most repeated complaint about every
+    peer."""
     ids = torch.tensor([mole.tokenizer.encode(PROMPTS[0])])
     logits = []
     for method in ("base", *(f"adapter:{name}" for name in NAMES), "uniform", "meteora_top1", "meteora_top2"):
@@ -167,7 +195,8 @@ def test_each_adapter_changes_the_logits(mole):
 
 
 def test_order_of_the_pool_does_not_matter(tmp_path, small_model, pool):
-    """Slots are an accident of loading: a gate row or an adapter joined by position answers for its neighbour."""
+    """Slots are an accident of loading: a gate row or an adapter joined by position answers for its
+    neighbour."""
     backwards = tmp_path / "pool"
     backwards.mkdir()
     for part in ("adapters", "gates"):
@@ -176,7 +205,11 @@ def test_order_of_the_pool_does_not_matter(tmp_path, small_model, pool):
     (backwards / "pool.json").write_text(json.dumps(raw | {"adapters": raw["adapters"][::-1]}))
     folders = read_pool(pool).adapters
     pairs = [
-        (load(small_model, adapters=folders), load(small_model, adapters=dict(reversed(folders.items()))), FIXED),
+        (
+            load(small_model, adapters=folders),
+            load(small_model, adapters=dict(reversed(folders.items()))),
+            FIXED,
+        ),
         (load(small_model, pool), load(small_model, backwards), MIXED),
     ]
     for there, back, methods in pairs:
@@ -192,7 +225,8 @@ def test_order_of_the_pool_does_not_matter(tmp_path, small_model, pool):
 
 
 def test_bfloat16_answers_too(small_model, pool):
-    """Adapters, gates and cache live in the model's dtype: one float32 among them stops at the first product."""
+    """Adapters, gates and cache live in the model's dtype: one float32 among them stops at the
+    first product."""
     mole = load(small_model, pool, dtype="bfloat16")
     assert mole.pool.A["model.layers.0.mlp.up_proj"].dtype == torch.bfloat16
     assert all(len(row) > 1 for row in tokens_of(mole, PROMPTS, MIXED, max_new_tokens=5))
@@ -202,7 +236,8 @@ def test_bfloat16_answers_too(small_model, pool):
 
 
 def test_seeds_and_the_limits_of_sampling(mole):
-    """An answer that can't be drawn again can't be shown to anybody; and the narrowest sampling is greedy."""
+    """An answer that can't be drawn again can't be shown to anybody; and the narrowest sampling is
+    greedy."""
     say = lambda **options: answer(mole, PROMPTS, method=MIXED, max_new_tokens=13, **options)  # noqa: E731
     greedy = say()
     hot = say(temperature=2.0, seed=7)
@@ -211,7 +246,9 @@ def test_seeds_and_the_limits_of_sampling(mole):
     assert say(temperature=2.0, seed=7, top_p=1e-9) == say(temperature=2.0, sample_top_k=1) == greedy
     twice = answer(mole, [PROMPTS[0]] * 2, method="base", temperature=2.0, seed=7)
     assert twice[0] != twice[1]  # rows draw for themselves
-    assert twice[1] == answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)[0]  # row j with seed + j
+    assert (
+        twice[1] == answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)[0]
+    )  # row j with seed + j
 
 
 @pytest.mark.parametrize(
@@ -225,7 +262,8 @@ def test_seeds_and_the_limits_of_sampling(mole):
     ],
 )
 def test_draws_follow_the_distribution(sampling, kept):
-    """A sampler that forgets to renormalize, or applies the temperature twice, still writes plausible text."""
+    """A sampler that forgets to renormalize, or applies the temperature twice, still writes
+    plausible text."""
     n = 5003
     logits = torch.tensor([0.0, 1.7, -2.3, 1.1, -0.7, 0.5, -3.1])
     want = (logits / sampling.temperature).softmax(-1)
@@ -250,7 +288,8 @@ def test_greedy_is_the_argmax_of_each_row():
 
 
 def test_every_eos_of_the_list_ends_an_answer(tmp_path, capsys):
-    """Llama 3 ends a turn with another token than a text: a reader that knows only one id talks on and on."""
+    """Llama 3 ends a turn with another token than a text: a reader that knows only one id talks on
+    and on."""
     tokenizer = Tokenizer(scripted(tmp_path / "t", {}))
     the, fox, dog, over = (tokenizer.encode(w, start=False)[-1] for w in ("the", "fox", "dog", "over"))
     folder = scripted(tmp_path / "m", chain(the, fox, 7) | chain(dog, over, 2), eos_token_id=[2, 11])
@@ -261,7 +300,10 @@ def test_every_eos_of_the_list_ends_an_answer(tmp_path, capsys):
     rows = tokens_of(load(folder), ["the", "dog"], "base", max_new_tokens=5)
     assert [[t[0] for t in row] for row in rows] == [[fox, 7], [over, 2]]
     assert [row[-1][3] for row in rows] == ["eos", "eos"]
-    assert answer(load(folder), ["the", "dog"], method="base") == [tokenizer.decode([fox]), tokenizer.decode([over])]
+    assert answer(load(folder), ["the", "dog"], method="base") == [
+        tokenizer.decode([fox]),
+        tokenizer.decode([over]),
+    ]
     file.write_text('{"eos_token_id": [7, 2],}')
     capsys.readouterr()
     assert ends() == [7, 2] and len(tokens_of(load(folder), ["the"], "base", max_new_tokens=5)[0]) == 5
@@ -269,8 +311,8 @@ def test_every_eos_of_the_list_ends_an_answer(tmp_path, capsys):
 
 
 def test_finish_reasons(tmp_path):
-    """Whoever calls needs to know whether an answer is whole; and a row at the end of its context must not stop, or
-    change, the rows beside it."""
+    """Whoever calls needs to know whether an answer is whole; and a row at the end of its context
+    must not stop, or change, the rows beside it."""
     tokenizer = Tokenizer(scripted(tmp_path / "t", {}))
     the, fox = (tokenizer.encode(w, start=False)[-1] for w in ("the", "fox"))
     folder = scripted(tmp_path / "m", chain(the, fox, 2), room=31)
@@ -283,7 +325,12 @@ def test_finish_reasons(tmp_path):
     rows = tokens_of(mole, prompts, "base", raw=True, truncate="right", max_new_tokens=11)
     assert [row[-1][3] for row in rows] == ["eos", "length", "context", "context"]
     assert all(t[3] is None for row in rows for t in row[:-1])
-    assert [len(row) for row in rows] == [2, 11, 31 - counts[2] + 1, 1]  # the last token needs no place of its own
+    assert [len(row) for row in rows] == [
+        2,
+        11,
+        31 - counts[2] + 1,
+        1,
+    ]  # the last token needs no place of its own
     for prompt, row in zip(prompts, rows, strict=True):
         assert tokens_of(mole, [prompt], "base", raw=True, truncate="right", max_new_tokens=11) == [row]
 
@@ -296,7 +343,8 @@ def test_a_large_limit_costs_no_memory(tmp_path):
 
 
 def test_broken_characters_at_the_end_are_in_both_texts(tmp_path):
-    """A model may stop in the middle of a character: the tokens' texts still have to join to the text."""
+    """A model may stop in the middle of a character: the tokens' texts still have to join to the
+    text."""
     tokenizer = Tokenizer(scripted(tmp_path / "t", {}))
     dog, party = tokenizer.encode("dog", start=False)[-1], tokenizer.encode("🎉", start=False)[-4:]
     for number, ids in enumerate(([*party], [*party[:2], 2], [*party, 2])):
@@ -309,7 +357,8 @@ def test_broken_characters_at_the_end_are_in_both_texts(tmp_path):
 
 
 def test_truncation_keeps_bos_and_the_asked_for_end(mole):
-    """A prompt without its BOS, or the wrong end of a document, is answered without complaint and wrongly."""
+    """A prompt without its BOS, or the wrong end of a document, is answered without complaint and
+    wrongly."""
     room, tokenizer = mole.model.config.max_position_embeddings, mole.tokenizer
     text = " ".join(str(number) for number in range(113))
     ids = tokenizer.encode(text)
@@ -317,9 +366,14 @@ def test_truncation_keeps_bos_and_the_asked_for_end(mole):
     with pytest.raises(InputError, match=rf"{len(ids)} tokens, the context {room}: generate.py --truncate"):
         encode_prompt(mole, text, raw=True)
     assert encode_prompt(mole, text, raw=True, truncate="right") == ids[:room]
-    assert encode_prompt(mole, text, raw=True, truncate="left") == [tokenizer.bos_id, *ids[len(ids) - room + 1 :]]
+    assert encode_prompt(mole, text, raw=True, truncate="left") == [
+        tokenizer.bos_id,
+        *ids[len(ids) - room + 1 :],
+    ]
     for end in ("no", "left", "right"):  # what fits stays as it is, and gets the template once
-        assert encode_prompt(mole, "fox {prompt}", truncate=end) == tokenizer.encode("[INST] fox {prompt} [/INST]\n")
+        assert encode_prompt(mole, "fox {prompt}", truncate=end) == tokenizer.encode(
+            "[INST] fox {prompt} [/INST]\n"
+        )
 
 
 def test_prompts_that_no_model_can_answer(tmp_path, mole):
@@ -327,7 +381,9 @@ def test_prompts_that_no_model_can_answer(tmp_path, mole):
     assert encode_prompt(mole, "", raw=True) == [mole.tokenizer.bos_id]
     assert len(answer(mole, ["", "the"], method="base", raw=True, max_new_tokens=3)) == 2
     folder = scripted(tmp_path / "m", {})
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "bos_token": "<nothing>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": False, "bos_token": "<nothing>"})
+    )
     with pytest.raises(InputError, match="empty prompt"):
         answer(load(folder), "", raw=True)
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes(337))
@@ -372,7 +428,8 @@ def run(monkeypatch, capsys):
 
 
 def test_every_answer_is_a_line_of_its_own(capsys):
-    """Answers that end with a line break would stand apart by empty lines, those that don't run into one another."""
+    """Answers that end with a line break would stand apart by empty lines, those that don't run
+    into one another."""
     printer = Printer(["a", "b", "c"], [[], [], []], routing=False)
     for row, texts in enumerate((["mi", "ce\n"], ["oxen"], ["", "geese\n", ""])):
         for j, text in enumerate(texts, 1):
@@ -385,7 +442,8 @@ JSON_KEYS += ["tokens_per_second"]
 
 
 def test_json_is_what_the_contract_says(tmp_path, small_model, pool, mole):
-    """Programs read it: another key, a second kind of line on stdout, or texts that don't join break them."""
+    """Programs read it: another key, a second kind of line on stdout, or texts that don't join
+    break them."""
     asked = ["the fox", "日本 {prompt}", "-"]
     methods = ["meteora", "adapter:cedar", "base"]
     args = [x for p, m in zip(asked, methods, strict=True) for x in (f"--prompt={p}", "--method", m)]
@@ -419,7 +477,8 @@ def test_json_is_what_the_contract_says(tmp_path, small_model, pool, mole):
 
 
 def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run):
-    """Piped output with colour escapes in it breaks whatever reads it; a page that loads things dies offline."""
+    """Piped output with colour escapes in it breaks whatever reads it; a page that loads things
+    dies offline."""
     prompts, page = ["the <b>fox</b> & dog", "2+2=?"], tmp_path / "page.html"
     args = ["--model", small_model, "--pool", pool, "--prompt", prompts[0], f"--prompt={prompts[1]}"]
     args += ["--max_new_tokens", 9]
@@ -477,12 +536,20 @@ def test_wrong_input_is_one_line_and_exit_2(small_model, pool, run):
         (["--prompt", "x", "--device", "toaster"], "device", "toaster"),
         (["--prompt", "x", "--method", "meteroa"], "meteroa", "meteora"),
         (["--prompt", "x", "--method", "adapter:ceder"], "ceder", "cedar"),
-        (["--prompt", "x", "--method", "meteora_top3"], "meteora_top3.safetensors", "train.py gates --top_k 3"),
+        (
+            ["--prompt", "x", "--method", "meteora_top3"],
+            "meteora_top3.safetensors",
+            "train.py gates --top_k 3",
+        ),
         (["--prompt", "x", "--method", "base", "--method", "base"], "2 times --method", "1 prompts"),
         (["--prompt", "x", "--adapter", "elm"], "'elm'", "NAME=DIR"),
         (["--prompt", "x", "--adapter", f"elm={pool}/adapters/elm"], "'elm' twice", "adapters/elm"),
         (["--prompt", "x " * 97], "tokens", "97"),
-        (["--prompt", "a", "--prompt", "b", "--method", "meteora_top1", "--method", "meteora_top2"], "_top1", "_top2"),
+        (
+            ["--prompt", "a", "--prompt", "b", "--method", "meteora_top1", "--method", "meteora_top2"],
+            "_top1",
+            "_top2",
+        ),
     ]
     for args, *words in cases:
         status, out, err = run(*known, *args)
@@ -492,7 +559,8 @@ def test_wrong_input_is_one_line_and_exit_2(small_model, pool, run):
 
 
 def test_no_prompt_says_how_to_start():
-    """The first thing anybody types is `python generate.py`; an error, or silence, is the end of it."""
+    """The first thing anybody types is `python generate.py`; an error, or silence, is the end of
+    it."""
     done = command("generate.py")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(word in done.stdout for word in ("--prompt", "--list", "--help", "--model", "--adapter"))
@@ -500,7 +568,8 @@ def test_no_prompt_says_how_to_start():
 
 
 def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
-    """People import it from their own folder: nothing may happen at import, nor depend on the working directory."""
+    """People import it from their own folder: nothing may happen at import, nor depend on the
+    working directory."""
     os.symlink(pool, tmp_path / "pool")
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv.append('--not-an-option'); import generate\n"
@@ -520,8 +589,19 @@ def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
 def test_closed_pipe_and_interrupt_end_quietly(tmp_path):
     """`| head` and Ctrl-C are how people stop a long answer: neither is worth a traceback."""
     folder = scripted(tmp_path / "m", {}, room=99991)
-    args = [sys.executable, ROOT / "generate.py", "--model", folder, "--prompt", "dog", "--max_new_tokens", "90001"]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # nohup's children would ignore it
+    args = [
+        sys.executable,
+        ROOT / "generate.py",
+        "--model",
+        folder,
+        "--prompt",
+        "dog",
+        "--max_new_tokens",
+        "90001",
+    ]
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # nohup's children would ignore it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     piped, stopped = (subprocess.Popen(args, **pipes, **heard) for _ in range(2))
     try:

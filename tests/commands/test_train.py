@@ -1,4 +1,5 @@
-"""train.py's command line: every command is dispatched, and its bad options are refused in one clear line."""
+"""train.py's command line: every command is dispatched, and its bad options are refused in one
+clear line."""
 
 import dataclasses
 import json
@@ -25,20 +26,22 @@ ROWS = [pytest.param(kind, bad, id=f"{kind} {next(iter(bad))}") for kind, rows i
 
 @pytest.mark.parametrize("kind, bad", ROWS)
 def test_bad_options_are_one_clear_line(kind, bad, small_model, tmp_path, monkeypatch):
-    """Without it a bad option is a traceback, or a long training whose pool nothing can read (a template without
-    {prompt}): each must be an InputError that names the option or its value."""
+    """Without it a bad option is a traceback, or a long training whose pool nothing can read (a
+    template without {prompt}): each must be an InputError that names the option or its value."""
     few = {} if kind == "lorahub" else {"steps": 1}
     o = dataclasses.replace(options(kind, small_model, tmp_path / "out", **few), **bad)
     name, value = next(iter(bad.items()))
     with pytest.raises(InputError) as refusal:
         main(monkeypatch, *argv(o))
-    assert name in str(refusal.value) or str(value[0] if isinstance(value, list) else value) in str(refusal.value)
+    assert name in str(refusal.value) or str(value[0] if isinstance(value, list) else value) in str(
+        refusal.value
+    )
 
 
 @pytest.mark.parametrize("cls", COMMANDS, ids=lambda cls: COMMANDS[cls][0])
 def test_each_command_gets_its_own_options(cls, monkeypatch, capsys):
-    """Without it a command of the table runs another's function, or an option given on the command line is not the one
-    that is trained with; what is printed first is what a log keeps of it."""
+    """Without it a command of the table runs another's function, or an option given on the command
+    line is not the one that is trained with; what is printed first is what a log keeps of it."""
     name, function = COMMANDS[cls]
     got = []
     assert train.COMMANDS[name][:2] == (cls, function)

@@ -51,7 +51,8 @@ def header(text, data=b""):
 
 
 def only_input_errors(path):
-    """Reads the file both ways; whatever it holds, nothing but an InputError of one line that names it may come out."""
+    """Reads the file both ways; whatever it holds, nothing but an InputError of one line that names
+    it may come out."""
     for read in (_check_header, read_safetensors):
         try:
             read(path)
@@ -83,14 +84,16 @@ def only_input_errors(path):
 @example(header("[" * 100_000))
 @example(header('{"w": ' + "1" * 5000 + "}"))
 def test_any_bytes(tmp_path_factory, data):
-    """Without it some damaged file is a KeyError or a RecursionError instead of a line that says which file it is."""
+    """Without it some damaged file is a KeyError or a RecursionError instead of a line that says
+    which file it is."""
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     only_input_errors(path)
 
 
 def test_every_truncation(tmp_path):
-    """Without it a download cut at some length loads with garbage, or passes the check and crashes the reader."""
+    """Without it a download cut at some length loads with garbage, or passes the check and crashes
+    the reader."""
     path = tmp_path / "w.safetensors"
     for length in range(len(WHOLE)):
         path.write_bytes(WHOLE[:length])
@@ -108,7 +111,9 @@ def test_appended(tmp_path):
         read_safetensors(path)
 
 
-@pytest.mark.parametrize("read", [read_bytes, read_text, read_json, read_safetensors, lambda p: read_jsonl(p, ())])
+@pytest.mark.parametrize(
+    "read", [read_bytes, read_text, read_json, read_safetensors, lambda p: read_jsonl(p, ())]
+)
 def test_missing_and_folder(tmp_path, read):
     """Without it a missing file or a folder in its place is a traceback in whoever reads it."""
     for path, says in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
@@ -123,7 +128,8 @@ def test_missing_and_folder(tmp_path, read):
 @example(b'{"a": NaN}')
 @example(b"\xef\xbb\xbf{}")
 def test_any_json(tmp_path_factory, data):
-    """Without it some damaged config.json is another error than the one that scripts turn into a line."""
+    """Without it some damaged config.json is another error than the one that scripts turn into a
+    line."""
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(data)
     for read in (read_json, lambda p: read_jsonl(p, ("prompt",))):
@@ -145,7 +151,8 @@ def test_json_names_its_line(tmp_path):
 
 
 def test_jsonl_lines_end_at_newlines_alone(tmp_path):
-    """Without it a prompt that holds U+2028 or a form feed is cut in two: str.splitlines() breaks there."""
+    """Without it a prompt that holds U+2028 or a form feed is cut in two: str.splitlines() breaks
+    there."""
     rows = [{"prompt": "a\u2028b\x0c\x85c\r"}, {"prompt": "ü\n"}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert read_jsonl(tmp_path / "a.jsonl", ("prompt",)) == rows
@@ -157,7 +164,8 @@ def test_jsonl_lines_end_at_newlines_alone(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_not_finite(tmp_path, bad, dtype):
-    """Without it one broken weight among millions answers wrongly, and finitely where an activation swallows it."""
+    """Without it one broken weight among millions answers wrongly, and finitely where an activation
+    swallows it."""
     tensor = torch.ones(5, 7, dtype=dtype)
     tensor[3, 2] = bad
     with pytest.raises(InputError, match="f: the.name holds 1 NaN or Inf values of 35"):
@@ -168,7 +176,8 @@ def test_not_finite(tmp_path, bad, dtype):
 
 
 def test_inf_and_minus_inf():
-    """Without it a check that only looks for an infinite sum could be fooled by infinities that cancel to NaN."""
+    """Without it a check that only looks for an infinite sum could be fooled by infinities that
+    cancel to NaN."""
     with pytest.raises(InputError, match="holds 2"):
         check_finite("f", "w", torch.tensor([float("inf"), 1.0, float("-inf")]))
 
@@ -194,7 +203,8 @@ def test_large_is_finite(tensor):
 
 
 def test_round_trip(tmp_path):
-    """Without it what is saved comes back in another dtype or shape, or other readers can't open it."""
+    """Without it what is saved comes back in another dtype or shape, or other readers can't open
+    it."""
     path = tmp_path / "new" / "folder" / "w.safetensors"
     write_safetensors(path, TENSORS | {"turned": TENSORS["a"].T}, {"k": "2", "names": "a\nb"})
     tensors, metadata = read_safetensors(path)
@@ -209,13 +219,18 @@ def test_round_trip(tmp_path):
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
-    """Without it a recipe that is run again changes files of which nothing changed: the library's header has its
-    metadata in the order of a hash with a random seed."""
+    """Without it a recipe that is run again changes files of which nothing changed: the library's
+    header has its metadata in the order of a hash with a random seed."""
     path = tmp_path / "w.safetensors"
     write_safetensors(path, TENSORS, {"zebra": "ä\n", "ant": "1", "mole": "2"})
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    assert size % 8 == 0 and list(json.loads(data[8 : 8 + size])["__metadata__"]) == ["ant", "format", "mole", "zebra"]
+    assert size % 8 == 0 and list(json.loads(data[8 : 8 + size])["__metadata__"]) == [
+        "ant",
+        "format",
+        "mole",
+        "zebra",
+    ]
     assert read_safetensors(path)[1]["zebra"] == "ä\n"
 
 
@@ -294,7 +309,8 @@ def test_flushed_before_renamed(tmp_path, monkeypatch):
 
 
 def test_hash_ignores_order():
-    """Without it the same adapter has another hash when its file lists the tensors in another order."""
+    """Without it the same adapter has another hash when its file lists the tensors in another
+    order."""
     backwards = dict(reversed(TENSORS.items()))
     assert list(backwards) != list(TENSORS) and hash_tensors(TENSORS) == hash_tensors(backwards)
     turned = {"a": TENSORS["a"].T.contiguous().T}
@@ -337,7 +353,8 @@ def ends(main, capsys):
 
 
 def test_statuses(capsys):
-    """Without it bad input can't be told from success in a shell script, or Ctrl-C prints a traceback."""
+    """Without it bad input can't be told from success in a shell script, or Ctrl-C prints a
+    traceback."""
 
     def main(error):
         def run():
@@ -365,12 +382,16 @@ def test_bugs_stay_loud():
 def script(code, env=None, **options):
     code = f"from common.files import run_script\n{code}\nrun_script(main)"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_character_that_the_terminal_lacks():
     """Without it a Spanish word ends in a traceback where the locale is C."""
-    process = script("def main():\n    print('rat\\u00f3n')", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    process = script(
+        "def main():\n    print('rat\\u00f3n')", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"}
+    )
     assert process.communicate(timeout=100) == ("rat\\xf3n\n", "") and process.returncode == 0
 
 
@@ -393,7 +414,8 @@ def test_full_disk():
 
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
-    """Renaming over them would leave the file that the link names as it was, or replace a device by a file."""
+    """Renaming over them would leave the file that the link names as it was, or replace a device by
+    a file."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
@@ -408,5 +430,7 @@ def test_closed_streams_are_not_a_traceback(tmp_path):
     """A daemon or a cron job may start us with no standard output at all."""
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom common.files import run_script\n"
     code += "run_script(lambda: print(1))"
-    done = subprocess.run(f'exec "{sys.executable}" -c "$CODE" >&- <&-', shell=True, env=os.environ | {"CODE": code})
+    done = subprocess.run(
+        f'exec "{sys.executable}" -c "$CODE" >&- <&-', shell=True, env=os.environ | {"CODE": code}
+    )
     assert done.returncode == 0

@@ -49,11 +49,14 @@ def refusal(capsys, *argv, cls=Options):
 
 
 def helps(cls):
-    return {action.dest: action.help for action in build_parser(cls, "test")._actions if action.dest != "help"}
+    return {
+        action.dest: action.help for action in build_parser(cls, "test")._actions if action.dest != "help"
+    }
 
 
 def test_defaults():
-    """Without it an option nobody gave could become None, '' or another list than the dataclass says."""
+    """Without it an option nobody gave could become None, '' or another list than the dataclass
+    says."""
     assert parse_args(Options, []) == Options()
     first, second = parse_args(Options, []), parse_args(Options, [])
     assert first.prompt is not second.prompt and first.target is not second.target
@@ -87,8 +90,8 @@ def test_defaults():
     ],
 )
 def test_values(argv, name, value):
-    """Without it a value has the wrong type, `=` in a prompt cuts it (nanoGPT's --start="2+2=?" crashes), or a list
-    option adds to its default instead of replacing it."""
+    """Without it a value has the wrong type, `=` in a prompt cuts it (nanoGPT's --start="2+2=?"
+    crashes), or a list option adds to its default instead of replacing it."""
     options = parse_args(Options, argv)
     assert getattr(options, name) == value and type(getattr(options, name)) is type(value)
     setattr(options, name, getattr(Options(), name))
@@ -116,7 +119,8 @@ def test_values(argv, name, value):
     ],
 )
 def test_refusals(capsys, argv, words):
-    """Without it a mistyped option is ignored, taken for its beginning, or answered with a page of usage."""
+    """Without it a mistyped option is ignored, taken for its beginning, or answered with a page of
+    usage."""
     line = refusal(capsys, *argv)
     for word in words:
         assert word in line
@@ -141,7 +145,8 @@ def test_comments_become_help():
 
 
 def test_inherited_fields_have_help():
-    """Without it the options that scripts share have none: the comments stand in the parent's source."""
+    """Without it the options that scripts share have none: the comments stand in the parent's
+    source."""
     found = helps(Options)
     assert found["model"] == "model folder (default: tiny)"
     assert found["seed"] == "where the randomness starts (default: 0)"
@@ -151,7 +156,8 @@ def test_inherited_fields_have_help():
 
 @pytest.mark.parametrize("cls", [Options, Needed])
 def test_help_prints(capsys, cls):
-    """Without it --help itself is a traceback: argparse takes a % in a comment or a default for a format."""
+    """Without it --help itself is a traceback: argparse takes a % in a comment or a default for a
+    format."""
     with pytest.raises(SystemExit) as ended:
         parse_args(cls, ["--help"], prog="test")
     out = " ".join(capsys.readouterr().out.split())
@@ -188,7 +194,8 @@ def test_commands_help(capsys, argv):
 
 
 def test_command_help(capsys):
-    """Without it `script COMMAND --help` shows the commands again and no option of the one asked about."""
+    """Without it `script COMMAND --help` shows the commands again and no option of the one asked
+    about."""
     with pytest.raises(SystemExit) as ended:
         parse_command({"adapters": Options, "base": Common}, ["base", "--help"])
     out = capsys.readouterr().out

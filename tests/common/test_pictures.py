@@ -1,4 +1,5 @@
-"""Routing in colour: the heaviest adapter's, nothing of the text lost, a page that needs nothing else."""
+"""Routing in colour: the heaviest adapter's, nothing of the text lost, a page that needs nothing
+else."""
 
 import html
 import re
@@ -12,7 +13,9 @@ from common.pictures import COLOURS, Palette, html_page, legend, paint, svg_pict
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 colours = st.sampled_from([None, *COLOURS])
-mixtures = st.lists(st.tuples(st.sampled_from("abcdefg"), st.floats(0, 1)), max_size=4, unique_by=lambda pair: pair[0])
+mixtures = st.lists(
+    st.tuples(st.sampled_from("abcdefg"), st.floats(0, 1)), max_size=4, unique_by=lambda pair: pair[0]
+)
 
 
 class Page(HTMLParser):
@@ -20,7 +23,13 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.text, self.tips, self.span = [], [], {"prompt": "", "answer": ""}, [], None
+        self.tags, self.attributes, self.text, self.tips, self.span = (
+            [],
+            [],
+            {"prompt": "", "answer": ""},
+            [],
+            None,
+        )
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -58,7 +67,8 @@ def test_no_adapter_no_colour():
 
 
 def test_what_carries_most_of_a_known_text_has_colours_of_its_own():
-    """With more adapters than colours those that answer would look alike, for a trace's first tokens name them all."""
+    """With more adapters than colours those that answer would look alike, for a trace's first
+    tokens name them all."""
     names = [f"a{j}" for j in range(2 * len(COLOURS))]
     begin = ("1", [[name, 1 / len(names)] for name in names])
     heavy = [names[j] for j in (0, len(COLOURS), 1, len(COLOURS) + 1)]
@@ -103,7 +113,11 @@ def test_a_legend_names_the_heaviest():
     assert legend(Palette()) == ""
 
 
-@given(st.text(alphabet=st.one_of(st.characters(exclude_characters="\x1b"), st.just("\n"))), colours, st.booleans())
+@given(
+    st.text(alphabet=st.one_of(st.characters(exclude_characters="\x1b"), st.just("\n"))),
+    colours,
+    st.booleans(),
+)
 def test_painting_changes_no_character(text, colour, faint):
     """Without it an answer copied from the terminal is not what the model said."""
     painted = paint(text, colour, faint)
@@ -121,7 +135,8 @@ def test_a_colour_ends_with_its_line():
 
 
 def test_html_is_escaped_and_self_contained():
-    """Without it a model's answer runs as a script in the reader's browser, or the page needs the network."""
+    """Without it a model's answer runs as a script in the reader's browser, or the page needs the
+    network."""
     evil = "<script>alert('x')</script> & <img src=x>\n"
     page = html_page([([(evil, [])], [(evil, [['"><b>', 0.5], ["x", 0.25]])])], "</title><script>1</script>")
     parsed = Page(page)
@@ -149,9 +164,14 @@ def test_the_page_holds_the_whole_text(pairs, title):
 
 
 def test_html_colours_are_the_legend_s():
-    """Without it the page's legend explains other colours than its text has; uncoloured text is grey."""
-    page = html_page([([("p", [])], [("a", [["plural", 1.0]]), ("b", [["roman", 0.6], ["plural", 0.4]])])], "t")
+    """Without it the page's legend explains other colours than its text has; uncoloured text is
+    grey."""
+    page = html_page(
+        [([("p", [])], [("a", [["plural", 1.0]]), ("b", [["roman", 0.6], ["plural", 0.4]])])], "t"
+    )
     spans = re.findall(r'<span class="(\w+)" style="--c:rgb(\([^)]*\))"', page)
-    keys = dict((name, colour) for colour, name in re.findall(r'<b style="--c:rgb(\([^)]*\))">■ (\w+) ', page))
+    keys = dict(
+        (name, colour) for colour, name in re.findall(r'<b style="--c:rgb(\([^)]*\))">■ (\w+) ', page)
+    )
     assert spans == [("prompt", "(128, 128, 128)"), ("answer", keys["plural"]), ("answer", keys["roman"])]
     assert "plural 70%" in page and "roman 30%" in page

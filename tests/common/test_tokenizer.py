@@ -1,4 +1,5 @@
-"""Both tokenizer libraries behind one face: ids, BOS, chat templates, and text that streams in whole characters."""
+"""Both tokenizer libraries behind one face: ids, BOS, chat templates, and text that streams in
+whole characters."""
 
 import json
 
@@ -13,7 +14,11 @@ from common.files import InputError
 from common.tokenizer import TextStream, Tokenizer
 from helpers_models import tokenizer_bytes
 
-LINES = ["the quick brown fox jumps over the lazy dog", "what is the plural of mouse", "für Straße 日本 🎉"] * 3
+LINES = [
+    "the quick brown fox jumps over the lazy dog",
+    "what is the plural of mouse",
+    "für Straße 日本 🎉",
+] * 3
 TEXTS = [
     "the plural of fox",
     " leading and trailing ",
@@ -29,7 +34,8 @@ KINDS = ("sentencepiece", "llama2", "llama3", "bytes")
 
 
 def llama2_json():
-    """As Llama 2's: a prepended space, byte fallback, a decoder that strips it again, BOS from the post-processor."""
+    """As Llama 2's: a prepended space, byte fallback, a decoder that strips it again, BOS from the
+    post-processor."""
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "f"), ("▁", "of"), ("▁", "p"), ("▁", "▁")]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *"abcdefghijklmnopqrstuvwxyz.,:ß日", *(a + b for a, b in merges)]
@@ -89,11 +95,16 @@ def tokenizers(folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_text_equal_the_librarys(folders, tokenizers, kind):
-    """Other ids than those of the training are another prompt; a text that comes back changed is a wrong answer."""
+    """Other ids than those of the training are another prompt; a text that comes back changed is a
+    wrong answer."""
     ours = tokenizers[kind]
     if kind == "sentencepiece":
         library = sentencepiece.SentencePieceProcessor(model_file=str(folders[kind] / "tokenizer.model"))
-        encode, decode, size = lambda text: library.encode(text, add_bos=True), library.decode, library.vocab_size()
+        encode, decode, size = (
+            lambda text: library.encode(text, add_bos=True),
+            library.decode,
+            library.vocab_size(),
+        )
     else:
         library = Fast.from_file(str(folders[kind] / "tokenizer.json"))
         encode, decode, size = lambda text: library.encode(text).ids, library.decode, library.get_vocab_size()
@@ -116,8 +127,8 @@ def test_ids_equal_transformers(folders, tokenizers, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_bos_at_the_start_and_none_inside(tokenizers, kind):
-    """A doubled BOS shifts every position, a missing one makes a Llama babble; prompt and response are joined, so the
-    response must bring none."""
+    """A doubled BOS shifts every position, a missing one makes a Llama babble; prompt and response
+    are joined, so the response must bring none."""
     ours, has = tokenizers[kind], kind != "bytes"
     assert (ours.adds_bos, ours.bos_id is not None) == (has, has)
     for text in TEXTS:
@@ -132,16 +143,20 @@ def test_one_bos_at_the_start_and_none_inside(tokenizers, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_config_decides_about_bos(tmp_path, kind):
-    """add_bos_token: false comes with models trained without one, true with files whose post-processor forgot it."""
+    """add_bos_token: false comes with models trained without one, true with files whose
+    post-processor forgot it."""
     token = {"llama3": "<|begin_of_text|>", "bytes": "<|endoftext|>"}.get(kind, "<s>")
     without = Tokenizer(write_tokenizer(tmp_path / "off", kind, add_bos_token=False, bos_token=token))
     assert without.bos_id is not None and without.bos_id not in without.encode("the fox")
-    added = Tokenizer(write_tokenizer(tmp_path / "on", kind, add_bos_token=True, bos_token={"content": token}))
+    added = Tokenizer(
+        write_tokenizer(tmp_path / "on", kind, add_bos_token=True, bos_token={"content": token})
+    )
     assert added.encode("the fox") == [without.bos_id, *without.encode("the fox")]
 
 
 def test_special_tokens_have_their_ids(tokenizers, tmp_path):
-    """Without the right EOS an answer never ends; without a tokenizer_config.json the usual names must be found."""
+    """Without the right EOS an answer never ends; without a tokenizer_config.json the usual names
+    must be found."""
     assert [tokenizers[kind].eos_id for kind in KINDS] == [2, 2, 1, 0]
     assert [tokenizers[kind].bos_id for kind in KINDS] == [1, 1, 0, None]
     folder = write_tokenizer(tmp_path / "t", "llama2", bos_token="</s>", eos_token={"content": "<s>"})
@@ -149,10 +164,13 @@ def test_special_tokens_have_their_ids(tokenizers, tmp_path):
 
 
 def test_tokenizer_json_comes_first(tmp_path):
-    """Llama 3's folder holds both, and its tokenizer.model is a tiktoken file that sentencepiece can't read."""
+    """Llama 3's folder holds both, and its tokenizer.model is a tiktoken file that sentencepiece
+    can't read."""
     folder = write_tokenizer(tmp_path / "t", "llama3")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    assert Tokenizer(folder).encode("the") == Tokenizer(write_tokenizer(tmp_path / "u", "llama3")).encode("the")
+    assert Tokenizer(folder).encode("the") == Tokenizer(write_tokenizer(tmp_path / "u", "llama3")).encode(
+        "the"
+    )
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tiktoken"):
         Tokenizer(folder)
@@ -188,10 +206,13 @@ LOOP = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m
 
 @pytest.mark.parametrize("template", [TEMPLATE, LOOP], ids=["whitespace, filters, specials", "loop controls"])
 def test_chat_equals_transformers(tmp_path, template):
-    """A chat model that gets one line break too many, or no BOS, answers worse, and nothing says so."""
+    """A chat model that gets one line break too many, or no BOS, answers worse, and nothing says
+    so."""
     from helpers_oracles import PreTrainedTokenizerFast
 
-    folder = write_tokenizer(tmp_path / "t", "llama2", bos_token="<s>", eos_token="</s>", chat_template=template)
+    folder = write_tokenizer(
+        tmp_path / "t", "llama2", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     want = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert Tokenizer(folder).chat(MESSAGES) == want
@@ -199,16 +220,19 @@ def test_chat_equals_transformers(tmp_path, template):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama2"])
 def test_chat_text_becomes_special_tokens(tmp_path, kind):
-    """A template writes its special tokens out as text: each must become its one id again, BOS once. As pieces
-    ("<", "s", ">") the model has never seen them."""
-    ours = Tokenizer(write_tokenizer(tmp_path / "t", kind, chat_template="{{ bos_token }}the {{ eos_token }}fox"))
+    """A template writes its special tokens out as text: each must become its one id again, BOS
+    once. As pieces ("<", "s", ">") the model has never seen them."""
+    ours = Tokenizer(
+        write_tokenizer(tmp_path / "t", kind, chat_template="{{ bos_token }}the {{ eos_token }}fox")
+    )
     ids = ours.encode(ours.chat(MESSAGES), start=False)
     assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
     assert ids.count(ours.eos_id) == 1
 
 
 def test_chat_template_is_found_in_every_place(tmp_path):
-    """Newer folders keep it in a file of its own, some name several: a template that isn't found is no chat at all."""
+    """Newer folders keep it in a file of its own, some name several: a template that isn't found is
+    no chat at all."""
     listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     folder = write_tokenizer(tmp_path / "t", "llama2", chat_template=listed)
     assert Tokenizer(folder).chat(MESSAGES) == "plain"
@@ -232,7 +256,8 @@ def test_chat_template_is_found_in_every_place(tmp_path):
     ],
 )
 def test_bad_templates_are_refused(tmp_path, template):
-    """Templates come with downloaded checkpoints: they must neither reach Python's insides nor end in a traceback."""
+    """Templates come with downloaded checkpoints: they must neither reach Python's insides nor end
+    in a traceback."""
     ours = Tokenizer(write_tokenizer(tmp_path / "t", "llama2", chat_template=template))
     with pytest.raises(InputError, match="chat template"):
         ours.chat(MESSAGES)
@@ -250,8 +275,8 @@ def chunks(tokenizer, ids):
 @settings(max_examples=150, deadline=None)
 @given(text=st.text() | st.text(alphabet=" ▁a日🎉👩\u200d\ufffd\n"))
 def test_streamed_text_is_the_whole_text(tokenizers, kind, text):
-    """A character spans tokens, decoders drop a leading space: streams that lose one or show half of one are the
-    commonest fault of all generators."""
+    """A character spans tokens, decoders drop a leading space: streams that lose one or show half
+    of one are the commonest fault of all generators."""
     ours = tokenizers[kind]
     ids = ours.encode(text)
     parts, whole = chunks(ours, ids), ours.decode(ids)
@@ -266,8 +291,9 @@ def test_streamed_text_is_the_whole_text(tokenizers, kind, text):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_ids_stream_as_they_decode(tokenizers, kind, data):
-    """A model may generate anything: half characters, special tokens in the middle, bytes in any order. (Not for
-    Llama 2's tokenizer.json: its decoder takes back whole characters of a run of bytes that ends in a broken one.)"""
+    """A model may generate anything: half characters, special tokens in the middle, bytes in any
+    order. (Not for Llama 2's tokenizer.json: its decoder takes back whole characters of a run of
+    bytes that ends in a broken one.)"""
     ours = tokenizers[kind]
     ids = data.draw(st.lists(st.integers(0, len(ours) - 1), max_size=23))
     assert "".join(chunks(ours, ids)) == ours.decode(ids)

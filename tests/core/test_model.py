@@ -1,4 +1,5 @@
-"""Llama against transformers from the same folder, the KV cache against no cache, and what loading leaves behind."""
+"""Llama against transformers from the same folder, the KV cache against no cache, and what loading
+leaves behind."""
 
 import json
 import random
@@ -17,14 +18,25 @@ from helpers_models import write_llama
 from model import load_llama
 from pool.load import make_fast
 
-LLAMA3 = {"factor": 7.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 37}
+LLAMA3 = {
+    "factor": 7.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 37,
+}
 
-# None removes a field of conftest's SMALL. The thetas are no defaults: a reader that misses one gives other logits.
+# None removes a field of conftest's SMALL. The thetas are no defaults: a reader that misses one
+# gives other logits.
 CASES = {
     "multi-head": {"num_key_value_heads": None, "head_dim": None, "num_attention_heads": 2},
     "one key head": {"num_key_value_heads": 1},
     "untied": {"tie_word_embeddings": False},
-    "head_dim above h / heads": {"hidden_size": 66, "head_dim": 14, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "head_dim above h / heads": {
+        "hidden_size": 66,
+        "head_dim": 14,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True, "tie_word_embeddings": False},
     "eps": {"rms_norm_eps": 0.3},
@@ -33,10 +45,23 @@ CASES = {
     "linear, type": {"rope_theta": 523.0, "rope_scaling": {"type": "linear", "factor": 2.3}},
     "linear, rope_type": {"rope_theta": 523.0, "rope_scaling": {"rope_type": "linear", "factor": 2.3}},
     "dynamic, type": {"max_position_embeddings": 13, "rope_scaling": {"type": "dynamic", "factor": 3.7}},
-    "dynamic, rope_type": {"max_position_embeddings": 13, "rope_scaling": {"rope_type": "dynamic", "factor": 3.7}},
-    "dynamic, within": {"max_position_embeddings": 97, "rope_scaling": {"rope_type": "dynamic", "factor": 3.7}},
-    "llama3, old layout": {"head_dim": 10, "rope_theta": 523.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
-    "default, new layout": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 523.0}},
+    "dynamic, rope_type": {
+        "max_position_embeddings": 13,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.7},
+    },
+    "dynamic, within": {
+        "max_position_embeddings": 97,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.7},
+    },
+    "llama3, old layout": {
+        "head_dim": 10,
+        "rope_theta": 523.0,
+        "rope_scaling": {"rope_type": "llama3"} | LLAMA3,
+    },
+    "default, new layout": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 523.0},
+    },
     "linear, new layout": {
         "rope_theta": None,
         "rope_parameters": {"rope_type": "linear", "factor": 2.3, "rope_theta": 523.0},
@@ -82,7 +107,8 @@ def close(got, want, tolerance=1e-5):
 
 @pytest.fixture(scope="module", params=["plain", "fast"])
 def model(tmp_path_factory, request):
-    """The small Llama, wider in its context than any test here goes; without fast/ the plain one twice."""
+    """The small Llama, wider in its context than any test here goes; without fast/ the plain one
+    twice."""
     model = load_llama(write_llama(tmp_path_factory.mktemp("llama") / "m"))
     return make_fast(model) if request.param == "fast" else model
 
@@ -92,7 +118,8 @@ def model(tmp_path_factory, request):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(tmp_path, case):
-    """A misread config field or a wrong axis gives fluent nonsense: no error says so, only the reference does."""
+    """A misread config field or a wrong axis gives fluent nonsense: no error says so, only the
+    reference does."""
     folder = llama_folder(tmp_path / "m", **CASES[case])
     ids = random_ids(2, 29)
     close(load_llama(folder)(ids), transformers_logits(folder, ids))
@@ -107,7 +134,8 @@ def test_random_configurations_equal_transformers(tmp_path, seed):
     rope = r.choice((None, {"factor": 3.1, "rope_type": "linear"}, {"factor": 1.9, "rope_type": "dynamic"}))
     fields = {
         "vocab_size": r.choice((53, 101, 331)),
-        "hidden_size": heads * r.choice((7, 11, 13)),  # transformers wants a multiple even where head_dim is given
+        "hidden_size": heads
+        * r.choice((7, 11, 13)),  # transformers wants a multiple even where head_dim is given
         "intermediate_size": r.choice((23, 59, 71)),
         "num_hidden_layers": r.choice((1, 2, 5)),
         "num_key_value_heads": key_heads,
@@ -126,7 +154,8 @@ def test_random_configurations_equal_transformers(tmp_path, seed):
 
 
 def test_bfloat16_equals_transformers(tmp_path):
-    """Norms, rotary angles and softmax have to be float32 inside a bfloat16 model, as in transformers."""
+    """Norms, rotary angles and softmax have to be float32 inside a bfloat16 model, as in
+    transformers."""
     folder = llama_folder(tmp_path / "m", torch.bfloat16, head_dim=10, rope_theta=523.0)
     ids = random_ids(2, 31)
     ours, theirs = load_llama(folder)(ids), transformers_logits(folder, ids, torch.bfloat16)
@@ -148,7 +177,9 @@ def shard(folder, source, count=3):
     weight_map = {name: files[j % count] for j, name in enumerate(sorted(tensors))}
     for file in files:
         write_safetensors(folder / file, {n: t for n, t in tensors.items() if weight_map[n] == file})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -162,7 +193,8 @@ def test_three_shards_equal_one_file(tmp_path):
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):
-    """It warns of adapters made for another base: one that depends on how the files are cut warns of the same base."""
+    """It warns of adapters made for another base: one that depends on how the files are cut warns
+    of the same base."""
     first = load_llama(write_llama(tmp_path / "a"))
     assert load_llama(write_llama(tmp_path / "c", seed=1)).fingerprint != first.fingerprint
     assert load_llama(write_llama(tmp_path / "b")).fingerprint == first.fingerprint
@@ -170,9 +202,14 @@ def test_fingerprint_is_of_the_weights(tmp_path):
 
 
 def test_loaded_model_is_whole_frozen_and_of_the_dtype_asked_for(tmp_path):
-    """A tensor left on the meta device, or of another dtype than its neighbours, fails only when it is first used."""
+    """A tensor left on the meta device, or of another dtype than its neighbours, fails only when it
+    is first used."""
     folder = llama_folder(tmp_path / "m", torch.bfloat16, tie_word_embeddings=False, attention_bias=True)
-    for asked, got in ((None, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16)):
+    for asked, got in (
+        (None, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+    ):
         model = load_llama(folder, asked)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         assert {t.device.type for t in tensors.values()} == {"cpu"}
@@ -183,7 +220,8 @@ def test_loaded_model_is_whole_frozen_and_of_the_dtype_asked_for(tmp_path):
 
 
 def test_what_follows_from_the_config_is_ignored_in_the_file(tmp_path):
-    """Older checkpoints hold rotary_emb.inv_freq and a copy of the tied head: refusing them would refuse Llama 2."""
+    """Older checkpoints hold rotary_emb.inv_freq and a copy of the tied head: refusing them would
+    refuse Llama 2."""
     folder = llama_folder(tmp_path / "m")
     want = load_llama(folder)(random_ids(1, 5))
     tensors, _ = read_safetensors(folder / "model.safetensors")
@@ -197,7 +235,8 @@ def test_what_follows_from_the_config_is_ignored_in_the_file(tmp_path):
 
 
 def test_cached_equals_uncached_for_every_split(model):
-    """An off-by-one between cache, mask and rotary position shows only at some lengths: so all of them."""
+    """An off-by-one between cache, mask and rotary position shows only at some lengths: so all of
+    them."""
     t = 13
     ids = random_ids(2, t)
     want = model(ids)
@@ -210,7 +249,8 @@ def test_cached_equals_uncached_for_every_split(model):
 
 @pytest.mark.parametrize("sizes", [[1] * 13, [5, 1, 1, 3, 2, 1], [2, 7, 4]])
 def test_cached_equals_uncached_in_many_pieces(model, sizes):
-    """Decoding is a prefill and then one token at a time; an error in the cache grows with every step."""
+    """Decoding is a prefill and then one token at a time; an error in the cache grows with every
+    step."""
     ids = random_ids(3, 13, seed=1)
     cache = model.new_cache(3, 17)  # larger than needed: what lies behind the end must not be seen
     cache.k.fill_(9.0), cache.v.fill_(-9.0)
@@ -218,8 +258,8 @@ def test_cached_equals_uncached_in_many_pieces(model, sizes):
 
 
 def test_padded_rows_equal_each_row_alone(model):
-    """Right-padded rows of different lengths: a row that sees its padding, or positions counted from the longest row,
-    answers differently in a batch than alone."""
+    """Right-padded rows of different lengths: a row that sees its padding, or positions counted
+    from the longest row, answers differently in a batch than alone."""
     first, second, steps = [3, 11, 7, 1], [5, 2, 1, 4], 5
     rows = random_ids(4, 32, seed=2)
     cache = model.new_cache(4, 32)
@@ -240,8 +280,8 @@ def test_padded_rows_equal_each_row_alone(model):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=7))
 def test_rows_behind_each_other_equal_each_row_alone(model, lengths):
-    """Training computes no padding: a row that sees the one before it, or whose positions go on from there, learns
-    another text than it will answer."""
+    """Training computes no padding: a row that sees the one before it, or whose positions go on
+    from there, learns another text than it will answer."""
     rows = [random_ids(1, n, seed=j) for j, n in enumerate(lengths)]
     hidden = model.model(torch.cat(rows, 1), lengths=lengths)
     assert hidden.shape[:2] == (1, sum(lengths))
@@ -276,14 +316,17 @@ print(before, peak(), sum(p.numel() * p.element_size() for p in llama.parameters
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_loading_peaks_at_the_size_of_the_weights(tmp_path):
-    """A second copy of the weights, for a moment, is what keeps a model that fits from being loaded."""
+    """A second copy of the weights, for a moment, is what keeps a model that fits from being
+    loaded."""
     fields = {"hidden_size": 1024, "intermediate_size": 4093, "num_hidden_layers": 31, "vocab_size": 32003}
     whole = llama_folder(tmp_path / "m", torch.bfloat16, **fields, num_attention_heads=8, head_dim=128)
     parts = shard(tmp_path / "parts", whole)
     (whole / "model.safetensors").unlink()
     size = sum(file.stat().st_size for file in parts.glob("*.safetensors"))
     assert size >= 1e9, "too small to measure"
-    done = subprocess.run([sys.executable, "-c", MEASURE, parts], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, parts], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     before, after, held = map(int, done.stdout.split())
     assert held == pytest.approx(size, rel=0.01)
     assert after - before <= 1.1 * size, f"{(after - before) / size:.2f} times the weights"
@@ -315,7 +358,8 @@ PROMPTS = [
 
 @pytest.mark.real
 def test_greedy_tokens_equal_transformers(real_model):
-    """The whole path with real weights and a real tokenizer: ids, positions, cache, padding, EOS and text."""
+    """The whole path with real weights and a real tokenizer: ids, positions, cache, padding, EOS
+    and text."""
     from helpers_oracles import LlamaForCausalLM
 
     mole, steps = load(real_model, dtype="float32"), 64
@@ -330,7 +374,11 @@ def test_greedy_tokens_equal_transformers(real_model):
             ids = torch.tensor([mole.tokenizer.encode(prompt)])
             with torch.no_grad():
                 full = oracle.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, pad_token_id=0
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=steps,
+                    do_sample=False,
+                    pad_token_id=0,
                 )
             want = full[0, ids.shape[1] :].tolist()
             assert ours == want, prompt

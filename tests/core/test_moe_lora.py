@@ -70,8 +70,8 @@ def close(a, b, limit=1e-5):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_adapters_by_softmax_is_the_dense_sum(pool, backend):
-    """With k = e the top-k is the whole softmax: a weight joined to another slot's adapter, or a scale counted twice,
-    shows against the sum written out."""
+    """With k = e the top-k is the whole softmax: a weight joined to another slot's adapter, or a
+    scale counted twice, shows against the sum written out."""
     path = "model.layers.1.mlp.up_proj"
     gate, A, B, scale = random_gates(pool, 5)[path], pool.A[path], pool.B[path], pool.scale[path]
     base = nn.Linear(44, 67)
@@ -86,8 +86,11 @@ def test_all_adapters_by_softmax_is_the_dense_sum(pool, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_adapter_of_weight_1_is_the_merged_model(model, pool, backend):
-    """LoRA's definition is W + scale B A; this is its proof without PEFT (test_adapters.py has the one with it)."""
-    got = {name: logits_of(model, pool, fixed(pool, [{name: 1.0}] * 3), backend=backend) for name in pool.names}
+    """LoRA's definition is W + scale B A; this is its proof without PEFT (test_adapters.py has the
+    one with it)."""
+    got = {
+        name: logits_of(model, pool, fixed(pool, [{name: 1.0}] * 3), backend=backend) for name in pool.names
+    }
     plain = model(IDS)
     for name, logits in got.items():
         merge(model, pool.adapter(name), 1)
@@ -102,8 +105,9 @@ def merge(model, adapter, sign):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_top1_gets_no_gradient_from_the_lm_loss(model, pool, k):
-    """k = 1 has the constant weight 1: training it by the LM loss alone would run for hours and change nothing. At k =
-    2 every gate must learn from it; a detached weight would leave them all as they started."""
+    """k = 1 has the constant weight 1: training it by the LM loss alone would run for hours and
+    change nothing. At k = 2 every gate must learn from it; a detached weight would leave them all
+    as they started."""
     gates = random_gates(pool, k)
     attach(model, pool, gates)
     loss = F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -114,7 +118,8 @@ def test_top1_gets_no_gradient_from_the_lm_loss(model, pool, k):
 
 
 def test_a_batch_of_different_requests_equals_each_alone(model, pool):
-    """One user's adapters must never reach another's answer: samples are told apart after flattening (b, t) to n."""
+    """One user's adapters must never reach another's answer: samples are told apart after
+    flattening (b, t) to n."""
     choices = [{"bee": 1.0}, {}, {"ant": 0.25, "eel": 0.75}]
     together = logits_of(model, pool, fixed(pool, choices))
     alone = [logits_of(model, pool, fixed(pool, [choices[j]]), IDS[j : j + 1]) for j in range(3)]
@@ -125,8 +130,8 @@ def test_a_batch_of_different_requests_equals_each_alone(model, pool):
 
 
 def test_fixed_and_routed_rows_in_one_batch(model, pool):
-    """Rows that name an adapter beside rows that ask the gates, of another k: a mask on the wrong axis, or weights
-    without their indices, would give both the other's adapters."""
+    """Rows that name an adapter beside rows that ask the gates, of another k: a mask on the wrong
+    axis, or weights without their indices, would give both the other's adapters."""
     gates = {path: SampleGate(inner) for path, inner in random_gates(pool, 2).items()}
     choices = [{"cat": 1.0}, {}, {"dog": 0.5, "ant": 0.25, "bee": 0.25}]
     for routed in ([False, True, False], [True, False, True], [True] * 3, [False] * 3):
@@ -134,14 +139,18 @@ def test_fixed_and_routed_rows_in_one_batch(model, pool):
         for gate in gates.values():
             gate.set(idx, weight, torch.tensor(routed))
         got = logits_of(model, pool, gates)
-        by_gates, by_name = logits_of(model, pool, random_gates(pool, 2)), logits_of(model, pool, fixed(pool, choices))
+        by_gates, by_name = (
+            logits_of(model, pool, random_gates(pool, 2)),
+            logits_of(model, pool, fixed(pool, choices)),
+        )
         assert not close(by_gates, by_name, 0.01)
         for row, asks in enumerate(routed):
             assert close(got[row], by_gates[row] if asks else by_name[row])
 
 
 def test_padded_tokens_change_nothing(model, pool):
-    """Right padding goes through the gates as well; the real tokens of a shorter row must not notice."""
+    """Right padding goes through the gates as well; the real tokens of a shorter row must not
+    notice."""
     short = IDS[1:2, :5]
     gates = random_gates(pool, 2)
     padded = IDS.clone()
@@ -150,21 +159,25 @@ def test_padded_tokens_change_nothing(model, pool):
 
 
 def test_zero_padding_changes_nothing(model, shapes, pool):
-    """Ranks below the pool's and empty slots are zeros: were they anything else, adding an adapter would change the
-    others."""
+    """Ranks below the pool's and empty slots are zeros: were they anything else, adding an adapter
+    would change the others."""
     roomy = make_pool(shapes, capacity=11, rank=13)
     gates, roomy_gates = random_gates(pool, 3), random_gates(roomy, 3)
     assert close(logits_of(model, roomy, roomy_gates), logits_of(model, pool, gates), 1e-5)
     for name in pool.names:
         choice = [{name: 1.0}] * 3
-        assert close(logits_of(model, roomy, fixed(roomy, choice)), logits_of(model, pool, fixed(pool, choice)), 1e-5)
+        assert close(
+            logits_of(model, roomy, fixed(roomy, choice)), logits_of(model, pool, fixed(pool, choice)), 1e-5
+        )
 
 
 def test_order_of_the_pool_changes_nothing(model, shapes, pool):
     """Slots are an accident of loading; gates and adapters meet by name."""
     other = make_pool(shapes, sorted(RANKS, reverse=True))
     assert other.names == pool.names[::-1]
-    assert close(logits_of(model, other, random_gates(other, 2)), logits_of(model, pool, random_gates(pool, 2)))
+    assert close(
+        logits_of(model, other, random_gates(other, 2)), logits_of(model, pool, random_gates(pool, 2))
+    )
 
 
 def test_backends_agree_through_the_whole_model(model, pool):
@@ -179,7 +192,8 @@ def test_backends_agree_through_the_whole_model(model, pool):
     "targets", [[name] for name in SEVEN] + [["q_proj", "v_proj"], ["o_proj", "gate_proj", "down_proj"]]
 )
 def test_any_subset_of_the_linears(model, shapes, targets):
-    """Many adapters sit on q and v alone: a seam that expects all of a group to be wrapped would break on them."""
+    """Many adapters sit on q and v alone: a seam that expects all of a group to be wrapped would
+    break on them."""
     pool = make_pool(shapes, targets=targets)
     assert len(pool.A) == 3 * len(targets)
     got = logits_of(model, pool, fixed(pool, [{"bee": 1.0}] * 3))
@@ -203,8 +217,9 @@ def gate_weights(logits, k, temperature=1.0, known=None):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 31), st.data(), st.floats(0.05, 50), st.integers(0, 2**31))
 def test_top_k_of_the_softmax_renormalised(e, data, temperature, seed):
-    """The two ways that the gate is described in are one at any temperature that divides the logits in both; the one
-    that the released training loop used, with the temperature in only one, is not."""
+    """The two ways that the gate is described in are one at any temperature that divides the logits
+    in both; the one that the released training loop used, with the temperature in only one, is not.
+    """
     k = data.draw(st.integers(1, e))
     logits = torch.randn(7, e, generator=torch.Generator().manual_seed(seed)) * 3
     probability = torch.softmax(logits.double() / temperature, -1)
@@ -214,8 +229,8 @@ def test_top_k_of_the_softmax_renormalised(e, data, temperature, seed):
 
 
 def test_temperature():
-    """Hot is uniform over the k, cold is the best alone, and 15, the paper's setting for composites, turns 0.65/0.35
-    into 0.51/0.49."""
+    """Hot is uniform over the k, cold is the best alone, and 15, the paper's setting for
+    composites, turns 0.65/0.35 into 0.51/0.49."""
     logits = torch.tensor([[0.0, math.log(0.65 / 0.35), -9.0]])
     for temperature, first in ((1.0, 0.65), (15.0, 0.5103), (1e6, 0.5), (1e-3, 1.0)):
         want = torch.tensor([[1 - first, first, 0.0]])
@@ -224,8 +239,8 @@ def test_temperature():
 
 
 def test_unknown_slots_are_never_chosen():
-    """An adapter that came after the gates has a zero row, which beats every negative logit; and with more slots asked
-    for than are known, a masked softmax over an empty rest would be NaN."""
+    """An adapter that came after the gates has a zero row, which beats every negative logit; and
+    with more slots asked for than are known, a masked softmax over an empty rest would be NaN."""
     known = torch.tensor([False, True, False, True, False])
     logits = torch.tensor([[9.0, -1.0, 9.0, -2.0, 9.0]])
     want = torch.tensor([[0, 0.7310586, 0, 0.2689414, 0]])
@@ -235,7 +250,8 @@ def test_unknown_slots_are_never_chosen():
 
 
 def test_logits_are_float32_in_a_bfloat16_model():
-    """bfloat16 has 8 bits: it can't tell a logit of 257 from 256, so that ties would be broken by the slot's number."""
+    """bfloat16 has 8 bits: it can't tell a logit of 257 from 256, so that ties would be broken by
+    the slot's number."""
     G = torch.tensor([[256.0, 0], [256, 1], [-256, 0]]).bfloat16()
     idx, weight = MeteoraGate(G, 2)(torch.ones(1, 2).bfloat16(), None, None)
     assert idx.tolist() == [[1, 0]] and weight.dtype == torch.float32
@@ -246,7 +262,8 @@ def test_logits_are_float32_in_a_bfloat16_model():
 
 
 def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool, tmp_path):
-    """Rows joined by position give every token another task's adapter as soon as a folder is listed otherwise."""
+    """Rows joined by position give every token another task's adapter as soon as a folder is listed
+    otherwise."""
     file = tmp_path / "meteora_top2.safetensors"
     want = logits_of(model, pool, random_gates(pool, 2))
     save_gates(file, random_gates(pool, 2), pool, 2, ["cat", "ant", "eel", "dog", "bee"])
@@ -266,8 +283,9 @@ def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool
 
 
 def test_gates_of_other_adapters_are_refused(shapes, pool, tmp_path):
-    """Gates trained on an adapter that is gone, or was trained again since, route to something they never saw. All of
-    them are listed: found one at a time, twenty changed adapters take twenty runs."""
+    """Gates trained on an adapter that is gone, or was trained again since, route to something they
+    never saw. All of them are listed: found one at a time, twenty changed adapters take twenty
+    runs."""
     file = tmp_path / "gates.safetensors"
     save_gates(file, random_gates(pool, 2), pool, 2, pool.names)
     other = make_pool(shapes, ["ant", "bee", "dog"])
@@ -333,7 +351,8 @@ def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
 
 
 def test_detach_gives_the_very_same_model_back(model, pool):
-    """A base that comes back changed, or copied, answers otherwise from then on, and doubles its memory."""
+    """A base that comes back changed, or copied, answers otherwise from then on, and doubles its
+    memory."""
     with torch.no_grad():
         before = model(IDS)
     modules, weights = dict(model.named_modules()), {n: p.data_ptr() for n, p in model.named_parameters()}
@@ -378,8 +397,8 @@ def test_rows_name_their_adapters(pool):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
-    """Forking a router in ten lines is what the protocol is for: one module with forward(x, sample, ax), and ax
-    computed once however often it is asked for."""
+    """Forking a router in ten lines is what the protocol is for: one module with forward(x, sample,
+    ax), and ax computed once however often it is asked for."""
     calls = []
 
     class Twice(LoudestGate):
@@ -402,7 +421,10 @@ def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
     def by_hand(path, linear):
         def forward(x):
             ax = torch.einsum("eri,ni->ner", pool.A[path], x)
-            chosen = torch.zeros(ax.shape[:2]).scatter(-1, ax.norm(dim=-1).topk(2, -1).indices, 0.5) * pool.scale[path]
+            chosen = (
+                torch.zeros(ax.shape[:2]).scatter(-1, ax.norm(dim=-1).topk(2, -1).indices, 0.5)
+                * pool.scale[path]
+            )
             return F.linear(x, linear.weight) + torch.einsum("ne,eor,ner->no", chosen, pool.B[path], ax)
 
         return forward
@@ -417,10 +439,13 @@ def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
 
 
 def test_recorder_sees_what_the_gates_chose(model, pool):
-    """Routing traces are what people believe: each module's row must be its own gate's choice, by module and by
-    slot."""
+    """Routing traces are what people believe: each module's row must be its own gate's choice, by
+    module and by slot."""
     paths = list(pool.A)
-    gates = {path: fixed(pool, [{pool.names[(j + row) % 5]: 1.0} for row in range(3)]) for j, path in enumerate(paths)}
+    gates = {
+        path: fixed(pool, [{pool.names[(j + row) % 5]: 1.0} for row in range(3)])
+        for j, path in enumerate(paths)
+    }
     attach(model, pool, gates)
     with torch.no_grad(), Recorder(model, 40) as seen:
         model(IDS)
@@ -429,15 +454,16 @@ def test_recorder_sees_what_the_gates_chose(model, pool):
         second = seen.read(21).clone()
     for m in range(21):
         for trace, t in ((first, 11), (second, 7)):
-            want = torch.stack([F.one_hot(torch.tensor((m + row) % 5), 5).expand(t, 5) for row in range(3)]).flatten(
-                0, 1
-            )
+            want = torch.stack(
+                [F.one_hot(torch.tensor((m + row) % 5), 5).expand(t, 5) for row in range(3)]
+            ).flatten(0, 1)
             assert torch.equal(trace[m], want.float())
     assert list(attached(model)) == paths
 
 
 def test_recorded_weights_are_the_gates_own(model, pool):
-    """Rows that don't sum to 1, or the pool's scales among the weights, would show adapters in the wrong shares."""
+    """Rows that don't sum to 1, or the pool's scales among the weights, would show adapters in the
+    wrong shares."""
     gates = random_gates(pool, 3)
     linears = attach(model, pool, gates)
     inputs = {}
@@ -462,8 +488,8 @@ def test_recorded_weights_are_the_gates_own(model, pool):
 
 
 def test_recorder_lets_go(model, pool):
-    """Left attached, it would copy every later forward's routing, and fail at the first prompt longer than the first
-    one."""
+    """Left attached, it would copy every later forward's routing, and fail at the first prompt
+    longer than the first one."""
     linears = attach(model, pool, fixed(pool, [{"ant": 1.0}] * 3))
     with Recorder(model, 33) as seen:
         assert all(linear.trace is not None for linear in linears.values())
@@ -480,7 +506,8 @@ def test_recorder_lets_go(model, pool):
 
 
 def test_dropout_is_for_training_and_for_adapters_alone(model, pool):
-    """Dropout left on while generating makes answers random; on the base's own input it would train another model."""
+    """Dropout left on while generating makes answers random; on the base's own input it would train
+    another model."""
     with torch.no_grad():
         plain = model(IDS)
         want = logits_of(model, pool, fixed(pool, [{"bee": 1.0}] * 3))
@@ -495,8 +522,8 @@ def test_dropout_is_for_training_and_for_adapters_alone(model, pool):
 
 
 def test_dropout_reaches_the_kernel_past_a_gate_that_asked_for_ax(pool):
-    """The gate's A x is of the undropped input: shared with the kernel while training, it would switch dropout off
-    unseen."""
+    """The gate's A x is of the undropped input: shared with the kernel while training, it would
+    switch dropout off unseen."""
     path = "model.layers.0.self_attn.q_proj"
     base = nn.Linear(44, 24, bias=False)
     x = torch.randn(1, 7, 44, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
-"""Composite prompts: what they are drawn from, whose each token is, what counts as right, and the oracle's ceiling."""
+"""Composite prompts: what they are drawn from, whose each token is, what counts as right, and the
+oracle's ceiling."""
 
 import re
 from types import SimpleNamespace
@@ -35,13 +36,22 @@ def row(name, split, j):
 def make_tasks(names=NAMES, metric="exact_match"):
     """Tasks whose every text says where it comes from; 7 training examples and 5 test ones each."""
     return {
-        n: Task(n, metric, *([row(n, s, j) for j in range(c)] for s, c in (("train", 7), ("test", 5)))) for n in names
+        n: Task(n, metric, *([row(n, s, j) for j in range(c)] for s, c in (("train", 7), ("test", 5))))
+        for n in names
     }
 
 
 def options(**more):
     return SimpleNamespace(
-        **{"batch_size": 3, "max_new_tokens": 7, "top_k": 2, "seed": 0, "meteora_metrics": False, "retrieve": 3} | more
+        **{
+            "batch_size": 3,
+            "max_new_tokens": 7,
+            "top_k": 2,
+            "seed": 0,
+            "meteora_metrics": False,
+            "retrieve": 3,
+        }
+        | more
     )
 
 
@@ -49,10 +59,16 @@ def options(**more):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.sampled_from(["test", "train"]), st.integers(0, 3))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.sampled_from(["test", "train"]),
+    st.integers(0, 3),
+)
 def test_shots_are_solved_training_examples_and_questions_are_of_the_split(n, count, seed, split, shots):
-    """A shot from the test split gives an answer away, two questions of one task make n easier, and a question without
-    its own template is one that no adapter was trained on."""
+    """A shot from the test split gives an answer away, two questions of one task make n easier, and
+    a question without its own template is one that no adapter was trained on."""
     tasks = make_tasks()
     drawn = composites(tasks, n, count, "<{prompt}>\n\n", seed, split, shots)
     assert len(drawn) == count
@@ -64,7 +80,9 @@ def test_shots_are_solved_training_examples_and_questions_are_of_the_split(n, co
             assert len(set(names)) == n
             rows = [dict(zip(("name", "split", "j"), text[4:-2].split(), strict=True)) for text, _ in asked]
             said = list(enumerate(rows, 1))
-            assert [text for text, _ in asked] == [f"{i}. <{r['name']} {r['split']} {r['j']}>\n" for i, r in said]
+            assert [text for text, _ in asked] == [
+                f"{i}. <{r['name']} {r['split']} {r['j']}>\n" for i, r in said
+            ]
             assert [r["name"] for r in rows] == names
             assert next(spans) == (ANSWERS, None)  # the list's beginning is no task's
             assert {r["split"] for r in rows} == ({"train"} if shot < shots else {split})
@@ -80,12 +98,15 @@ def test_shots_are_solved_training_examples_and_questions_are_of_the_split(n, co
 
 
 def test_the_seed_decides_and_everything_is_drawn():
-    """Other prompts at each run can't be compared; prompts that depend on the folder's order, or never ask some of the
-    questions, or ask all shots of the same tasks, measure something else than they say."""
+    """Other prompts at each run can't be compared; prompts that depend on the folder's order, or
+    never ask some of the questions, or ask all shots of the same tasks, measure something else than
+    they say."""
     tasks = make_tasks()
     drawn = composites(tasks, 3, 97, TEMPLATE, 5)
     assert (
-        drawn == composites(tasks, 3, 97, TEMPLATE, 5) == composites(dict(reversed(tasks.items())), 3, 97, TEMPLATE, 5)
+        drawn
+        == composites(tasks, 3, 97, TEMPLATE, 5)
+        == composites(dict(reversed(tasks.items())), 3, 97, TEMPLATE, 5)
     )
     assert drawn[:11] == composites(tasks, 3, 11, TEMPLATE, 5)  # more prompts are more of the same
     assert drawn != composites(tasks, 3, 97, TEMPLATE, 6)
@@ -109,7 +130,8 @@ def test_more_questions_than_tasks_are_refused():
 
 @pytest.fixture(scope="module")
 def mole(tmp_path_factory):
-    """A random small Llama with room for composites, an adapter for each task and random top-2 gates."""
+    """A random small Llama with room for composites, an adapter for each task and random top-2
+    gates."""
     folder = tmp_path_factory.mktemp("composites")
     write_llama(folder / "small", max_position_embeddings=ROOM)
     (folder / "small" / "tokenizer.model").write_bytes(tokenizer_bytes())
@@ -126,25 +148,29 @@ def mole(tmp_path_factory):
 
 
 def owners(mole, composite):
-    """The task of each token, by another way than encode_spans: every span begins with an ASCII sign and ends in a line
-    break, here both tokens of their own, so that it is tokenized alike alone, but for sentencepiece's space before."""
+    """The task of each token, by another way than encode_spans: every span begins with an ASCII
+    sign and ends in a line break, here both tokens of their own, so that it is tokenized alike
+    alone, but for sentencepiece's space before."""
     pieces = mole.tokenizer.backend.pieces
     counts = [len(pieces.encode(text)) - 1 for text, _ in composite.spans]
     counts[0] += 2  # BOS, and the space that only a text's beginning has
     return [name for (_, name), count in zip(composite.spans, counts, strict=True) for _ in range(count)]
 
 
-# No "<": special tokens written out are cut out before sentencepiece sees the text, which `owners` doesn't know.
+# No "<": special tokens written out are cut out before sentencepiece sees the text, which `owners`
+# doesn't know.
 TEXTS = st.text(
-    st.characters(exclude_categories=("C",), exclude_characters="<") | st.sampled_from("日é🎉ß ▁�\n"), max_size=12
+    st.characters(exclude_categories=("C",), exclude_characters="<") | st.sampled_from("日é🎉ß ▁�\n"),
+    max_size=12,
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("[19("), TEXTS, st.sampled_from(NAMES)), min_size=1, max_size=5))
 def test_every_token_belongs_to_the_span_that_it_ends_in(mole, parts):
-    """One token off, the ceiling is no ceiling: each answer's first tokens run through its neighbour's adapter. Bytes
-    of one character come as several tokens, without a text until the last."""
+    """One token off, the ceiling is no ceiling: each answer's first tokens run through its
+    neighbour's adapter. Bytes of one character come as several tokens, without a text until the
+    last."""
     composite = Composite([(f"{first}{text}\n", name) for first, text, name in parts], [])
     ids, names = encode_spans(mole, composite)
     assert ids == mole.tokenizer.encode(composite.prompt)
@@ -152,7 +178,8 @@ def test_every_token_belongs_to_the_span_that_it_ends_in(mole, parts):
 
 
 def test_a_special_token_written_out_shifts_no_span(mole):
-    """Templates hold them; a token without a text must not move all that follow into an earlier span."""
+    """Templates hold them; a token without a text must not move all that follow into an earlier
+    span."""
     alone = encode_spans(mole, Composite([("[a</s>\n", "ant")], []))[1]
     ids, names = encode_spans(mole, Composite([("[a</s>\n", "ant"), ("[b\n", "bee")], []))
     assert names == alone + ["bee"] * 3 and len(ids) == len(names) and ids.count(2) == 1
@@ -169,10 +196,12 @@ def test_drawn_prompts_too(mole):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 23), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([60, 300, 2000]), st.integers(0, 9))
+@given(
+    st.integers(0, 23), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([60, 300, 2000]), st.integers(0, 9)
+)
 def test_a_step_in_composites_has_the_same_questions_and_answers(mole, count, share, room, step):
-    """Without it composites in training lose, repeat or mix up examples, have another form than those of the test, or
-    don't fit."""
+    """Without it composites in training lose, repeat or mix up examples, have another form than
+    those of the test, or don't fit."""
     tasks = make_tasks()
     rows = [(name, tasks[name].train[j % 7]) for j, name in zip(range(count), NAMES * 5, strict=False)]
     examples = [encode(mole.tokenizer, TEMPLATE, row, name) for name, row in rows]
@@ -204,7 +233,8 @@ def test_a_step_in_composites_has_the_same_questions_and_answers(mole, count, sh
 
 
 def test_composites_in_training_are_of_every_shape(mole):
-    """Of one round, or of two questions, or the same in every step, they would teach less than the test asks."""
+    """Of one round, or of two questions, or the same in every step, they would teach less than the
+    test asks."""
     tasks = make_tasks()
     examples = [encode(mole.tokenizer, TEMPLATE, row, name) for name in NAMES for row in tasks[name].train]
 
@@ -225,7 +255,9 @@ def test_an_answer_of_several_lines_stays_by_itself(mole):
     examples = [encode(mole.tokenizer, TEMPLATE, row, "ant") for row in rows]
     o = SimpleNamespace(composite=0.9, max_length=10_000, seed=0)
     alone = [x for x in compose(examples, mole.tokenizer, TEMPLATE, 0, o) if isinstance(x, Example)]
-    assert sorted(x.row["prompt"] for x in alone) == sorted(row["prompt"] for row in rows if "two" in row["response"])
+    assert sorted(x.row["prompt"] for x in alone) == sorted(
+        row["prompt"] for row in rows if "two" in row["response"]
+    )
 
 
 def test_a_prompt_over_the_context_is_refused_with_both_numbers(mole):
@@ -234,26 +266,31 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(mole):
     assert n > ROOM
     for method in ("oracle", "uniform"):
         with pytest.raises(InputError, match=f"of 3 questions has {n} tokens, the context {ROOM}"):
-            answer_composites(mole, [Composite([("[fox]\n" * 97, "ant")], [("ant", {})] * 3)], method, 1.0, options())
+            answer_composites(
+                mole, [Composite([("[fox]\n" * 97, "ant")], [("ant", {})] * 3)], method, 1.0, options()
+            )
 
 
 @pytest.mark.parametrize("method", ["base", "adapter:cat", "uniform", "meteora", "average_ab"])
 def test_an_answer_is_what_generate_says_to_the_prompt(mole, method):
-    """The same method must mean the same in eval.py: no second template around the prompt, as many tokens as n answers
-    may have, each prompt's own answer in its place whatever its length, the gates at the temperature asked for."""
+    """The same method must mean the same in eval.py: no second template around the prompt, as many
+    tokens as n answers may have, each prompt's own answer in its place whatever its length, the
+    gates at the temperature asked for."""
     asked = composites(make_tasks(), 2, 3, TEMPLATE, seed=3)
     assert len({len(mole.tokenizer.encode(c.prompt)) for c in asked}) > 1
     said = {t: answer_composites(mole, asked, method, t, options()) for t in (1.0, 0.03)}
     for t, texts in said.items():
         want = [
-            answer(mole, c.prompt, raw=True, method=method, max_new_tokens=14, gate_temperature=t)[0] for c in asked
+            answer(mole, c.prompt, raw=True, method=method, max_new_tokens=14, gate_temperature=t)[0]
+            for c in asked
         ]
         assert texts == want
     assert (said[1.0] != said[0.03]) == (method == "meteora")
 
 
 class EachToken(nn.Module):
-    """W x + s B A x, by the adapter that `names` gives to each position, or W x: no gates, no kernels, no cache."""
+    """W x + s B A x, by the adapter that `names` gives to each position, or W x: no gates, no
+    kernels, no cache."""
 
     def __init__(self, base, parts):
         super().__init__()
@@ -269,7 +306,8 @@ class EachToken(nn.Module):
 
 
 def line_breaks(mole):
-    """A rule that turns some of the tokens that the model likes best into line breaks, so that it writes lines."""
+    """A rule that turns some of the tokens that the model likes best into line breaks, so that it
+    writes lines."""
     (newline,) = mole.tokenizer.encode("\n", start=False)[1:]
 
     def choose(logits, *_):
@@ -281,8 +319,8 @@ def line_breaks(mole):
 
 @torch.no_grad()
 def by_hand(mole, composite, budget):
-    """Token by token, the whole text anew each time: prompt tokens by their owners, a generated token by the question
-    whose line it stands in or, a line break, ends up in."""
+    """Token by token, the whole text anew each time: prompt tokens by their owners, a generated
+    token by the question whose line it stands in or, a line break, ends up in."""
     folder, paths = mole.paths
     model, (newline, choose) = load_llama(folder), line_breaks(mole)
     adapters = {name: load_adapter(path, name) for name, path in paths.items()}
@@ -301,22 +339,29 @@ def by_hand(mole, composite, budget):
         if chosen in mole.eos_ids:
             break
         said.append(chosen)
-        lines = sum(at > 0 and index == newline != said[at - 1] for at, index in enumerate(said))  # those with text
+        lines = sum(
+            at > 0 and index == newline != said[at - 1] for at, index in enumerate(said)
+        )  # those with text
         names = [*names, order[min(lines, len(order) - 1)]]
     return said
 
 
 def test_the_ceiling_runs_each_span_and_each_line_through_its_own_adapter(mole, monkeypatch):
-    """A ceiling that runs anything through another adapter is beaten by routing, or makes routing look good. Compared
-    with a loop that has neither gates nor a cache; and a line's end really is where the adapter changes."""
+    """A ceiling that runs anything through another adapter is beaten by routing, or makes routing
+    look good. Compared with a loop that has neither gates nor a cache; and a line's end really is
+    where the adapter changes."""
     newline, choose = line_breaks(mole)
     monkeypatch.setattr("decoding.loop.sample", choose)
     asked = composites(make_tasks(), 3, 3, TEMPLATE, seed=2, shots=1)
     texts = answer_composites(mole, asked, "oracle", 1.0, options(max_new_tokens=5))
     said = [by_hand(mole, composite, 15) for composite in asked]
     assert texts == [mole.tokenizer.decode(ids) for ids in said]
-    assert max(ids.count(newline) for ids in said) >= 3  # all three adapters had their turn, the last beyond its line
-    swapped = [Composite(c.spans, c.questions[::-1]) for c in asked]  # the prompt as it was, other adapters answer
+    assert (
+        max(ids.count(newline) for ids in said) >= 3
+    )  # all three adapters had their turn, the last beyond its line
+    swapped = [
+        Composite(c.spans, c.questions[::-1]) for c in asked
+    ]  # the prompt as it was, other adapters answer
     assert answer_composites(mole, swapped, "oracle", 1.0, options(max_new_tokens=5)) != texts
     moved = [Composite([(text, "eel") for text, _ in c.spans], c.questions) for c in asked]  # and the reverse
     assert answer_composites(mole, moved, "oracle", 1.0, options(max_new_tokens=5)) != texts
@@ -324,7 +369,8 @@ def test_the_ceiling_runs_each_span_and_each_line_through_its_own_adapter(mole, 
 
 @pytest.mark.parametrize("method", ["oracle", "meteora"])
 def test_rows_of_a_batch_are_each_alone(mole, monkeypatch, method):
-    """A row whose line ended, or which is shorter, must not move its neighbours to their next adapter."""
+    """A row whose line ended, or which is shorter, must not move its neighbours to their next
+    adapter."""
     monkeypatch.setattr("decoding.loop.sample", line_breaks(mole)[1])
     asked = composites(make_tasks(), 2, 5, TEMPLATE, seed=7, shots=1)
     texts = answer_composites(mole, asked, method, 1.0, options(batch_size=5))
@@ -338,7 +384,10 @@ def test_rows_of_a_batch_are_each_alone(mole, monkeypatch, method):
 def scored(metrics, prompts, **more):
     """score_composites of prompts [[(task, response), ...], text]; `metrics` {task: metric}."""
     tasks = {name: Task(name, metric, [], []) for name, metric in metrics.items()}
-    asked = [Composite([], [(name, {"prompt": "?", "response": said}) for name, said in rows]) for rows, _ in prompts]
+    asked = [
+        Composite([], [(name, {"prompt": "?", "response": said}) for name, said in rows])
+        for rows, _ in prompts
+    ]
     return score_composites(asked, [text for _, text in prompts], tasks, options(**more))
 
 
@@ -353,8 +402,9 @@ PROMPTS = [
 
 
 def test_scores_by_hand():
-    """The headline figures of the paper: attempted counts answers that are not empty, right only those of metrics that
-    know right and wrong, both a prompt; a missing answer is a wrong answer of its task, not one question fewer."""
+    """The headline figures of the paper: attempted counts answers that are not empty, right only
+    those of metrics that know right and wrong, both a prompt; a missing answer is a wrong answer of
+    its task, not one question fewer."""
     got = scored(METRICS, PROMPTS)
     assert (got["n"], got["attempted"], got["right"]) == (4, (3 + 2 + 1 + 0) / 4, (1 + 1 + 1 + 0) / 4)
     assert 0 <= got["attempted_low"] < got["attempted"] < got["attempted_high"] <= 3
@@ -372,10 +422,13 @@ def test_scores_by_hand():
 
 
 def test_the_interval_is_over_prompts():
-    """An interval over single questions would be narrower than prompts, which are what is drawn, allow."""
+    """An interval over single questions would be narrower than prompts, which are what is drawn,
+    allow."""
     rows, right, wrong = [("ant", "x"), ("bee", "yes")], "1. x\n2. yes", "1. y\n2. no"
     alike = scored(METRICS, [(rows, right)] * 7)
-    assert [alike[key] for key in ("right", "right_low", "right_high", "attempted", "attempted_low")] == [2.0] * 5
+    assert [alike[key] for key in ("right", "right_low", "right_high", "attempted", "attempted_low")] == [
+        2.0
+    ] * 5
     got = scored(METRICS, [(rows, right), (rows, wrong)] * 50)
     width = 2 * 1.96 * 1 / 10  # of a mean of 100 values of which half are 2 and half 0: standard deviation 1
     assert got["right"] == 1.0 and got["right_high"] - got["right_low"] == pytest.approx(width, rel=0.15)
@@ -387,18 +440,33 @@ def test_the_interval_is_over_prompts():
 def test_meteora_metrics_change_the_tasks_scores_alone():
     """--meteora_metrics compares with the released code's tables; attempted and right stay what they say."""
     ours, theirs = scored(METRICS, PROMPTS), scored(METRICS, PROMPTS, meteora_metrics=True)
-    assert {k: v for k, v in ours.items() if k != "tasks"} == {k: v for k, v in theirs.items() if k != "tasks"}
-    assert theirs["tasks"]["ant"] == {"score": 100.0, "n": 1, "metric": "exact_match"}  # the empty ones are dropped
-    assert theirs["tasks"]["dog"] == {"score": 50.0, "n": 2, "metric": "gsm8k"}  # "#### 42" isn't in "42", "7" is
+    assert {k: v for k, v in ours.items() if k != "tasks"} == {
+        k: v for k, v in theirs.items() if k != "tasks"
+    }
+    assert theirs["tasks"]["ant"] == {
+        "score": 100.0,
+        "n": 1,
+        "metric": "exact_match",
+    }  # the empty ones are dropped
+    assert theirs["tasks"]["dog"] == {
+        "score": 50.0,
+        "n": 2,
+        "metric": "gsm8k",
+    }  # "#### 42" isn't in "42", "7" is
 
 
 # The temperature ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.1, 50), st.integers(0, 3)), min_size=1, max_size=5, unique_by=lambda p: p[0]))
+@given(
+    st.lists(
+        st.tuples(st.floats(0.1, 50), st.integers(0, 3)), min_size=1, max_size=5, unique_by=lambda p: p[0]
+    )
+)
 def test_the_temperature_that_gets_most_right_the_first_of_equals(found):
-    """Attempted instead of right, the last of equals or the largest of all would be chosen without a sign of it."""
+    """Attempted instead of right, the last of equals or the largest of all would be chosen without
+    a sign of it."""
     trial = [Composite([], [("ant", {"prompt": "?", "response": "x"})] * 3) for _ in range(2)]
     seen = []
 

@@ -1,4 +1,5 @@
-"""Compiled blocks: the same results as without, one graph for everything, no recompiling, no stale step."""
+"""Compiled blocks: the same results as without, one graph for everything, no recompiling, no stale
+step."""
 
 import itertools
 import os
@@ -52,7 +53,8 @@ def set_rows(pool, gates, routed):
 
 @torch.inference_mode()
 def logits(model, b, t, steps, recorded=False):
-    """Logits (b, t + steps, v) of a prompt and so many single tokens, and the routing of the last step, if any."""
+    """Logits (b, t + steps, v) of a prompt and so many single tokens, and the routing of the last
+    step, if any."""
     ids = torch.randint(331, (b, t + steps), generator=torch.Generator().manual_seed(31 * b + t))
     cache = model.new_cache(b, t + steps)
     cache.replayable = True
@@ -68,15 +70,18 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-# (rows, prompt tokens, tokens after it): one row and several, a prompt of one token, more rows than a whole block takes
-# (attention not compiled), and enough tokens for the cache to be read in longer pieces.
+# (rows, prompt tokens, tokens after it): one row and several, a prompt of one token, more rows than
+# a whole block takes (attention not compiled), and enough tokens for the cache to be read in longer
+# pieces.
 SHAPES = [(1, 5, 3), (3, 7, 2), (1, 1, 2), (2, 13, 70), (11, 3, 2), (1, 67, 3), (5, 1, 2)]
 
 
-@pytest.mark.parametrize(("recorded", "made"), [([False], 5), pytest.param([False, True], 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("recorded", "made"), [([False], 5), pytest.param([False, True], 8, marks=pytest.mark.slow)]
+)
 def test_compiled_is_the_same_in_few_graphs(model, recorded, made):
-    """A compiled block that loses a mask, a position or an adapter answers wrongly only where it is fast; one that
-    compiles again for a new length or batch is slower than none."""
+    """A compiled block that loses a mask, a position or an adapter answers wrongly only where it is
+    fast; one that compiles again for a new length or batch is slower than none."""
     pool, gates = with_gates(model)
     cases = list(itertools.product(SHAPES, recorded))
 
@@ -91,7 +96,8 @@ def test_compiled_is_the_same_in_few_graphs(model, recorded, made):
         got_text, got_routing = run(*case)
         torch.testing.assert_close(got_text, text, rtol=0, atol=1e-4, msg=str(case))
         torch.testing.assert_close(got_routing, routing, rtol=0, atol=1e-4, msg=str(case))
-    # before and after, and the step for one row, for few and for more; the steps again while routing is recorded
+    # before and after, and the step for one row, for few and for more; the steps again while
+    # routing is recorded
     assert graphs() == made, graphs()
 
 
@@ -99,9 +105,9 @@ def test_compiled_is_the_same_in_few_graphs(model, recorded, made):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("o", [521, 518], ids=["one row at a time", "seven rows"])
 def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
-    """Few tokens are sums and many a product, of one weight: taken for each other where the number of tokens is a
-    symbol, either is several times slower, and only a wrong sum is seen in the answers. So is what a smaller batch
-    leaves in the lanes of a vector that it doesn't fill."""
+    """Few tokens are sums and many a product, of one weight: taken for each other where the number
+    of tokens is a symbol, either is several times slower, and only a wrong sum is seen in the
+    answers. So is what a smaller batch leaves in the lanes of a vector that it doesn't fill."""
     monkeypatch.setattr("fast.matmul.WIDENED", wide)
     torch._dynamo.reset()
     counters.clear()
@@ -117,8 +123,8 @@ def test_few_tokens_and_many(o, dtype, wide, monkeypatch):
 
 @torch.inference_mode()
 def test_copies_are_no_guard(monkeypatch):
-    """How many adapters bmm may copy at a time is nothing to a compiled block, which copies none: asked there, it is a
-    graph for each side of that number, or an error."""
+    """How many adapters bmm may copy at a time is nothing to a compiled block, which copies none:
+    asked there, it is a graph for each side of that number, or an error."""
     monkeypatch.setattr("fast.kernels.COPIES", 3 * 2 * 3 * (67 + 11) * 4)  # of three tokens
     torch._dynamo.reset()
     counters.clear()
@@ -135,8 +141,8 @@ def test_copies_are_no_guard(monkeypatch):
 @torch.inference_mode()
 @pytest.mark.parametrize("r", [1, 5, 12])
 def test_ranks_side_by_side(r):
-    """A long prompt's sums take several ranks and both halves of an output at once: one left out, or put in another's
-    place, is a wrong answer in compiled blocks alone."""
+    """A long prompt's sums take several ranks and both halves of an output at once: one left out,
+    or put in another's place, is a wrong answer in compiled blocks alone."""
     torch._dynamo.reset()
     counters.clear()
     A, B = torch.randn(7, r, 67), alloc_B(7, 11, r).copy_(torch.randn(7, 11, r))
@@ -151,10 +157,18 @@ def test_ranks_side_by_side(r):
 
 @torch.inference_mode()
 def test_head_of_few_rows(model):
-    """The head is a fifth of a small model's weights: left out, it alone would run at half the speed. The last hidden
-    states of a prompt are no contiguous tensor, which must not be a graph of its own."""
+    """The head is a fifth of a small model's weights: left out, it alone would run at half the
+    speed. The last hidden states of a prompt are no contiguous tensor, which must not be a graph of
+    its own."""
     hidden = torch.randn(MAX_DECODE_ROWS + 3, 3, 44)
-    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:SIMD_LANES, 1], hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
+    cases = [
+        hidden[:1, 1],
+        hidden[:3, 1],
+        hidden[:SIMD_LANES, 1],
+        hidden[:2, 1].clone(),
+        hidden[:11, 1],
+        hidden[:, 1],
+    ]
     want = [model.head(x) for x in cases]
     model.compile_blocks()
     for x, y in zip(cases, want, strict=True):
@@ -164,7 +178,8 @@ def test_head_of_few_rows(model):
 
 @pytest.mark.slow
 def test_rows_with_fixed_adapters(model):
-    """Requests with a fixed adapter run beside routed ones: every mixture of them has to share a graph."""
+    """Requests with a fixed adapter run beside routed ones: every mixture of them has to share a
+    graph."""
     pool, gates = with_gates(model)
     cases = [([False], 3), ([False, False], 5), ([True, False, True], 4), ([False, True], 1)]
 
@@ -180,7 +195,8 @@ def test_rows_with_fixed_adapters(model):
 
 
 def test_pool_changes_in_place(model):
-    """Adapters come and go while compiled blocks run: neither a new graph, nor the old adapter's answers."""
+    """Adapters come and go while compiled blocks run: neither a new graph, nor the old adapter's
+    answers."""
     pool, gates = with_gates(model, capacity=7)
     shapes = pool.shapes
     model.compile_blocks()
@@ -202,28 +218,32 @@ def test_pool_changes_in_place(model):
 
 @pytest.mark.slow
 def test_texts_of_tiny():
-    """What users see: twenty answers of the embedded default in float32, token for token and adapter for adapter."""
+    """What users see: twenty answers of the embedded default in float32, token for token and
+    adapter for adapter."""
     torch._dynamo.reset()
     prompts = [tiny_tasks.examples(name, "test", 1)[0]["prompt"] for name in sorted(tiny_tasks.TASKS)[:20]]
 
     def answers(compile):
         mole = load(dtype="float32")
-        return [list(stream(mole, prompts[j : j + 5], routing=True, compile=compile)) for j in range(0, 20, 5)] + [
-            list(stream(mole, prompts[:1], compile=compile))
-        ]
+        return [
+            list(stream(mole, prompts[j : j + 5], routing=True, compile=compile)) for j in range(0, 20, 5)
+        ] + [list(stream(mole, prompts[:1], compile=compile))]
 
     for got, want in zip(answers(True), answers(False), strict=True):
-        assert [(t.row, t.id, t.text, t.finish) for t in got] == [(t.row, t.id, t.text, t.finish) for t in want]
+        assert [(t.row, t.id, t.text, t.finish) for t in got] == [
+            (t.row, t.id, t.text, t.finish) for t in want
+        ]
         assert all(
-            dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3) for a, b in zip(got, want, strict=True)
+            dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3)
+            for a, b in zip(got, want, strict=True)
         )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapters", "gates"])
 def test_gradients(what, small_model, tmp_path):
-    """Gradients that a compiled block loses or shares wrongly train something else, faster; and steps of other lengths
-    must not compile again."""
+    """Gradients that a compiled block loses or shares wrongly train something else, faster; and
+    steps of other lengths must not compile again."""
     torch._dynamo.reset()
     counters.clear()
     o = SimpleNamespace(micro_tokens=10_000, late=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too="")
@@ -249,7 +269,9 @@ def test_gradients(what, small_model, tmp_path):
         assert all(slope.abs().max() > 0 for slope in slopes.values())
         for name, slope in slopes.items():
             assert (compiled_slopes[name] - slope).abs().max() < 3e-4 * slope.abs().max(), name
-    assert graphs() == 4, graphs()  # before and after, and both again for the first block, whose x has no gradient
+    assert graphs() == 4, (
+        graphs()
+    )  # before and after, and both again for the first block, whose x has no gradient
 
 
 def test_without_a_compiler():
@@ -263,8 +285,8 @@ def test_without_a_compiler():
 
 @pytest.mark.slow
 def test_two_threads_each_with_a_model(small_model):
-    """A step captured in one thread must not hold the other's kernels: a server that answers from threads would
-    overwrite one user's text with another's."""
+    """A step captured in one thread must not hold the other's kernels: a server that answers from
+    threads would overwrite one user's text with another's."""
     torch._dynamo.reset()
     models = [load_base(small_model) for _ in range(2)]
     want = [logits(model, 1, 5, 7)[0] for model in models]

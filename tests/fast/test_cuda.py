@@ -21,13 +21,18 @@ def answers(device, method, compile):
     prompts = [tiny_tasks.examples(name, "test", 1)[0]["prompt"] for name in sorted(tiny_tasks.TASKS)[:8]]
     mole = load(dtype="float32", device=device)
     batches = [prompts[j : j + 3] for j in range(0, 8, 3)] + [prompts[:1]]
-    return [token for some in batches for token in stream(mole, some, method=method, routing=True, compile=compile)]
+    return [
+        token
+        for some in batches
+        for token in stream(mole, some, method=method, routing=True, compile=compile)
+    ]
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("method", ["base", "meteora", "ramole", "selection", "arrow", "logo"])
 def test_the_answers_of_the_cpu(method, compile):
-    """A tensor left on the other device, a graph that reads memory given to others, TF32 where float32 was said."""
+    """A tensor left on the other device, a graph that reads memory given to others, TF32 where
+    float32 was said."""
     torch._dynamo.reset()
     got, want = answers("cuda", method, compile), answers("cpu", method, False)
     assert [(t.row, t.id, t.finish) for t in got] == [(t.row, t.id, t.finish) for t in want]
@@ -40,19 +45,25 @@ def test_a_step_is_one_graph(monkeypatch):
     torch._dynamo.reset()
     replays, made = [], torch.cuda.CUDAGraph
     monkeypatch.setattr(
-        torch.cuda, "CUDAGraph", type("Counted", (made,), {"replay": lambda self: replays.append(made.replay(self))})
+        torch.cuda,
+        "CUDAGraph",
+        type("Counted", (made,), {"replay": lambda self: replays.append(made.replay(self))}),
     )
     mole = load(dtype="bfloat16", device="cuda")
     tokens = list(stream(mole, ["Spell the word: strawberry"], compile=True))
-    # the prompt gives the first token, a step that is captured the second, and one more at a longer view of the cache
-    assert len(tokens) >= 7 and len(tokens) - 3 <= len(replays) <= len(tokens) - 2, (len(tokens), len(replays))
+    # the prompt gives the first token, a step that is captured the second, and one more at a longer
+    # view of the cache
+    assert len(tokens) >= 7 and len(tokens) - 3 <= len(replays) <= len(tokens) - 2, (
+        len(tokens),
+        len(replays),
+    )
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("kind", ["adapters", "top1", "top2", "router", "base"])
 def test_training_is_the_cpus(kind, compile, small_model, tmp_path):
-    """A batch, a label or a fresh tensor left on the CPU is a traceback; a random choice by the GPU's generator is
-    another model."""
+    """A batch, a label or a fresh tensor left on the CPU is a traceback; a random choice by the
+    GPU's generator is another model."""
     logs = []
     for device in ("cpu", "cuda"):
         torch._dynamo.reset()
@@ -75,8 +86,11 @@ def test_training_is_the_cpus(kind, compile, small_model, tmp_path):
 
 
 def test_a_run_goes_on(small_model, tmp_path, monkeypatch):
-    """The optimizer's state belongs to the GPU but for its counts, and dropout to the GPU's generator."""
-    whole, parts = (options("adapters", small_model, tmp_path / name, steps=7, device="cuda") for name in "ab")
+    """The optimizer's state belongs to the GPU but for its counts, and dropout to the GPU's
+    generator."""
+    whole, parts = (
+        options("adapters", small_model, tmp_path / name, steps=7, device="cuda") for name in "ab"
+    )
     run(whole)
     calls = iter(range(5))  # the last checkpoint is behind the fourth step
 

@@ -1,4 +1,5 @@
-"""fast.install changes speed alone: every method answers as without it, and without the folder all runs."""
+"""fast.install changes speed alone: every method answers as without it, and without the folder all
+runs."""
 
 import subprocess
 import sys
@@ -53,19 +54,22 @@ def test_every_method_is_the_same_without_it(plain, fast, method):
 
 
 def test_what_is_installed(plain, fast):
-    """A model that is loaded plain and is fast all the same, or the reverse, makes the other tests compare a thing with
-    itself."""
+    """A model that is loaded plain and is fast all the same, or the reverse, makes the other tests
+    compare a thing with itself."""
     for mole, name in ((plain, "Llama"), (fast, "FastLlama")):
         set_methods(mole, ["meteora"])
         linear = next(iter(attached(mole.model).values()))
         assert type(mole.model).__name__ == name and isinstance(mole.model, Llama)
-        assert type(linear).__name__ == name.replace("Llama", "MultiLoRALinear") and isinstance(linear, MultiLoRALinear)
+        assert type(linear).__name__ == name.replace("Llama", "MultiLoRALinear") and isinstance(
+            linear, MultiLoRALinear
+        )
         assert type(linear.base).__name__ == name.replace("Llama", "Linear")
 
 
 @pytest.mark.parametrize("wide", [(), (torch.bfloat16,)], ids=["library", "widened"])
 def test_bfloat16_rounds_to_no_less(tmp_path, monkeypatch, wide):
-    """Where a CPU has no bf16 matmul they are computed in float32: they round elsewhere, but not to less."""
+    """Where a CPU has no bf16 matmul they are computed in float32: they round elsewhere, but not to
+    less."""
     monkeypatch.setattr("fast.matmul.WIDENED", wide)
     folder = write_llama(tmp_path / "m", dtype=torch.bfloat16, head_dim=10, rope_theta=523.0)
     ids = torch.randint(331, (2, 31), generator=torch.Generator().manual_seed(0))
@@ -81,7 +85,9 @@ HALTED = "import sys; sys.modules['fast'] = None; "
 def test_the_first_command_without_the_folder():
     """Who deletes fast/ to read or change what is left must still have a program."""
     script = f"sys.argv = ['generate.py', '--prompt', 'What is the plural of mouse?']; sys.path[0] = {str(ROOT)!r}; "
-    done = python(HALTED + script + "import runpy; runpy.run_path('generate.py', run_name='__main__')", cwd=ROOT)
+    done = python(
+        HALTED + script + "import runpy; runpy.run_path('generate.py', run_name='__main__')", cwd=ROOT
+    )
     assert done.returncode == 0 and done.stdout == "mice\n", done.stderr
     done = python(HALTED + script.replace("]", ", '--compile']", 1) + "import runpy; runpy.run_path('generate.py', "
                   "run_name='__main__')", cwd=ROOT)  # fmt: skip
@@ -92,5 +98,7 @@ def test_the_first_command_without_the_folder():
 def test_the_core_without_the_folder():
     """The three files that teach, and their tests, need nothing of it."""
     code = HALTED + "import pytest; sys.exit(pytest.main(['-q', 'tests/core', '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:]

@@ -13,8 +13,9 @@ from helpers_models import LoudestGate
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.85])
 def test_dropout_keeps_the_mean(p):
-    """A share of zeros that doesn't fit the scale makes training's adapters stronger or weaker than generation's. Each
-    byte of the random words must be as random as the others: a column never dropped would be one never trained."""
+    """A share of zeros that doesn't fit the scale makes training's adapters stronger or weaker than
+    generation's. Each byte of the random words must be as random as the others: a column never
+    dropped would be one never trained."""
     torch.manual_seed(0)
     n = 8 * 50021
     y = dropout(torch.ones(n // 4, 4), p)
@@ -30,8 +31,8 @@ def test_dropout_keeps_the_mean(p):
 
 
 def test_dropout_by_the_seed():
-    """A resumed training equals an uninterrupted one only if the masks come from torch's generator, and they must
-    differ from call to call: one mask for ever is pruning."""
+    """A resumed training equals an uninterrupted one only if the masks come from torch's generator,
+    and they must differ from call to call: one mask for ever is pruning."""
     x = torch.randn(7, 13, generator=torch.Generator().manual_seed(0))
     runs = []
     for seed in (5, 5, 7):
@@ -46,8 +47,8 @@ def test_dropout_by_the_seed():
 
 
 def test_dropout_reaches_the_kernel_past_a_gate_that_asked_for_ax():
-    """The gate's A x is of the undropped input: shared with the kernel while training, it would switch dropout off
-    unseen."""
+    """The gate's A x is of the undropped input: shared with the kernel while training, it would
+    switch dropout off unseen."""
     base = nn.Linear(11, 13, bias=False)
     x, A, B, scale, *_ = (y.float() for y in problem(n=7, e=5, r=3, i=11, o=13))
     linear = FastMultiLoRALinear(base, A, B, scale, LoudestGate(5), backend="dense", dropout=0.5)

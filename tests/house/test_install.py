@@ -16,7 +16,8 @@ def __getattr__(name):
 
 
 def write_kernels(folder):
-    """A package `kernels` of the version that transformers looks for, as Hugging Face's would lie in site-packages."""
+    """A package `kernels` of the version that transformers looks for, as Hugging Face's would lie
+    in site-packages."""
     version = "from transformers.utils.import_utils import KERNELS_MIN_VERSION; print(KERNELS_MIN_VERSION)"
     version = python(version).stdout.split()[-1]
     (folder / "kernels").mkdir(parents=True)
@@ -26,7 +27,8 @@ def write_kernels(folder):
 
 
 def test_peers_find_the_package_kernels_and_we_our_file(tmp_path):
-    """transformers would import its names from kernels.py and fail; or bench.py the operation from the package."""
+    """transformers would import its names from kernels.py and fail; or bench.py the operation from
+    the package."""
     write_kernels(tmp_path)
     code = f"""
 import sys
@@ -44,16 +46,28 @@ print(is_kernels_available(), kernels.__file__)
 
 @pytest.mark.slow
 def test_an_installed_checkout_answers_from_anywhere(tmp_path):
-    """`pip install -e .` must know every room, and its commands find our kernels.py before a package of that name."""
+    """`pip install -e .` must know every room, and its commands find our kernels.py before a
+    package of that name."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         (tmp_path / "nano" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "nano" / name).write_bytes((ROOT / name).read_bytes())
     venv.create(tmp_path / "env", with_pip=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (site / "here.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # torch and the others, as they are here
+    (site / "here.pth").write_text(
+        sysconfig.get_paths()["purelib"] + "\n"
+    )  # torch and the others, as they are here
     write_kernels(site)
-    pip = [tmp_path / "env" / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "-e", tmp_path / "nano"]
+    pip = [
+        tmp_path / "env" / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "-e",
+        tmp_path / "nano",
+    ]
     subprocess.run(pip, check=True)
     (tmp_path / "elsewhere").mkdir()
 

@@ -1,4 +1,5 @@
-"""The shape of the project: who may import whom, nothing at import, help for every option, honest requirements."""
+"""The shape of the project: who may import whom, nothing at import, help for every option, honest
+requirements."""
 
 import ast
 import os
@@ -19,14 +20,37 @@ ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pool", "tasks", "tra
 ORDER += ["evaluation", "commands"]
 SCRIPTS = {"generate", "train", "eval", "bench"}
 CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
-SPEED = ("is_compiling", "mark_dynamic", "mkldnn", "is_cuda", "device.type", "is_amx", "compile", "captur", "processor")
+SPEED = (
+    "is_compiling",
+    "mark_dynamic",
+    "mkldnn",
+    "is_cuda",
+    "device.type",
+    "is_amx",
+    "compile",
+    "captur",
+    "processor",
+)
 ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 MODULES = sorted(
     [file.stem for file in ROOT.glob("*.py")]
-    + [f"{room}.{file.stem}" for room in ROOMS for file in (ROOT / room).glob("*.py") if file.stem != "__init__"]
+    + [
+        f"{room}.{file.stem}"
+        for room in ROOMS
+        for file in (ROOT / room).glob("*.py")
+        if file.stem != "__init__"
+    ]
 )
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through evaluation/peers.py
-OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub", "sentence_transformers", *PEERS}
+OPTIONAL = {
+    "sacrebleu",
+    "rouge_score",
+    "matplotlib",
+    "tensorboard",
+    "huggingface_hub",
+    "sentence_transformers",
+    *PEERS,
+}
 ORACLES = {"transformers", "peft", "accelerate", "datasets"}
 # Dataclasses that are command lines: script and command -> class.
 COMMANDS = {
@@ -47,7 +71,8 @@ def tree(module):
 
 
 def imports(nodes):
-    """What the nodes import: modules of ours as {"common.files", ...}, of others the top-level name {"torch", ...}."""
+    """What the nodes import: modules of ours as {"common.files", ...}, of others the top-level name
+    {"torch", ...}."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -59,7 +84,8 @@ def imports(nodes):
 
 
 def ours_or_top(module, name=""):
-    """("common", "files") -> "common.files", ("pool.adapters", "Pool") -> "pool.adapters", ("torch",) -> "torch"."""
+    """("common", "files") -> "common.files", ("pool.adapters", "Pool") -> "pool.adapters",
+    ("torch",) -> "torch"."""
     known = [path for path in (f"{module}.{name}", module) if path in MODULES]
     return known[0] if known else module.partition(".")[0]
 
@@ -85,8 +111,11 @@ def ours(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_upwards(module):
-    """Without it model.py comes to know of LoRA, two rooms need each other, and none can be read alone."""
-    assert room_of(module) in ORDER, f"{module}: a new room needs a place in ORDER: which rooms may it build on?"
+    """Without it model.py comes to know of LoRA, two rooms need each other, and none can be read
+    alone."""
+    assert room_of(module) in ORDER, (
+        f"{module}: a new room needs a place in ORDER: which rooms may it build on?"
+    )
     above = set(ORDER[: ORDER.index(room_of(module)) + 1])
     below = {name for name in ours(module) if room_of(name) not in above or name in SCRIPTS}
     assert not below, f"{module} imports {sorted(below)}, which stand below it"
@@ -110,8 +139,8 @@ def test_the_root_holds_the_idea_and_the_commands():
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_idea_stands_alone(module):
-    """A learner who meets compilers and caches in the three files has to read twice as much to see what LoRA routing
-    is."""
+    """A learner who meets compilers and caches in the three files has to read twice as much to see
+    what LoRA routing is."""
     assert {room_of(name) for name in ours(module)} <= CORE[module]
     text = path_of(module).read_text("utf-8")
     assert [word for word in SPEED if word in text] == []
@@ -132,18 +161,21 @@ def test_only_methods_know_their_names(module):
     for node in ast.walk(tree(module)):
         if isinstance(node, (ast.Compare, ast.MatchValue)):
             found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
-            assert not found, f"{module}:{node.lineno} compares with {sorted(found)}: what of the method decides?"
+            assert not found, (
+                f"{module}:{node.lineno} compares with {sorted(found)}: what of the method decides?"
+            )
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_written_from_scratch(module):
-    """Without it a convenient import makes the project a wrapper of the libraries that its tests compare it with.
-    evaluation/peers.py is there to time them."""
+    """Without it a convenient import makes the project a wrapper of the libraries that its tests
+    compare it with. evaluation/peers.py is there to time them."""
     assert not all_imports(module) & ORACLES or module == "evaluation.peers"
 
 
 def test_oracles_are_not_needed(small_model):
-    """Without it a library that torch or tokenizers would import in passing could become needed unseen."""
+    """Without it a library that torch or tokenizers would import in passing could become needed
+    unseen."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(ORACLES)!r}))\n"
         f"import generate; mole = generate.load({str(small_model)!r}); print(len(generate.answer(mole, 'the fox')))"
@@ -153,13 +185,22 @@ def test_oracles_are_not_needed(small_model):
 
 
 def python(code):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
+    )
 
 
 def test_no_file_shadows_a_library():
-    """Without it a file beside the scripts hides a library of its name: a script's folder comes first on sys.path."""
-    libraries = {"tokenizers", "peft", "datasets", "evaluate"} | set(sys.stdlib_module_names) | requirements().keys()
+    """Without it a file beside the scripts hides a library of its name: a script's folder comes
+    first on sys.path."""
+    libraries = (
+        {"tokenizers", "peft", "datasets", "evaluate"} | set(sys.stdlib_module_names) | requirements().keys()
+    )
     assert not {*ROOMS, *(file.stem for file in ROOT.glob("*.py"))} & libraries
 
 
@@ -208,7 +249,9 @@ def test_help_explains_every_option(line):
     actions = {action.dest: action for action in build_parser(cls, "test")._actions}
     for field in fields(cls):
         text = actions[field.name].help.replace("%%", "%")
-        assert re.sub(r"\s*\(default: .*\)$", "", text), f"{cls.__name__}.{field.name} has no comment beside it"
+        assert re.sub(r"\s*\(default: .*\)$", "", text), (
+            f"{cls.__name__}.{field.name} has no comment beside it"
+        )
         assert (
             f"--{field.name.rstrip('_')}" in done.stdout.split()
             or f"--{field.name.rstrip('_')}," in done.stdout.split()
@@ -220,7 +263,10 @@ def test_help_explains_every_option(line):
     "module",
     [
         *MODULES,
-        *(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sorted((ROOT / "tests").rglob("*.py"))),
+        *(
+            ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            for file in sorted((ROOT / "tests").rglob("*.py"))
+        ),
     ],
 )
 def test_first_line_says_what_it_is(module):
@@ -233,7 +279,9 @@ def test_first_line_says_what_it_is(module):
 def requirements():
     """{package: the rest of its line} of requirements.txt."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    found = [re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line) for line in lines if line and not line.startswith("-")]
+    found = [
+        re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line) for line in lines if line and not line.startswith("-")
+    ]
     return {m[1].lower().replace("-", "_"): m[2] for m in found}
 
 

@@ -1,4 +1,5 @@
-"""Baselines: merges, Arrow and their equality with PEFT's; LoRA-Flow, SMEAR and LoraHub against their equations."""
+"""Baselines: merges, Arrow and their equality with PEFT's; LoRA-Flow, SMEAR and LoraHub against
+their equations."""
 
 import copy
 
@@ -41,7 +42,8 @@ def pool(shapes):
 
 def make_adapters(shapes, names=RANKS, r=None, alpha=None, **options):
     return [
-        random_adapter(n, shapes, r or RANKS[n], alpha or ALPHAS[n], seed=RANKS[n], size=0.3, **options) for n in names
+        random_adapter(n, shapes, r or RANKS[n], alpha or ALPHAS[n], seed=RANKS[n], size=0.3, **options)
+        for n in names
     ]
 
 
@@ -90,7 +92,8 @@ def base(small_model):
 
 
 def peft_merge(base, folder, adapters, seed=None, weight=1.0, **options):
-    """{module path: delta} of PEFT's add_weighted_adapter over the adapters, each of the same weight."""
+    """{module path: delta} of PEFT's add_weighted_adapter over the adapters, each of the same
+    weight."""
     for adapter in adapters:
         save_adapter(adapter, folder / adapter.name)
     names = [adapter.name for adapter in adapters]
@@ -100,16 +103,21 @@ def peft_merge(base, folder, adapters, seed=None, weight=1.0, **options):
     with pytest.MonkeyPatch.context() as patch:  # the last call before the merge draws: seed there
         freeze = peft.tuners.lora.model._freeze_adapter
         patch.setattr(
-            peft.tuners.lora.model, "_freeze_adapter", lambda *args: (freeze(*args), torch.manual_seed(seed or 0))
+            peft.tuners.lora.model,
+            "_freeze_adapter",
+            lambda *args: (freeze(*args), torch.manual_seed(seed or 0)),
         )
         model.base_model.add_weighted_adapter(names, [weight] * len(names), "merged", **options)
-    linears = {p: m for p, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    linears = {
+        p: m for p, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)
+    }
     return {path: linear.get_delta_weight("merged").detach() for path, linear in linears.items()}
 
 
-# PEFT puts sqrt(weight * scale) on A and on B, takes the disjoint mean in ties but the sum in linear and dare_linear,
-# and elects TIES' signs before scaling. So with e adapters of one scale, average_ab and dare_ab, (mean s B)(mean A),
-# are its weights 1 / e^2 and ties_ab its weights 1; the merges of products take any scale, with 1 / e and 1.
+# PEFT puts sqrt(weight * scale) on A and on B, takes the disjoint mean in ties but the sum in
+# linear and dare_linear, and elects TIES' signs before scaling. So with e adapters of one scale,
+# average_ab and dare_ab, (mean s B)(mean A), are its weights 1 / e^2 and ties_ab its weights 1; the
+# merges of products take any scale, with 1 / e and 1.
 PEERS = {
     "average_ab": ("linear", 1 / 25),
     "ties_ab": ("ties", 1.0),
@@ -122,8 +130,8 @@ PEERS = {
 
 @pytest.mark.parametrize("method", MERGES)
 def test_merges_equal_pefts(base, shapes, tmp_path, method):
-    """The names average, TIES, DARE and SVD each have several meanings: without a second implementation the table would
-    compare us with our own misreading."""
+    """The names average, TIES, DARE and SVD each have several meanings: without a second
+    implementation the table would compare us with our own misreading."""
     kind, weight = PEERS[method]
     alike = {"r": 3, "alpha": 7.0} if method.endswith("_ab") else {}
     adapters = make_adapters(shapes, **alike)
@@ -137,8 +145,8 @@ def test_merges_equal_pefts(base, shapes, tmp_path, method):
 
 
 def test_uniform_is_pefts_cat(base, shapes, pool, tmp_path):
-    """`uniform` is what most people mean by merging; its weights 1/e must be the mean of the products, scale included,
-    not an average of A and of B."""
+    """`uniform` is what most people mean by merging; its weights 1/e must be the mean of the
+    products, scale included, not an average of A and of B."""
     want = peft_merge(base, tmp_path, make_adapters(shapes), weight=1 / 5, combination_type="cat")
     got = uniform_deltas(pool)
     assert all(close(got[path], want[path]) for path in want)
@@ -151,21 +159,25 @@ def uniform_deltas(pool):
     for path, (o, i) in pool.shapes.items():
         linear = nn.Linear(i, o, bias=False)
         with torch.no_grad():
-            found[path] = MultiLoRALinear(linear, *stacks(pool, path), gate)(torch.eye(i)[None])[0].T - linear.weight
+            found[path] = (
+                MultiLoRALinear(linear, *stacks(pool, path), gate)(torch.eye(i)[None])[0].T - linear.weight
+            )
     return found
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 7), st.floats(0.05, 0.99), st.integers(0, 2**31))
 def test_ties_equals_pefts_function(e, density, seed):
-    """An element more or less, or a sign elected by count instead of by total, shows at some density and number."""
+    """An element more or less, or a sign elected by count instead of by total, shows at some
+    density and number."""
     stack = noise(e, 11, 13, seed=seed)
     want = merge_utils.ties(list(stack), torch.ones(e), density)
     torch.testing.assert_close(ties(stack, density), want, rtol=0, atol=1e-6)
 
 
 def test_dare_equals_pefts_function():
-    """The sum where the mean was meant, or no rescaling, would make each adapter e or 10 times too strong or weak."""
+    """The sum where the mean was meant, or no rescaling, would make each adapter e or 10 times too
+    strong or weak."""
     stack = noise(5, 23, 31)
     torch.manual_seed(7)
     want = merge_utils.dare_linear(list(stack), torch.ones(5) / 5, 0.3)
@@ -179,8 +191,9 @@ def test_dare_equals_pefts_function():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 7), st.floats(0.05, 1.0), st.integers(0, 2**31))
 def test_ties_knows_no_order_and_no_zeros(e, density, seed):
-    """The merge of a set: another order, an adapter that lacks the Linear and padded ranks change nothing; where all
-    signs agree and nothing is trimmed it is the mean; it keeps the share that it says."""
+    """The merge of a set: another order, an adapter that lacks the Linear and padded ranks change
+    nothing; where all signs agree and nothing is trimmed it is the mean; it keeps the share that it
+    says."""
     stack = noise(e, 5, 11, seed=seed)
     want = ties(stack, density)
     order = torch.randperm(e, generator=torch.Generator().manual_seed(seed))
@@ -228,7 +241,8 @@ def test_seed_of_dare(pool):
 
 @pytest.mark.parametrize("path", [UP, K])
 def test_svd_is_the_truncated_svd_of_the_mean(pool, path):
-    """By way of the small factors, also where they are wider than the Linear, it must be the very same matrix."""
+    """By way of the small factors, also where they are wider than the Linear, it must be the very
+    same matrix."""
     mean = torch.stack([product(pool, name, path) for name in pool.names]).mean(0)
     U, S, Vh = torch.linalg.svd(mean)
     want = U[:, :7] * S[:7] @ Vh[:7]
@@ -238,7 +252,8 @@ def test_svd_is_the_truncated_svd_of_the_mean(pool, path):
 
 
 def test_svd_of_a_linear_smaller_than_the_rank():
-    """Tiny key heads: fewer singular values than the rank that the config states would not load again."""
+    """Tiny key heads: fewer singular values than the rank that the config states would not load
+    again."""
     shapes = {K: (3, 11), UP: (13, 11)}
     pool = Pool.of([random_adapter("ant", shapes, 5), random_adapter("bee", shapes, 5, seed=1)], shapes)
     adapter = merge(pool, "svd")
@@ -248,7 +263,8 @@ def test_svd_of_a_linear_smaller_than_the_rank():
 
 
 def test_averaging_factors_is_not_averaging_products(shapes, pool):
-    """(mean B)(mean A) has cross terms B_i A_j; the two are one only where all A, or all s B, are equal."""
+    """(mean B)(mean A) has cross terms B_i A_j; the two are one only where all A, or all s B, are
+    equal."""
     assert not close(deltas(merge(pool, "average_ab"))[UP], uniform_deltas(pool)[UP], 0.5)
     twins = make_adapters(shapes, r=3)
     for adapter in twins[1:]:
@@ -260,8 +276,9 @@ def test_averaging_factors_is_not_averaging_products(shapes, pool):
 
 @pytest.mark.parametrize("method", [*MERGES, "lorahub"])
 def test_order_and_room_of_the_pool_change_nothing(shapes, pool, method):
-    """Slots are an accident of loading, empty slots and padded ranks an accident of history: DARE's masks, TIES' shares
-    and the mean's divisor must not depend on them. The adapter that left had a larger rank."""
+    """Slots are an accident of loading, empty slots and padded ranks an accident of history: DARE's
+    masks, TIES' shares and the mean's divisor must not depend on them. The adapter that left had a
+    larger rank."""
     targets = {"targets": ["k_proj", "up_proj"]}
     roomy = make_pool(shapes, sorted(RANKS, reverse=True)[:2], 11, 13, **targets)
     roomy.add(random_adapter("gone", roomy.shapes, 13, seed=99))
@@ -278,9 +295,13 @@ def test_order_and_room_of_the_pool_change_nothing(shapes, pool, method):
 
 
 def test_ties_ab_trims_each_rank_by_its_own_size():
-    """In a pool of rank 7 an adapter of rank 2 would keep 70 % of itself for 20 % of the padded tensor."""
+    """In a pool of rank 7 an adapter of rank 2 would keep 70 % of itself for 20 % of the padded
+    tensor."""
     shapes = {UP: (23, 29)}
-    two, seven = random_adapter("ant", shapes, 2, size=0.1), random_adapter("bee", shapes, 7, seed=1, size=9.0)
+    two, seven = (
+        random_adapter("ant", shapes, 2, size=0.1),
+        random_adapter("bee", shapes, 7, seed=1, size=9.0),
+    )
     adapter = merge(Pool.of([two, seven], shapes), "ties_ab")
     seven_only = merge(Pool.of([seven], shapes), "ties_ab")
     changed = (adapter.A[UP] != seven_only.A[UP]).sum()  # where the small one has a say: its 20 %, or less
@@ -289,7 +310,8 @@ def test_ties_ab_trims_each_rank_by_its_own_size():
 
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["model.layers.2.mlp.down_proj"]])
 def test_adapters_on_different_linears(shapes, targets):
-    """Where one adapter lacks a Linear it counts as zero in the mean, and the merged adapter covers all of theirs."""
+    """Where one adapter lacks a Linear it counts as zero in the mean, and the merged adapter covers
+    all of theirs."""
     sits_on = {"ant": targets, "bee": ["up_proj"]}
     adapters = [random_adapter(name, shapes, 3, seed=RANKS[name], targets=t) for name, t in sits_on.items()]
     pool = Pool.of(adapters, shapes)
@@ -303,8 +325,8 @@ def test_adapters_on_different_linears(shapes, targets):
 
 @pytest.mark.parametrize("method", ["average_ab", "ties_ab", "dare_ab", "svd"])
 def test_merged_adapter_is_an_adapter(shapes, tmp_path, method):
-    """It is saved, loaded and checked like any other: config, ranks and targets must fit, also where it sits on some
-    layers only; else eval.py could not keep it."""
+    """It is saved, loaded and checked like any other: config, ranks and targets must fit, also
+    where it sits on some layers only; else eval.py could not keep it."""
     some = {p: s for p, s in shapes.items() if "layers.1." in p or p.endswith("q_proj")}
     pool = Pool.of(make_adapters(some), some, torch.bfloat16)
     adapter = merge(pool, method)
@@ -335,7 +357,9 @@ def test_merged_linear(bias):
     linear = nn.Linear(29, 17, bias=bias).bfloat16()
     before, delta = linear.weight.clone(), noise(17, 29) * 0.001
     merged = merged_linear(linear, delta)
-    assert merged.base is linear and torch.equal(linear.weight, before) and merged.weight.dtype == torch.bfloat16
+    assert (
+        merged.base is linear and torch.equal(linear.weight, before) and merged.weight.dtype == torch.bfloat16
+    )
     assert torch.equal(merged.weight, (before.double() + delta.double()).bfloat16())
     plain = copy.deepcopy(linear)
     plain.weight.data = merged.weight.data
@@ -355,7 +379,9 @@ def test_arrow_prototypes_are_the_top_right_singular_vectors(shapes, path):
     assert torch.equal(got.norm(dim=1) > 0, member_mask(pool))
     to_a = []
     for name in pool.names:
-        want, of_a = (torch.linalg.svd(m)[2][0] for m in (product(pool, name, path), pool.A[path][pool.slot(name)]))
+        want, of_a = (
+            torch.linalg.svd(m)[2][0] for m in (product(pool, name, path), pool.A[path][pool.slot(name)])
+        )
         mine = got[pool.slot(name)].double()
         assert abs(abs(float(mine @ want)) - 1) < 1e-6
         to_a.append(abs(float(mine @ of_a.double())))
@@ -364,15 +390,17 @@ def test_arrow_prototypes_are_the_top_right_singular_vectors(shapes, path):
 
 @pytest.mark.parametrize("k, temperature", [(1, 1.0), (2, 0.7), (3, 3.0), (5, 1.0)])
 def test_arrow_equals_pefts(base, small_model, shapes, tmp_path, k, temperature):
-    """Whole Linears, scale and all. The factors have a dominant direction, or PEFT's 15 power iterations would not
-    reach the singular vector."""
+    """Whole Linears, scale and all. The factors have a dominant direction, or PEFT's 15 power
+    iterations would not reach the singular vector."""
     adapters = make_adapters(shapes, r=3)  # PEFT's takes one rank only; five scales
     for adapter in adapters:
         for A in adapter.A.values():
             A *= torch.tensor([1.0, 0.1, 0.05])[:, None]
         save_adapter(adapter, tmp_path / adapter.name)
     config = peft.tuners.lora.ArrowConfig(top_k=k, router_temperature=temperature, rng_seed=5)
-    theirs = create_arrow_model(copy.deepcopy(base), [str(tmp_path / a.name) for a in adapters], config).eval()
+    theirs = create_arrow_model(
+        copy.deepcopy(base), [str(tmp_path / a.name) for a in adapters], config
+    ).eval()
     pool = Pool.of(adapters, shapes)
     gates = {p: ArrowGate(arrow_prototypes(pool.A[p], pool.B[p]), k, temperature) for p in pool.A}
     model = load_llama(small_model)
@@ -385,12 +413,15 @@ def test_arrow_equals_pefts(base, small_model, shapes, tmp_path, k, temperature)
             assert close(ours[path](x), want)
             assert not close(ours[path].base(x), want, 0.05)
         got = model(IDS)
-        assert not close(got, plain, 0.05) and close(got, theirs(IDS).logits, 3e-5)  # 15 iterations, three layers
+        assert not close(got, plain, 0.05) and close(
+            got, theirs(IDS).logits, 3e-5
+        )  # 15 iterations, three layers
     detach(model)
 
 
 def test_arrow_never_chooses_an_empty_slot(pool, shapes):
-    """A zero prototype has the logit 0: with k above the number of adapters it would take weight from real ones."""
+    """A zero prototype has the logit 0: with k above the number of adapters it would take weight
+    from real ones."""
     roomy, x = make_pool(shapes, capacity=11, rank=13), noise(1, 5, 44)
     linear = nn.Linear(44, 67)
     with torch.no_grad():
@@ -412,7 +443,9 @@ def test_arrow_of_untrained_adapters():
     assert torch.equal(prototypes, torch.zeros(3, 29))
     linear, x = nn.Linear(29, 17), noise(1, 5, 29)
     with torch.no_grad():
-        assert torch.equal(MultiLoRALinear(linear, A, B, torch.ones(3), ArrowGate(prototypes, 2))(x), linear(x))
+        assert torch.equal(
+            MultiLoRALinear(linear, A, B, torch.ones(3), ArrowGate(prototypes, 2))(x), linear(x)
+        )
 
 
 def test_arrow_logits_are_float32_in_a_bfloat16_model():
@@ -444,8 +477,8 @@ def test_loraflow_is_its_equation(pool):
 
 
 def test_loraflow_one_gate_a_layer(small_model, shapes):
-    """The layer's other Linears use q_proj's mixture: weights of their own would be seven times the paper's parameters,
-    and shared ones listed twice would be stepped twice by an optimizer."""
+    """The layer's other Linears use q_proj's mixture: weights of their own would be seven times the
+    paper's parameters, and shared ones listed twice would be stepped twice by an optimizer."""
     pool = make_pool(shapes, capacity=7)
     gates = loraflow_gates(pool)
     assert list(gates) == list(pool.A)
@@ -479,7 +512,8 @@ def test_loraflow_one_gate_a_layer(small_model, shapes):
 
 
 def test_loraflow_starts_uniform_on_the_first_linear_there_is(shapes):
-    """Adapters often sit on v and up alone: the first of those leads. Slots without an adapter take no share."""
+    """Adapters often sit on v and up alone: the first of those leads. Slots without an adapter take
+    no share."""
     pool = make_pool(shapes, capacity=7, targets=["v_proj", "up_proj"])
     gates = loraflow_gates(pool)
     assert [path for path, g in gates.items() if isinstance(g, LoRAFlowGate)] == [
@@ -507,8 +541,8 @@ def prompt_mask(*lengths, t=11):
 
 @torch.no_grad()
 def test_smear_is_its_equation(pool):
-    """Parameters are merged, not outputs: a mixture of B A would have no cross terms. Each example has its own p, from
-    its own prompt tokens."""
+    """Parameters are merged, not outputs: a mixture of B A would have no cross terms. Each example
+    has its own p, from its own prompt tokens."""
     x, mask, G = noise(3, 11, 44), prompt_mask(11, 5, 7), noise(5, 44, seed=1)
     linear = smear(pool, G, mask)
     y = linear(x)
@@ -534,20 +568,23 @@ def test_smear_of_one_hot_weights_is_the_adapter_alone(pool):
 
 @torch.no_grad()
 def test_smear_keeps_its_prompts_choice_while_decoding(pool):
-    """Decided anew from each generated token, the cache would hold one adapter's keys and the token another's."""
+    """Decided anew from each generated token, the cache would hold one adapter's keys and the token
+    another's."""
     x, linear = noise(3, 11, 44), smear(pool, noise(5, 44), prompt_mask(11, 5, 7))
     whole = linear(x)
     chosen = linear.gate.p
     linear.gate.prompt.mask = None
-    assert all(close(linear(x[:, t : t + 1]), whole[:, t : t + 1]) for t in (3, 9)) and linear.gate.p is chosen
+    assert (
+        all(close(linear(x[:, t : t + 1]), whole[:, t : t + 1]) for t in (3, 9)) and linear.gate.p is chosen
+    )
     linear.gate.prompt.mask = torch.ones(3, 1, dtype=torch.bool)
     assert not close(linear(x[:, :1]), whole[:, :1], 0.01)
 
 
 @torch.no_grad()
 def test_smear_padding_and_neighbours_change_nothing(pool, shapes):
-    """A row of a batch is the same request alone: right padding, NaN even, must not enter the mean, nor empty slots the
-    softmax."""
+    """A row of a batch is the same request alone: right padding, NaN even, must not enter the mean,
+    nor empty slots the softmax."""
     G = noise(5, 44)
     x, mask = noise(3, 11, 44), prompt_mask(11, 5, 7)
     x[1, 5:], x[2, 7:] = float("nan"), 1e9
@@ -562,7 +599,8 @@ def test_smear_padding_and_neighbours_change_nothing(pool, shapes):
 
 
 def test_smear_learns_and_shows_its_weights(pool):
-    """G is all that trains; a detached p would leave it as it started. The trace is what --routing prints."""
+    """G is all that trains; a detached p would leave it as it started. The trace is what --routing
+    prints."""
     x, linear = noise(3, 11, 44), smear(pool, noise(5, 44), prompt_mask(11, 5, 7))
     linear.trace = torch.zeros(37, 5)
     linear(x).square().sum().backward()
@@ -588,7 +626,8 @@ def test_smear_in_bfloat16(pool, shapes):
 
 
 def test_lorahub_is_its_equation(pool):
-    """A and B are weighed apart, so that one adapter of weight 0.5 is a quarter of itself; absent names weigh 0."""
+    """A and B are weighed apart, so that one adapter of weight 0.5 is a quarter of itself; absent
+    names weigh 0."""
     weights = {"dog": 0.5, "ant": -1.25, "bee": 1.0}
     adapter = lorahub(pool, weights)
     A, B, scale = (part.double() for part in stacks(pool))
@@ -608,8 +647,8 @@ def test_lorahub_with_equal_weights_is_average_ab(pool):
 
 @pytest.mark.parametrize("e", [3, 7, 29])
 def test_lorahub_search_finds_a_planted_minimum(e):
-    """A search that never leaves zeros returns the base alone; one whose steps never shrink or grow hardly leaves it.
-    The budget is what it costs: exactly `steps` evaluations."""
+    """A search that never leaves zeros returns the base alone; one whose steps never shrink or grow
+    hardly leaves it. The budget is what it costs: exactly `steps` evaluations."""
     target = noise(e, seed=e).clamp(-1, 1)
     seen = []
 
@@ -633,8 +672,8 @@ def test_lorahub_search_by_seed():
 
 
 def test_lorahub_search_penalises_and_bounds():
-    """Without the penalty weights drift where the loss is flat; without the bounds a loss that falls forever takes them
-    away. A NaN is never better."""
+    """Without the penalty weights drift where the loss is flat; without the bounds a loss that
+    falls forever takes them away. A NaN is never better."""
     assert lorahub_search(lambda w: 0.0, 5) == ([0.0] * 5, 0.0)
     weights, best = lorahub_search(lambda w: -sum(w), 2, steps=200)
     assert weights == [1.5, 1.5] and best == pytest.approx(-3 + 0.05 * 1.5)

@@ -1,4 +1,5 @@
-"""Training what is compared: soft, LoRA-Flow, SMEAR, fitted gates, gates with their adapters, joint LoRAs, LoraHub."""
+"""Training what is compared: soft, LoRA-Flow, SMEAR, fitted gates, gates with their adapters, joint
+LoRAs, LoraHub."""
 
 import csv
 import math
@@ -17,7 +18,17 @@ from common.tokenizer import Tokenizer
 from decoding.loop import decode
 from decoding.sampling import Sampling
 from generate import load
-from helpers_training import ANSWERS, argv, examples, file_contents, main, options, run, write_random_pool, write_tasks
+from helpers_training import (
+    ANSWERS,
+    argv,
+    examples,
+    file_contents,
+    main,
+    options,
+    run,
+    write_random_pool,
+    write_tasks,
+)
 from helpers_training import prompts as make_prompts
 from methods import lorahub as train_lorahub
 from methods.batch import set_methods
@@ -44,8 +55,16 @@ class Killed(BaseException):
 
 def gates_run(trained, folder, **more):
     """Options of a run over a copy of the trained pool."""
-    pool = shutil.copytree(trained.pool, folder / "pool", ignore=shutil.ignore_patterns("runs", "gates", "baselines"))
-    shared = {"model": trained.model, "tasks": trained.tasks, "pool": str(pool), "batch_size": 4, "save_every": 2}
+    pool = shutil.copytree(
+        trained.pool, folder / "pool", ignore=shutil.ignore_patterns("runs", "gates", "baselines")
+    )
+    shared = {
+        "model": trained.model,
+        "tasks": trained.tasks,
+        "pool": str(pool),
+        "batch_size": 4,
+        "save_every": 2,
+    }
     return GatesRun(**shared | more)
 
 
@@ -56,17 +75,25 @@ def log_of(pool, name):
 def left(folder, but=("config.json",)):
     """{path: what is in it} of a folder, but the runs' options, which name the folder itself."""
     files = [f for f in sorted(Path(folder).rglob("*")) if f.is_file()]
-    return {str(f.relative_to(folder)): file_contents(f) for f in files if f.name not in but or "runs" not in f.parts}
+    return {
+        str(f.relative_to(folder)): file_contents(f)
+        for f in files
+        if f.name not in but or "runs" not in f.parts
+    }
 
 
 @torch.no_grad()
 def merged(model, adapters, weights):
-    """A Llama of its own with (sum of w s B)(sum of w A) added to W; `adapters` and `weights` in one order."""
+    """A Llama of its own with (sum of w s B)(sum of w A) added to W; `adapters` and `weights` in
+    one order."""
     llama, rank = load_llama(model), max(a.rank for a in adapters)
     for path in linear_shapes(llama):
-        A = sum(w * F.pad(a.A[path], (0, 0, 0, rank - a.rank)) for w, a in zip(weights, adapters, strict=True))
+        A = sum(
+            w * F.pad(a.A[path], (0, 0, 0, rank - a.rank)) for w, a in zip(weights, adapters, strict=True)
+        )
         B = sum(
-            w * a.scale[path] * F.pad(a.B[path], (0, rank - a.rank)) for w, a in zip(weights, adapters, strict=True)
+            w * a.scale[path] * F.pad(a.B[path], (0, rank - a.rank))
+            for w, a in zip(weights, adapters, strict=True)
         )
         llama.get_submodule(path).weight += B @ A
     return llama
@@ -84,8 +111,8 @@ def losses(llama, example):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_learns_and_answers_as_it_was_trained(kind, trained, tmp_path, monkeypatch):
-    """Without it a router may train and change nothing, or be saved and come back as another: rows by position, another
-    k, the prompt's mask forgotten."""
+    """Without it a router may train and change nothing, or be saved and come back as another: rows
+    by position, another k, the prompt's mask forgotten."""
     held, save = {}, train_gates.save_gates
 
     def keep(file, gates, pool, k, names):
@@ -116,8 +143,8 @@ def test_a_kind_learns_and_answers_as_it_was_trained(kind, trained, tmp_path, mo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_starts_as_the_mean(kind, trained, tmp_path):
-    """The first loss says where training begins: uniform over the adapters (for SMEAR of A and of B apart), of the very
-    response tokens, and with beta of no effect."""
+    """The first loss says where training begins: uniform over the adapters (for SMEAR of A and of B
+    apart), of the very response tokens, and with beta of no effect."""
     o = gates_run(trained, tmp_path, kind=kind, steps=1, beta=1e6)
     run(o)
     adapters = [load_adapter(path, name) for name, path in sorted(read_pool(o.pool).adapters.items())]
@@ -145,7 +172,8 @@ RESUMED = {
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_resumed_equals_uninterrupted(kind, small_model, tmp_path, monkeypatch):
-    """Without it a killed run goes on with lost moments, another order or the adapters as they were at the start."""
+    """Without it a killed run goes on with lost moments, another order or the adapters as they were
+    at the start."""
     found = []
     for name in ("whole", "killed"):
         base = "adapters" if kind == "lora_b" else "top2"
@@ -153,7 +181,9 @@ def test_resumed_equals_uninterrupted(kind, small_model, tmp_path, monkeypatch):
         if kind == "adapters_too":
             o = replace(o, adapters_too=str(tmp_path / name / "new"))
         if name == "killed":
-            module, step = (train_adapters, "adapters_step") if kind == "lora_b" else (train_gates, "gates_step")
+            module, step = (
+                (train_adapters, "adapters_step") if kind == "lora_b" else (train_gates, "gates_step")
+            )
             real, calls = getattr(module, step), []
 
             def dies(*args, real=real, calls=calls):
@@ -185,7 +215,9 @@ def smearing(small_model, tmp_path_factory):
     mole = load(small_model, pool)
     routers = smear_routers(mole.pool, PromptMask())
     for place, router in enumerate(routers.values()):
-        router.weight.data = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(place)) * 0.7
+        router.weight.data = (
+            torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(place)) * 0.7
+        )
     save_gates(pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names)
     return mole
 
@@ -201,7 +233,8 @@ def smear_answers(mole, prompts, count=9):
 
 
 def test_smear_in_a_padded_batch_is_each_alone(smearing):
-    """Padding in the mean of the prompt would merge another adapter for the short prompts of a batch."""
+    """Padding in the mean of the prompt would merge another adapter for the short prompts of a
+    batch."""
     together, weights = smear_answers(smearing, ASKED)
     for row, prompt in enumerate(ASKED):
         (alone,), own = smear_answers(smearing, [prompt])
@@ -212,8 +245,9 @@ def test_smear_in_a_padded_batch_is_each_alone(smearing):
 
 @torch.no_grad()
 def test_smear_keeps_what_the_prompt_decided(smearing):
-    """Decided again from each generated token, an answer would change its adapter in the middle, and its cache would be
-    another adapter's; compared with the whole text at once, without a cache."""
+    """Decided again from each generated token, an answer would change its adapter in the middle,
+    and its cache would be another adapter's; compared with the whole text at once, without a cache.
+    """
     (said,), weights = smear_answers(smearing, [ASKED[1]])
     assert all(torch.equal(later, weights[0]) for later in weights) and len(weights) > 3
     ids = smearing.tokenizer.encode(ASKED[1])
@@ -258,7 +292,8 @@ def objective(G, x, labels, l2):
 
 
 def newton(x, labels, e, l2):
-    """The same problem by Newton's method in float64, to the last digits; nothing shared with L-BFGS."""
+    """The same problem by Newton's method in float64, to the last digits; nothing shared with
+    L-BFGS."""
     flat = torch.zeros(e * x.shape[1], dtype=torch.float64)
     value = lambda g: objective(g.view(e, -1), x, labels, l2)  # noqa: E731
     for _ in range(40):
@@ -277,8 +312,8 @@ def newton(x, labels, e, l2):
 @given(st.integers(2, 5), st.integers(1, 7), st.integers(11, 97), st.sampled_from([1e-3, 1e-2, 1.0]), st.booleans(),
        st.integers(0, 2**31))  # fmt: skip
 def test_logistic_is_the_optimum(e, i, n, l2, separable, seed):
-    """A fit that stops early, or penalises another thing than it says, gives gates that look trained: compared with
-    Newton's method."""
+    """A fit that stops early, or penalises another thing than it says, gives gates that look
+    trained: compared with Newton's method."""
     generator = torch.Generator().manual_seed(seed)
     x, planted = torch.randn(n, i, generator=generator), torch.randn(e, i, generator=generator)
     labels = (x @ planted.T).argmax(1) if separable else torch.randint(e, (n,), generator=generator)
@@ -293,7 +328,9 @@ def test_logistic_is_the_optimum(e, i, n, l2, separable, seed):
 
 def test_whitening():
     """Second moments of one in every direction, or the search creeps along the long ones."""
-    x = torch.randn(997, 5, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([9.0, 1, 1, 3, 0.5])
+    x = torch.randn(997, 5, generator=torch.Generator().manual_seed(0)).double() * torch.tensor(
+        [9.0, 1, 1, 3, 0.5]
+    )
     y = x @ whitening(x)
     torch.testing.assert_close(y.T @ y / len(y), torch.eye(5).double(), rtol=0, atol=0.1)
     assert whitening(torch.ones(7, 3)).isfinite().all()  # directions without variance
@@ -313,13 +350,19 @@ def features_of(llama, picked):
 
 
 def own_features(o, count=11, held_out=False, skip=0):
-    """Features of training or other prompts, each task's in a model that its own adapter is merged into; and labels."""
+    """Features of training or other prompts, each task's in a model that its own adapter is merged
+    into; and labels."""
     names, tokenizer = sorted(ANSWERS), Tokenizer(o.model)
     parts, labels = [], []
     for slot, name in enumerate(names):
-        rows = [{"prompt": p, "response": ANSWERS[name]} for p in make_prompts(name, 16, seed=int(held_out))[:count]]
+        rows = [
+            {"prompt": p, "response": ANSWERS[name]}
+            for p in make_prompts(name, 16, seed=int(held_out))[:count]
+        ]
         picked = [encode(tokenizer, TEMPLATE, row, name) for row in rows]
-        found = features_of(merged(o.model, [load_adapter(Path(o.pool) / "adapters" / name, name)], [1.0]), picked)
+        found = features_of(
+            merged(o.model, [load_adapter(Path(o.pool) / "adapters" / name, name)], [1.0]), picked
+        )
         late = torch.cat([torch.arange(len(example.ids)) >= skip for example in picked])
         parts.append({path: x[late] for path, x in found.items()})
         labels += [slot] * int(late.sum())
@@ -339,9 +382,12 @@ def assert_optimal(tensors, features, labels, l2):
 
 
 def test_fit_own_gives_each_gate_the_optimum_of_its_own_features(trained, tmp_path):
-    """Without it gates may be fitted to another Linear's inputs, to padding, to features of the wrong adapter: each has
-    the logistic regression's optimum on features that were made by merging, one example at a time."""
-    o = gates_run(trained, tmp_path, top_k=1, fit="own", l2=1e-3, steps=11, batch_size=2)  # every example once
+    """Without it gates may be fitted to another Linear's inputs, to padding, to features of the
+    wrong adapter: each has the logistic regression's optimum on features that were made by merging,
+    one example at a time."""
+    o = gates_run(
+        trained, tmp_path, top_k=1, fit="own", l2=1e-3, steps=11, batch_size=2
+    )  # every example once
     run(o)
     tensors, metadata = read_safetensors(Path(o.pool) / "gates" / "meteora_top1.safetensors")
     assert metadata["k"] == "1" and metadata["names"].split("\n") == sorted(ANSWERS)
@@ -349,7 +395,9 @@ def test_fit_own_gives_each_gate_the_optimum_of_its_own_features(trained, tmp_pa
     places = [f"self_attn.{m}" for m in "qkvo"] + ["mlp.gate", "mlp.up", "mlp.down"]
     for n in range(3):
         at = {m: tensors[f"model.layers.{n}.{m}_proj.gate.weight"] for m in places}
-        assert torch.equal(at["self_attn.q"], at["self_attn.k"]) and torch.equal(at["self_attn.q"], at["self_attn.v"])
+        assert torch.equal(at["self_attn.q"], at["self_attn.k"]) and torch.equal(
+            at["self_attn.q"], at["self_attn.v"]
+        )
         assert torch.equal(at["mlp.gate"], at["mlp.up"])
         different = [at[m] for m in ("self_attn.q", "self_attn.o", "mlp.gate")]
         assert not any(torch.equal(a, b) for j, a in enumerate(different) for b in different[:j])
@@ -363,8 +411,9 @@ def test_fit_own_gives_each_gate_the_optimum_of_its_own_features(trained, tmp_pa
 
 
 def test_fit_routed_is_fitted_to_what_the_other_half_routes(trained, tmp_path):
-    """Fitted under its own choices on its own examples, a gate is always right there, and later gates learn to rely on
-    it. Compared with a pass that is begun anew for each Linear, one half of the examples at a time."""
+    """Fitted under its own choices on its own examples, a gate is always right there, and later
+    gates learn to rely on it. Compared with a pass that is begun anew for each Linear, one half of
+    the examples at a time."""
     o = gates_run(trained, tmp_path, top_k=1, fit="routed", l2=1e-3, steps=11, batch_size=2)
     run(o)
     tensors = read_safetensors(Path(o.pool) / "gates" / "meteora_top1.safetensors")[0]
@@ -386,16 +435,25 @@ def test_fit_routed_is_fitted_to_what_the_other_half_routes(trained, tmp_path):
 
 @pytest.mark.parametrize("kind", ["meteora", "soft", "loraflow"])
 def test_gates_see_composites(kind, small_model, tmp_path, monkeypatch):
-    """An option without effect, as above: a run that resumes bit for bit may have left it out both times."""
+    """An option without effect, as above: a run that resumes bit for bit may have left it out both
+    times."""
     seen, step = [], train_gates.gates_step
     monkeypatch.setattr(train_gates, "gates_step", lambda *args: seen.append(args[4]) or step(*args))
-    run(replace(options("top2", small_model, tmp_path / "out", steps=3), kind=kind, batch_size=12, composite=0.9))
+    run(
+        replace(
+            options("top2", small_model, tmp_path / "out", steps=3), kind=kind, batch_size=12, composite=0.9
+        )
+    )
     assert all(any(len(example.parts) > 1 for example in picked) for picked in seen) and len(seen) == 3
-    assert all(len(example.ids) <= 97 for picked in seen for example in picked)  # the context; --max_length is 512
+    assert all(
+        len(example.ids) <= 97 for picked in seen for example in picked
+    )  # the context; --max_length is 512
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [{"fit": "own"}, {"adapters_too": "elsewhere"}], ids=lambda more: next(iter(more)))
+@pytest.mark.parametrize(
+    "more", [{"fit": "own"}, {"adapters_too": "elsewhere"}], ids=lambda more: next(iter(more))
+)
 def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path):
     """An option without effect is a wrong line in somebody's table."""
     o = replace(options("top2", small_model, tmp_path / "out"), kind=kind, **more)
@@ -428,9 +486,9 @@ def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
-    """MeteoRA's released script trains the adapters as well, here saved in bf16. Overwriting the pool would break
-    everything bound to it; gates bound to the old adapters would be refused by the new pool; padded ranks must stay
-    what they are."""
+    """MeteoRA's released script trains the adapters as well, here saved in bf16. Overwriting the
+    pool would break everything bound to it; gates bound to the old adapters would be refused by the
+    new pool; padded ranks must stay what they are."""
     o = options(f"top{k}", small_model, tmp_path / "old", steps=2, adapters_too=str(tmp_path / "new"), adapter_lr=1e-2,
                 save_dtype="bfloat16")  # fmt: skip
     old = read_pool(o.pool)
@@ -443,20 +501,27 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
     assert (new.fingerprint, new.template) == (old.fingerprint, old.template)
     for name in ANSWERS:
         was, now = (load_adapter(folder.adapters[name], name) for folder in (old, new))
-        assert (now.rank, now.scale, now.config, now.samples) == (was.rank, was.scale, was.config, was.samples)
+        assert (now.rank, now.scale, now.config, now.samples) == (
+            was.rank,
+            was.scale,
+            was.config,
+            was.samples,
+        )
         for path in was.A:
             assert not torch.equal(now.A[path], was.A[path]) and not torch.equal(now.B[path], was.B[path])
             assert now.A[path].dtype == now.B[path].dtype == torch.bfloat16
     mole = load(small_model, o.adapters_too)
     set_methods(mole, [f"meteora_top{k}"])
     with pytest.raises(InputError, match="made for other adapters: animals.*plurals"):
-        load_gates(Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors", load(small_model, o.pool).pool)
+        load_gates(
+            Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors", load(small_model, o.pool).pool
+        )
     assert "lm_loss" in log_of(o.adapters_too, f"gates_top{k}")[0]
 
 
 def test_adapters_learn_at_their_own_rate_from_the_lm_loss(small_model, tmp_path):
-    """At top-1 the LM loss has no gradient for gates, and is left out; for the adapters it is all there is. AdamW's
-    first step is as long as its learning rate, which tells whose is whose."""
+    """At top-1 the LM loss has no gradient for gates, and is left out; for the adapters it is all
+    there is. AdamW's first step is as long as its learning rate, which tells whose is whose."""
     o = options("top1", small_model, tmp_path / "old", steps=1, beta=0.0, lr=3e-2, adapter_lr=2e-4)
     o = replace(o, adapters_too=str(tmp_path / "new"), weight_decay=0.0)
     run(o)
@@ -496,12 +561,15 @@ def uneven_tasks(folder):
 
 
 def test_lora_b_sees_the_very_examples_that_the_separate_adapters_see(small_model, tmp_path, monkeypatch):
-    """The paper's comparison is one adapter against many on the same data: other examples, or other shares of the
-    tasks, would decide it. lora_f takes the data as it is: each example once an epoch."""
+    """The paper's comparison is one adapter against many on the same data: other examples, or other
+    shares of the tasks, would decide it. lora_f takes the data as it is: each example once an
+    epoch."""
     seen, tasks = spy_on_draws(monkeypatch), uneven_tasks(tmp_path / "tasks")
     drawn = {}
     for joint in ("", "lora_b", "lora_f"):
-        o = options("adapters", small_model, tmp_path / "runs" / joint / "out", tasks=tasks, joint=joint, steps=8)
+        o = options(
+            "adapters", small_model, tmp_path / "runs" / joint / "out", tasks=tasks, joint=joint, steps=8
+        )
         run(o)
         drawn[joint], seen[:] = list(seen), []
     assert len(drawn[""]) == 8 and drawn[""] == drawn["lora_b"]
@@ -512,9 +580,13 @@ def test_lora_b_sees_the_very_examples_that_the_separate_adapters_see(small_mode
         for joint, steps in drawn.items():
             counts[joint, name] = [sum(ids in rows for ids in step) for step in steps]
     assert counts["lora_b", "animals"] == counts["lora_b", "plurals"] == [2] * 8
-    assert sum(counts["lora_f", "animals"]) == 22 and sum(counts["lora_f", "plurals"]) == 10  # two epochs of 16
+    assert (
+        sum(counts["lora_f", "animals"]) == 22 and sum(counts["lora_f", "plurals"]) == 10
+    )  # two epochs of 16
     for epoch in (drawn["lora_f"][:4], drawn["lora_f"][4:]):
-        assert len({ids for step in epoch for ids in step}) == len([ids for step in epoch for ids in step]) == 16
+        assert (
+            len({ids for step in epoch for ids in step}) == len([ids for step in epoch for ids in step]) == 16
+        )
 
 
 @pytest.mark.parametrize(("joint", "name"), [("lora_b", ""), ("lora_f", "mine")])
@@ -522,7 +594,9 @@ def test_a_joint_adapter_is_a_baseline_and_no_member(joint, name, small_model, t
     """In pool.json it would be routed to, merged and masked like a task's own."""
     pool = write_random_pool(tmp_path / "out", small_model)
     before = left(pool)
-    o = options("adapters", small_model, pool, joint=joint, name=name, steps=12, batch_size=3, lr=5e-2, dropout=0.0)
+    o = options(
+        "adapters", small_model, pool, joint=joint, name=name, steps=12, batch_size=3, lr=5e-2, dropout=0.0
+    )
     run(o)
     called = name or joint
     after = left(pool)
@@ -544,7 +618,11 @@ def test_a_joint_adapter_is_a_baseline_and_no_member(joint, name, small_model, t
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [({"name": "mine"}, "--joint"), ({"joint": "lora_b", "name": "../x"}, "'../x'"), ({"joint": "lora_x"}, "lora_x")],
+    [
+        ({"name": "mine"}, "--joint"),
+        ({"joint": "lora_b", "name": "../x"}, "'../x'"),
+        ({"joint": "lora_x"}, "lora_x"),
+    ],
 )
 def test_bad_names_of_joint_adapters(more, words, small_model, tmp_path, monkeypatch, capsys):
     """A name becomes a folder: outside the pool, or nowhere where --joint was forgotten."""
@@ -583,12 +661,17 @@ def test_lorahub_judges_weights_by_the_loss_of_the_shots(small_model, tmp_path, 
         shots = [encode(tokenizer, TEMPLATE, row) for row in draw(task.train, name, 0, 3, 5)]
         for weights, value in zip(tried, values, strict=True):
             llama = merged(small_model, adapters, weights)
-            assert value == pytest.approx(torch.cat([losses(llama, x) for x in shots]).mean().item(), rel=1e-4)
+            assert value == pytest.approx(
+                torch.cat([losses(llama, x) for x in shots]).mean().item(), rel=1e-4
+            )
 
 
 def test_lorahub_finds_something_better_than_the_base(trained, tmp_path):
-    """With the task's own adapter in the pool there is something to find; by seed, and what it says is what it has."""
-    pool = shutil.copytree(trained.pool, tmp_path / "pool", ignore=shutil.ignore_patterns("runs", "gates", "baselines"))
+    """With the task's own adapter in the pool there is something to find; by seed, and what it says
+    is what it has."""
+    pool = shutil.copytree(
+        trained.pool, tmp_path / "pool", ignore=shutil.ignore_patterns("runs", "gates", "baselines")
+    )
     o = LorahubRun(model=trained.model, tasks=trained.tasks, pool=str(pool), steps=30)
     run(o)
     first = lorahub_file(o).read_bytes()
@@ -606,8 +689,8 @@ def test_lorahub_finds_something_better_than_the_base(trained, tmp_path):
 
 
 def test_lorahub_goes_on_where_it_was_stopped(small_model, tmp_path, monkeypatch):
-    """Minutes a task: what is found must be there after a kill, and not be searched again; what names an adapter that
-    is gone must."""
+    """Minutes a task: what is found must be there after a kill, and not be searched again; what
+    names an adapter that is gone must."""
     o = options("lorahub", small_model, tmp_path / "out", steps=3)
     real, done = train_lorahub.lorahub_search, []
 
@@ -668,7 +751,9 @@ def test_lorahub_refuses_another_base(small_model, tmp_path):
 def test_more_shots_than_examples_are_all_of_them(small_model, tmp_path, monkeypatch):
     """`draw` would begin its second epoch and count some examples twice."""
     sizes, real = [], train_lorahub.collate
-    monkeypatch.setattr(train_lorahub, "collate", lambda picked, *to: sizes.append(len(picked)) or real(picked, *to))
+    monkeypatch.setattr(
+        train_lorahub, "collate", lambda picked, *to: sizes.append(len(picked)) or real(picked, *to)
+    )
     run(options("lorahub", small_model, tmp_path / "out", steps=1, shots=40))
     assert sizes == [11, 11]
     assert read_json(lorahub_file(options("lorahub", small_model, tmp_path / "out")))["weights"] == {

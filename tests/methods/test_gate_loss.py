@@ -23,8 +23,9 @@ def pool(model):
 
 
 def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
-    """Over the k chosen logits instead of all e, summed instead of averaged, or with padding counted, it trains, but to
-    something else than the paper's; `right` is the figure by which gates are judged."""
+    """Over the k chosen logits instead of all e, summed instead of averaged, or with padding
+    counted, it trains, but to something else than the paper's; `right` is the figure by which gates
+    are judged."""
     gates = random_gates(pool, 2)
     linears = attach(model, pool, gates)
     inputs = {}
@@ -62,7 +63,8 @@ def test_gate_loss_is_the_mean_cross_entropy_over_gates_and_tokens(model, pool):
 
 
 def test_gate_loss_starts_afresh_and_lets_go(model, pool):
-    """A total carried over from the last step, or gates that go on holding a graph that nobody frees, grow for ever."""
+    """A total carried over from the last step, or gates that go on holding a graph that nobody
+    frees, grow for ever."""
     gates = random_gates(pool, 1)
     attach(model, pool, gates)
     loss, totals = GateLoss(gates), []

@@ -1,4 +1,5 @@
-"""Training gates: MeteoRA's two losses spelled out, in parts = at once, and gates that learn to route."""
+"""Training gates: MeteoRA's two losses spelled out, in parts = at once, and gates that learn to
+route."""
 
 import csv
 import math
@@ -42,8 +43,8 @@ from training.gates import GatesRun, gates_step
 
 @pytest.mark.parametrize("k, composite", [(1, 0.0), (2, 0.0), (1, 0.7)])
 def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model, tmp_path):
-    """Without it padding, micro-batches, the number of gates or what belongs to no task weigh in the loss that trains
-    the gates."""
+    """Without it padding, micro-batches, the number of gates or what belongs to no task weigh in
+    the loss that trains the gates."""
     model, pool, gates = pool_in_model(small_model, tmp_path, meteora_gates_of(k))
     how = SimpleNamespace(composite=composite, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
@@ -70,9 +71,13 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     entropy = torch.stack([F.cross_entropy(y, labels) for y in logits.values()]).mean()
     (o.beta * entropy).backward()
     assert logged["gate_loss"] == pytest.approx(entropy.item(), rel=1e-5)
-    right = torch.stack([(y.argmax(-1) == labels)[labels >= 0].float().mean() for y in logits.values()]).mean()
+    right = torch.stack(
+        [(y.argmax(-1) == labels)[labels >= 0].float().mean() for y in logits.values()]
+    ).mean()
     assert logged["right"] == pytest.approx(float(right), abs=1e-6)
-    assert_close(grads, {path: gate.weight.grad for path, gate in gates.items()}, 1e-4)  # beta 7 times float32
+    assert_close(
+        grads, {path: gate.weight.grad for path, gate in gates.items()}, 1e-4
+    )  # beta 7 times float32
 
 
 def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
@@ -91,7 +96,8 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
 
 
 def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
-    """Without it top-1 training pays for a backward pass whose gradient is exactly zero, in time and in memory."""
+    """Without it top-1 training pays for a backward pass whose gradient is exactly zero, in time
+    and in memory."""
     graph = {}
     for k in (1, 2):
         model, pool, gates = pool_in_model(small_model, tmp_path, meteora_gates_of(k))
@@ -106,7 +112,8 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
 
 
 def test_gates_see_each_example_once_an_epoch(small_model, tmp_path, monkeypatch):
-    """Without it some examples come again before others come at all: tasks take turns, and each has its own epochs."""
+    """Without it some examples come again before others come at all: tasks take turns, and each has
+    its own epochs."""
     seen = {name: [] for name in ANSWERS}
 
     def step(model, pool, loss, prompt, picked, o):
@@ -126,10 +133,17 @@ def test_gates_see_each_example_once_an_epoch(small_model, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_gates_learn_to_pick_the_own_adapter(k, small_model, trained):
-    """Without it everything about gates may be consistent and nothing routed: on held-out prompts most tokens of most
-    gates must go to their task's adapter, from where the prompts begin to differ."""
+    """Without it everything about gates may be consistent and nothing routed: on held-out prompts
+    most tokens of most gates must go to their task's adapter, from where the prompts begin to
+    differ."""
     o = GatesRun(
-        model=trained.model, tasks=trained.tasks, pool=trained.pool, steps=40, batch_size=6, top_k=k, save_every=100
+        model=trained.model,
+        tasks=trained.tasks,
+        pool=trained.pool,
+        steps=40,
+        batch_size=6,
+        top_k=k,
+        save_every=100,
     )
     run(o)
     rows = list(csv.DictReader((run_folder(o) / "log.csv").open()))
@@ -140,7 +154,10 @@ def test_gates_learn_to_pick_the_own_adapter(k, small_model, trained):
     adapters = [load_adapter(path, name, shapes) for name, path in read_pool(o.pool).adapters.items()]
     pool = Pool.of(adapters, shapes)
     attach(model, pool, load_gates(Path(o.pool) / "gates" / f"meteora_top{k}.safetensors", pool))
-    own, shared = Counter(), len(Tokenizer(small_model).encode("[INST] "))  # tokens that no gate could tell apart
+    own, shared = (
+        Counter(),
+        len(Tokenizer(small_model).encode("[INST] ")),
+    )  # tokens that no gate could tell apart
     for example in examples(small_model, 4, held_out=True):
         with Recorder(model, len(example.ids)) as seen:
             model(torch.tensor([example.ids]))
@@ -159,7 +176,8 @@ def test_gates_refuse_a_k_larger_than_the_pool(small_model, tmp_path):
 
 
 def test_gates_of_a_share_of_the_tasks(small_model, tmp_path):
-    """What they are compared with on tasks that come later must neither need those tasks nor choose their adapters."""
+    """What they are compared with on tasks that come later must neither need those tasks nor choose
+    their adapters."""
     o = options("top2", small_model, tmp_path / "out", steps=1)
     names = ("animals", "later", "plurals")  # of "later" there is no task folder
     write_random_pool(Path(o.pool), small_model, names)
@@ -174,8 +192,8 @@ def test_gates_of_a_share_of_the_tasks(small_model, tmp_path):
 
 
 def test_resume_notices_other_adapters(small_model, tmp_path):
-    """Gates are bound to their adapters: 'finished already' after these were trained again would leave gates that
-    no pool accepts, and half a run over each set would be bound to the second."""
+    """Gates are bound to their adapters: 'finished already' after these were trained again would
+    leave gates that no pool accepts, and half a run over each set would be bound to the second."""
     gates = options("top1", small_model, tmp_path / "out", steps=1)
     run(gates)
     write_adapters(Path(gates.pool) / "adapters", load_llama(small_model), reversed(ANSWERS))

@@ -1,4 +1,5 @@
-"""Every method against a construction by hand, alone and in a batch; missing parts, wrong names, and the way back."""
+"""Every method against a construction by hand, alone and in a batch; missing parts, wrong names,
+and the way back."""
 
 import math
 import re
@@ -48,7 +49,8 @@ def found_for(methods):
 
 @torch.no_grad()
 def logits_of(mole, methods, ids=IDS, **options):
-    """Logits (rows, t, v) of one batch; all tokens are the prompt's. What retrieves has found the same two."""
+    """Logits (rows, t, v) of one batch; all tokens are the prompt's. What retrieves has found the
+    same two."""
     set_methods(mole, methods, **{"retrieved": found_for(methods)} | options)
     ids = ids[: len(methods)]
     mole.prompt.mask = torch.ones(ids.shape, dtype=torch.bool)
@@ -80,11 +82,14 @@ def ties(parts):
 
 
 def dare(parts, generator):
-    return sum(x * torch.bernoulli(torch.full(x.shape, 0.1), generator=generator) / 0.1 for x in parts) / len(parts)
+    return sum(x * torch.bernoulli(torch.full(x.shape, 0.1), generator=generator) / 0.1 for x in parts) / len(
+        parts
+    )
 
 
 def merged_by_hand(name, A, B, generator):
-    """A method's delta (o, i) in float64 for one Linear; A [(r, i)] and B [(o, r)], scaled, padded to one rank."""
+    """A method's delta (o, i) in float64 for one Linear; A [(r, i)] and B [(o, r)], scaled, padded
+    to one rank."""
     products = [b @ a for a, b in zip(A, B, strict=True)]
     mean = sum(products) / len(products)
     if name.startswith("adapter:"):
@@ -117,7 +122,8 @@ def merged_by_hand(name, A, B, generator):
 
 
 class ByHand(nn.Module):
-    """W x + the sum over adapters of weights(x)[j] * delta_j x, or for smear one product of weighed factors."""
+    """W x + the sum over adapters of weights(x)[j] * delta_j x, or for smear one product of weighed
+    factors."""
 
     def __init__(self, base, A, B, weights, smear=False):
         super().__init__()
@@ -181,7 +187,8 @@ def weigher(name, path, A, B, tensors, leaders):
 
 @torch.no_grad()
 def reference(small_model, folder, name, rows=1):
-    """The logits of a method by arithmetic alone: of the project only the base Llama and the file readers."""
+    """The logits of a method by arithmetic alone: of the project only the base Llama and the file
+    readers."""
     from safetensors.torch import load_file
 
     model, generator = load_llama(small_model), torch.Generator().manual_seed(0)
@@ -209,7 +216,8 @@ def reference(small_model, folder, name, rows=1):
 
 
 def test_gates_have_rows_in_the_order_that_the_reference_reads(folder):
-    """Without it the reference could join rows and adapters wrongly in the way that it is to notice."""
+    """Without it the reference could join rows and adapters wrongly in the way that it is to
+    notice."""
     from common.files import read_safetensors
 
     for file in (folder / "gates").iterdir():
@@ -218,8 +226,9 @@ def test_gates_have_rows_in_the_order_that_the_reference_reads(folder):
 
 @pytest.mark.parametrize("name", USABLE)
 def test_a_method_is_what_its_name_says(small_model, folder, mole, name):
-    """Baselines that are not what they are called make the comparison worthless, and no score would show it: a merge of
-    B A for one of A and B, a scale forgotten, another file's gates, an adapter that does nothing."""
+    """Baselines that are not what they are called make the comparison worthless, and no score would
+    show it: a merge of B A for one of A and B, a scale forgotten, another file's gates, an adapter
+    that does nothing."""
     got, want = logits_of(mole, [name, name]), reference(small_model, folder, name, 2)
     assert close(got, want), float((got - want).abs().max() / want.abs().max())
     plain = load_llama(small_model)(IDS[:2])
@@ -227,7 +236,8 @@ def test_a_method_is_what_its_name_says(small_model, folder, mole, name):
 
 
 def test_methods_differ(mole):
-    """Two names for one thing, but for uniform = average_ba and meteora = its top-2, would be a table's mistake."""
+    """Two names for one thing, but for uniform = average_ba and meteora = its top-2, would be a
+    table's mistake."""
     logits = {name: logits_of(mole, [name]) for name in USABLE}
     alike = {(a, b) for a in logits for b in logits if a < b and close(logits[a], logits[b], 1e-3)}
     alike -= {("adaptersoup", "fusion"), ("logo", "logo_entropy")}  # they differ in what they find
@@ -237,7 +247,8 @@ def test_methods_differ(mole):
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_every_method_answers(small_model, folder, dtype):
-    """Setting up is not yet decoding: with a cache, token by token, in the model's own dtype, and the routing shown."""
+    """Setting up is not yet decoding: with a cache, token by token, in the model's own dtype, and
+    the routing shown."""
     mole = load(small_model, folder, dtype=dtype)
     for name in USABLE:
         tokens = list(stream(mole, ["the fox", "what is it"], method=name, max_new_tokens=3, routing=True))
@@ -300,7 +311,8 @@ def test_methods_that_need_another_setup_are_refused_together(mole, pair, turn):
 
 
 def test_forced_adapters_hold_for_each_token_then_for_each_row(mole):
-    """force_adapters() is what the composites' ceiling stands on; here its two forms against methods that exist."""
+    """force_adapters() is what the composites' ceiling stands on; here its two forms against
+    methods that exist."""
     names = [["ant"] * 11, [None] * 11]
     set_methods(mole, ["base"] * 2)
     force_adapters(mole, names)
@@ -322,7 +334,8 @@ def test_forced_adapters_hold_for_each_token_then_for_each_row(mole):
 
 
 def test_the_way_back_leaves_no_trace(small_model, mole):
-    """A merge left in W, or a Linear that isn't the base's own, makes every later answer wrong by a little."""
+    """A merge left in W, or a Linear that isn't the base's own, makes every later answer wrong by a
+    little."""
     plain = load_base(small_model)
     with torch.no_grad():
         want = plain(IDS)
@@ -334,14 +347,17 @@ def test_the_way_back_leaves_no_trace(small_model, mole):
         mole.attached = None
         with torch.no_grad():
             assert torch.equal(mole.model(IDS), want), name
-        assert {n: type(m) for n, m in mole.model.named_modules()} == {n: type(m) for n, m in plain.named_modules()}
+        assert {n: type(m) for n, m in mole.model.named_modules()} == {
+            n: type(m) for n, m in plain.named_modules()
+        }
     kept = {name: logits_of(mole, [name]) for name in USABLE}
     for name in reversed(USABLE):
         assert torch.equal(logits_of(mole, [name]), kept[name]), name
 
 
 def test_the_same_setup_is_attached_once(mole):
-    """eval.py sets up for every batch: merging 28 adapters anew each time would take longer than the answers."""
+    """eval.py sets up for every batch: merging 28 adapters anew each time would take longer than
+    the answers."""
     for name in ("svd", "ties_ba", "smear", "meteora", "arrow"):
         logits_of(mole, [name, name])
         before = list(mole.model.modules())
@@ -370,7 +386,8 @@ def test_an_adapter_that_leaves_is_left_out(small_model, folder):
 
 
 def test_adapters_called_like_methods(small_model, tmp_path):
-    """A task may be called "base" or "soft": its adapter is adapter:soft, and the method stays the method."""
+    """A task may be called "base" or "soft": its adapter is adapter:soft, and the method stays the
+    method."""
     names = ("base", "soft", "svd", "uniform")
     base = load_llama(small_model)
     paths = write_adapters(tmp_path / "adapters", base, names, size=0.1)
@@ -378,9 +395,9 @@ def test_adapters_called_like_methods(small_model, tmp_path):
     mole = load(small_model, tmp_path)
     others = load(small_model, adapters=dict(zip("abcd", paths.values(), strict=True)))
     for name, other in zip(names, "abcd", strict=True):
-        assert close(logits_of(mole, [f"adapter:{name}", "base"]), logits_of(others, [f"adapter:{other}", "base"])), (
-            name
-        )
+        assert close(
+            logits_of(mole, [f"adapter:{name}", "base"]), logits_of(others, [f"adapter:{other}", "base"])
+        ), name
     for name in ("base", "svd", "uniform"):
         assert close(logits_of(mole, [name]), logits_of(others, [name])), name
     methods = ["adapter:base", "base", "adapter:uniform", "uniform"]
@@ -401,7 +418,9 @@ def test_a_baseline_of_ones_own_is_a_method(small_model, folder, tmp_path):
     base = load_llama(small_model)
     paths = write_adapters(tmp_path / "adapters", base, ("ant", "bee"), size=0.1)
     write_pool(PoolFolder(tmp_path, paths, base.fingerprint, TEMPLATE))
-    save_adapter(random_adapter("mine", linear_shapes(base), r=3, seed=9, size=0.1), tmp_path / "baselines" / "mine")
+    save_adapter(
+        random_adapter("mine", linear_shapes(base), r=3, seed=9, size=0.1), tmp_path / "baselines" / "mine"
+    )
     mole = load(small_model, tmp_path)
     assert mole.pool.names == ["ant", "bee"] and default_method(mole, 2)[0] == "uniform"
     assert close(logits_of(mole, ["mine"]), reference(small_model, tmp_path, "mine"))
@@ -427,7 +446,8 @@ MISSING = {
 
 @pytest.fixture(scope="module")
 def bare(small_model, folder, tmp_path_factory):
-    """Two moles without trained parts: a pool folder of PEFT folders, and adapters named one by one."""
+    """Two moles without trained parts: a pool folder of PEFT folders, and adapters named one by
+    one."""
     paths = read_pool(folder).adapters
     plain = tmp_path_factory.mktemp("bare") / "peft"
     plain.mkdir()
@@ -441,7 +461,9 @@ def test_a_missing_part_names_the_command_that_makes_it(bare, name):
     """ "needs gates" sends people to the source; and a command that train.py doesn't know sends them there twice."""
     part, command = MISSING[name]
     for mole in bare:
-        with pytest.raises(InputError, match=f"method {name.partition(':')[0]}.*: python train.py {command} makes it"):
+        with pytest.raises(
+            InputError, match=f"method {name.partition(':')[0]}.*: python train.py {command} makes it"
+        ):
             set_methods(mole, ["base", name])
         with pytest.raises(InputError) as refusal:
             check_method(mole, name)
@@ -454,7 +476,17 @@ def test_a_missing_part_names_the_command_that_makes_it(bare, name):
 
 def test_what_needs_no_parts_works_without_a_pool_folder(bare):
     """PEFT adapters from anywhere are enough for everything that isn't trained."""
-    for name in ("base", "adapter:ant", "uniform", "average_ba", "average_ab", "ties_ab", "dare_ba", "svd", "arrow"):
+    for name in (
+        "base",
+        "adapter:ant",
+        "uniform",
+        "average_ba",
+        "average_ab",
+        "ties_ab",
+        "dare_ba",
+        "svd",
+        "arrow",
+    ):
         assert close(*(logits_of(mole, [name]) for mole in bare)), name
 
 
@@ -478,8 +510,8 @@ def test_without_adapters_there_is_only_the_base(small_model, name):
     ],
 )  # fmt: skip
 def test_a_wrong_name_gets_the_nearest_right_one(mole, name, hint):
-    """A typo that falls back to something else is a column of a table under a wrong name; oracle and lorahub are
-    another method for each task, which only eval.py knows."""
+    """A typo that falls back to something else is a column of a table under a wrong name; oracle
+    and lorahub are another method for each task, which only eval.py knows."""
     for call in (check_method, lambda mole, name: set_methods(mole, ["base", name])):
         with pytest.raises(InputError, match=hint):
             call(mole, name)
@@ -487,7 +519,10 @@ def test_a_wrong_name_gets_the_nearest_right_one(mole, name, hint):
 
 def test_the_oracle_is_each_tasks_own(mole):
     """eval.py asks for_task; a method that is left alone must come back as it is."""
-    got = [for_task(mole, name, "fox") for name in ("oracle", "lorahub", "base", "adapter:ant", "lora_b", "smear")]
+    got = [
+        for_task(mole, name, "fox")
+        for name in ("oracle", "lorahub", "base", "adapter:ant", "lora_b", "smear")
+    ]
     assert got == ["adapter:fox", "lorahub:fox", "base", "adapter:ant", "lora_b", "smear"]
 
 
@@ -501,15 +536,16 @@ class First(nn.Module):
 
 @torch.no_grad()
 def test_a_gate_of_ones_own_is_a_method(small_model, folder):
-    """The promise to whoever forks this: an nn.Module in mole.custom_gates, and generate and eval know it by its name;
-    replaced by another under that name it must not stay attached."""
+    """The promise to whoever forks this: an nn.Module in mole.custom_gates, and generate and eval
+    know it by its name; replaced by another under that name it must not stay attached."""
     mole = load(small_model, folder)
     with pytest.raises(InputError, match="no method 'mine'"):
         set_methods(mole, ["mine"])
     mole.custom_gates["mine"] = First()
     got = logits_of(mole, ["mine", "base", "adapter:bee"])
     assert close(
-        got[1:], torch.cat([logits_of(mole, [n], IDS[j : j + 1]) for j, n in ((1, "base"), (2, "adapter:bee"))])
+        got[1:],
+        torch.cat([logits_of(mole, [n], IDS[j : j + 1]) for j, n in ((1, "base"), (2, "adapter:bee"))]),
     )
     model = load_llama(small_model)
     attach(model, mole.pool, First())
@@ -553,7 +589,8 @@ def test_a_derived_adapter_is_traced_by_its_own_name(mole, method):
 
 @pytest.mark.parametrize("name", ["uniform", "meteora", "svd", "soft", "smear", "arrow", "ties_ba"])
 def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folder, tmp_path, name):
-    """Left in by one method, the column of tasks without their own adapter would be of tasks with it."""
+    """Left in by one method, the column of tasks without their own adapter would be of tasks with
+    it."""
     seen = []
     for excluded in ([], ["bee"]):
         set_methods(mole, [name], exclude=excluded)
@@ -565,12 +602,16 @@ def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folde
             mole.model(IDS[:1])
         mole.prompt.mask = None
         slot = mole.pool.slot("bee")
-        seen.append(sum(float(m.trace[:, slot].abs().sum()) for m in linears.values() if m.trace.shape[1] > 1))
+        seen.append(
+            sum(float(m.trace[:, slot].abs().sum()) for m in linears.values() if m.trace.shape[1] > 1)
+        )
         for linear in linears.values():
             linear.trace = None
     assert seen[1] == 0
     if name in ("svd", "ties_ba"):  # merged: what comes out is what the others give by themselves
-        others = load(small_model, adapters={n: p for n, p in read_pool(folder).adapters.items() if n != "bee"})
+        others = load(
+            small_model, adapters={n: p for n, p in read_pool(folder).adapters.items() if n != "bee"}
+        )
         set_methods(mole, [name], exclude=["bee"])
         with torch.no_grad():
             assert close(mole.model(IDS[:1]), logits_of(others, [name]))
@@ -581,7 +622,8 @@ def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folde
 
 
 def test_what_gates_exclude_stays_on_disk(small_model, folder):
-    """Fetched for its slot number, an excluded adapter takes the place of one that the gates choose."""
+    """Fetched for its slot number, an excluded adapter takes the place of one that the gates
+    choose."""
     whole, few = load(small_model, folder), load(small_model, folder, resident=len(NAMES) - 1)
     for mole in (whole, few):
         set_methods(mole, ["meteora"], exclude=[NAMES[-1]])
@@ -590,7 +632,8 @@ def test_what_gates_exclude_stays_on_disk(small_model, folder):
 
 
 def test_gates_of_excluded_adapters_alone(small_model, folder):
-    """An adapter that joined later doesn't help gates that don't know it: with all others excluded nothing is left."""
+    """An adapter that joined later doesn't help gates that don't know it: with all others excluded
+    nothing is left."""
     mole = load(small_model, folder)
     mole.pool.add(random_adapter("late", mole.shapes, 3))
     with pytest.raises(InputError, match="meteora_top2.safetensors: all its adapters are excluded"):
@@ -598,7 +641,8 @@ def test_gates_of_excluded_adapters_alone(small_model, folder):
 
 
 def test_lorahub_without_the_tasks_own_adapter(mole):
-    """Its weights are searched anew without that adapter: those searched with it are for other sums."""
+    """Its weights are searched anew without that adapter: those searched with it are for other
+    sums."""
     file = mole.folder.path / "baselines" / "lorahub.json"
     with pytest.raises(InputError, match="lorahub_ood.json: python train.py lorahub --ood makes it"):
         set_methods(mole, ["lorahub:ant"], exclude=["ant"])
@@ -609,22 +653,30 @@ def test_lorahub_without_the_tasks_own_adapter(mole):
 
 
 def test_lorahub_without_an_excluded_adapter(mole):
-    """Its weights were searched with the adapter; with that still in the sum, --ood would score what it has to do
-    without."""
+    """Its weights were searched with the adapter; with that still in the sum, --ood would score
+    what it has to do without."""
     weights = read_json(mole.folder.path / "baselines" / "lorahub.json")["weights"]["fox"]
     set_methods(mole, ["lorahub:fox"], exclude=["bee"])
     want = lorahub(mole.pool, {name: w for name, w in weights.items() if name != "bee"})
-    assert weights["bee"] and mole.attached[1].members["lorahub:fox"].hash == replace(want, name="lorahub:fox").hash
+    assert (
+        weights["bee"]
+        and mole.attached[1].members["lorahub:fox"].hash == replace(want, name="lorahub:fox").hash
+    )
 
 
 def test_what_a_method_says_of_itself(mole):
-    """eval.py goes by it: a row that is left out without need, or refused, or scored with what it should do without."""
-    said = {name: find_method(mole, name) for name in ("lorahub", "lorahub:fox", "lora_b", "oracle", "adapter:ant")}
+    """eval.py goes by it: a row that is left out without need, or refused, or scored with what it
+    should do without."""
+    said = {
+        name: find_method(mole, name)
+        for name in ("lorahub", "lorahub:fox", "lora_b", "oracle", "adapter:ant")
+    }
     assert [name for name, method in said.items() if not method.answers_composites] == ["lorahub"]
     assert [name for name, method in said.items() if method.has_task_adapter] == ["lora_b", "adapter:ant"]
     assert [name for name, method in said.items() if method.is_ceiling] == ["oracle"]
     assert not Joint.parse("mine_of_all").has_task_adapter
     kinds = {
-        name: find_method(mole, name, 2).has_temperature for name in ("meteora", "meteora_top1", "arrow", "ramole")
+        name: find_method(mole, name, 2).has_temperature
+        for name in ("meteora", "meteora_top1", "arrow", "ramole")
     }
     assert kinds == {"meteora": True, "meteora_top1": False, "arrow": True, "ramole": False}

@@ -29,7 +29,8 @@ def run(trained, tmp_path):
 
 
 def test_a_router_learns_which_of_two_adapters(run):
-    """Weights that stay even are a mixture under another name: each prompt's own adapter must come to weigh more."""
+    """Weights that stay even are a mixture under another name: each prompt's own adapter must come
+    to weigh more."""
     run.steps = 80
     train_router(run)
     mole = load(run.model, run.pool)
@@ -71,7 +72,8 @@ def tensors(run):
 
 
 def test_resumed_is_the_uninterrupted_run(run, tmp_path, monkeypatch):
-    """Killed in the middle, with candidates and dropout drawn at random, it must go on as if nothing had happened."""
+    """Killed in the middle, with candidates and dropout drawn at random, it must go on as if
+    nothing had happened."""
     run.steps, run.save_every, run.drop = 6, 2, 0.5
     whole = RouterRun(**vars(run) | {"pool": str(tmp_path / "whole")})
     shutil.copytree(run.pool, whole.pool)
@@ -106,19 +108,26 @@ def test_candidates():
     assert 0.4 < sum("a" in dict(some) for some in drawn) / 300 < 0.75
     assert all(score == scores[name] for some in drawn for name, score in some)
     o.drop = 0.0
-    assert draw_candidates("a", scores, random.Random(0), o) == [("a", 0.1), ("b", 0.9), ("d", 0.7), ("c", 0.5)]
+    assert draw_candidates("a", scores, random.Random(0), o) == [
+        ("a", 0.1),
+        ("b", 0.9),
+        ("d", 0.7),
+        ("c", 0.5),
+    ]
     o.candidates = "random"
     assert {n for s in range(99) for n, _ in draw_candidates("a", scores, random.Random(s), o)} == set(scores)
 
 
 def test_a_share_of_the_tasks_and_no_other_adapter(run):
-    """`share` is what makes "unseen" mean anything: neither examples nor adapters of the others may be touched."""
+    """`share` is what makes "unseen" mean anything: neither examples nor adapters of the others may
+    be touched."""
     names = [f"t{j}" for j in range(10)]
     some = some_tasks(names, 0.4, 0)
     assert len(some) == 4 and some == some_tasks(reversed(names), 0.4, 0) != some_tasks(names, 0.4, 1)
     shutil.copytree(f"{run.pool}/adapters/animals", f"{run.pool}/adapters/other")
     write_json(
-        f"{run.pool}/pool.json", read_json(f"{run.pool}/pool.json") | {"adapters": ["animals", "other", "plurals"]}
+        f"{run.pool}/pool.json",
+        read_json(f"{run.pool}/pool.json") | {"adapters": ["animals", "other", "plurals"]},
     )
     run.share = 0.1
     shutil.copytree(f"{run.tasks}/animals", f"{run.tasks}/other", dirs_exist_ok=True)
@@ -128,7 +137,10 @@ def test_a_share_of_the_tasks_and_no_other_adapter(run):
     finally:
         shutil.rmtree(f"{run.tasks}/other")
     mole = load(run.model, run.pool)
-    assert seen_tasks(mole) == set(some_tasks(["animals", "other", "plurals"], 0.1, 0)) and len(seen_tasks(mole)) == 2
+    assert (
+        seen_tasks(mole) == set(some_tasks(["animals", "other", "plurals"], 0.1, 0))
+        and len(seen_tasks(mole)) == 2
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])

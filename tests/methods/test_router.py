@@ -1,4 +1,5 @@
-"""RAMoLE's router, fusion, mixture and selection, LoGo: the identities of the papers, against float64 and by hand."""
+"""RAMoLE's router, fusion, mixture and selection, LoGo: the identities of the papers, against
+float64 and by hand."""
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from generate import answer, load
 from helpers_models import random_adapter, write_adapters
 from methods.batch import retrieve, set_methods
 from methods.logo import LogoProbe
-from methods.ramole import RouterLoRA, candidate_rows, load_routers, router_loras, save_routers, set_candidates
+from methods.ramole import (
+    RouterLoRA,
+    candidate_rows,
+    load_routers,
+    router_loras,
+    save_routers,
+    set_candidates,
+)
 from model import load_llama
 from moe_lora import AX, MeteoraGate, attached
 from pool.adapters import linear_shapes
@@ -96,14 +104,17 @@ def test_gradients_in_a_fixed_order():
     try:
         for _ in range(9):
             weight = gate(x, sample, AX(x, A)).weight
-            found.append(torch.autograd.grad((weight * torch.arange(1009)[:, None] * torch.arange(3)).sum(), gate.B)[0])
+            found.append(
+                torch.autograd.grad((weight * torch.arange(1009)[:, None] * torch.arange(3)).sum(), gate.B)[0]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(slope, found[0]) for slope in found)
 
 
 def test_one_candidate_weighs_one_and_none_weighs_nothing():
-    """A masked softmax over an empty row is NaN, and NaN times an unused adapter is NaN in every row of the batch."""
+    """A masked softmax over an empty row is NaN, and NaN times an unused adapter is NaN in every
+    row of the batch."""
     A, B, scale = stacks()
     gate, x = router(B, scale), torch.randn(3, 11, dtype=torch.float64)
     pool_like = type("P", (), {"slot": staticmethod(lambda name: int(name))})
@@ -113,7 +124,8 @@ def test_one_candidate_weighs_one_and_none_weighs_nothing():
 
 
 def test_only_the_router_learns():
-    """With both A_r and B_r zero neither would ever move; with neither the start would not be even weights."""
+    """With both A_r and B_r zero neither would ever move; with neither the start would not be even
+    weights."""
     A, B, scale = (y.float() for y in stacks())
     pool = type("P", (), {"A": {"p": A}, "B": {"p": B}, "scale": {"p": scale}})
     gate = router_loras(pool, 7)["p"]
@@ -139,7 +151,9 @@ def test_an_expert_keeps_its_share_of_the_full_softmax(k):
 def test_logo_scores_are_the_adapters_outputs():
     """Scores of A x alone, or without the scale, would rank adapters by their bookkeeping."""
     A, B, scale = stacks()
-    x = 0.1 * torch.randn(7, 11, dtype=torch.float64)  # a softmax that is nearly one-hot has no entropy left to compare
+    x = 0.1 * torch.randn(
+        7, 11, dtype=torch.float64
+    )  # a softmax that is nearly one-hot has no entropy left to compare
     v = torch.stack([scale[j] * B[j] @ (A[j] @ x[-1]) for j in range(5)]).float()
     for method in ("logo", "logo_entropy"):
         probe = LogoProbe(B, scale, method)
@@ -155,7 +169,11 @@ def test_an_adapter_without_entropy_is_the_surest():
     A, B, scale = stacks()
     scale[2] = 1e5
     probe = LogoProbe(B, scale, "logo_entropy")
-    probe(torch.randn(7, 11, dtype=torch.float64), torch.zeros(7, dtype=torch.int64), AX(torch.ones(7, 11).double(), A))
+    probe(
+        torch.randn(7, 11, dtype=torch.float64),
+        torch.zeros(7, dtype=torch.int64),
+        AX(torch.ones(7, 11).double(), A),
+    )
     assert probe.score.isfinite().all() and int(probe.score.argmax()) == 2
 
 
@@ -213,7 +231,10 @@ def test_ramole_over_one_candidate_is_that_adapter(mole, tmp_path):
 def test_fusion_is_mixture_where_all_A_are_equal(small_model):
     """And not otherwise: fusion has cross terms B_i A_j."""
     shapes = linear_shapes(load_llama(small_model))
-    mole, adapters = load(small_model), [random_adapter(name, shapes, 3, seed=j) for j, name in enumerate("ab")]
+    mole, adapters = (
+        load(small_model),
+        [random_adapter(name, shapes, 3, seed=j) for j, name in enumerate("ab")],
+    )
     found, results = [[("a", 0.9), ("b", 0.8)]] * 3, []
     for A in (adapters[1].A, adapters[0].A):
         adapters[1].A = A
@@ -239,7 +260,11 @@ def test_routers_survive_their_file(mole, tmp_path):
     again = load_routers(mole.folder.path / "router.safetensors", mole.pool, mole.model)
     for path, gate in routers.items():
         assert torch.equal(gate.A, again[path].A) and torch.equal(gate.B, again[path].B)
-        assert (gate.divisor, gate.scaled, gate.prior) == (again[path].divisor, again[path].scaled, again[path].prior)
+        assert (gate.divisor, gate.scaled, gate.prior) == (
+            again[path].divisor,
+            again[path].scaled,
+            again[path].prior,
+        )
 
 
 def test_router_of_another_base_is_refused(mole, tmp_path):
@@ -250,7 +275,8 @@ def test_router_of_another_base_is_refused(mole, tmp_path):
 
 
 def test_what_is_retrieved_is_what_answers(mole, tmp_path):
-    """The whole way: prompts to adapters to text, its own for each prompt of a batch, with one left out on demand."""
+    """The whole way: prompts to adapters to text, its own for each prompt of a batch, with one left
+    out on demand."""
     routed(mole, tmp_path)
     found = retrieve(mole, ["ramole", "base", "selection"], PROMPTS, 2)
     assert [pairs[0][0] for pairs in found if pairs] == ["a", "c"] and found[1] == []
@@ -259,7 +285,8 @@ def test_what_is_retrieved_is_what_answers(mole, tmp_path):
     options = {"max_new_tokens": 5}
     texts = answer(mole, PROMPTS, method=["ramole", "base", "selection"], **options)
     alone = [
-        answer(mole, p, method=m, **options)[0] for p, m in zip(PROMPTS, ["ramole", "base", "adapter:c"], strict=True)
+        answer(mole, p, method=m, **options)[0]
+        for p, m in zip(PROMPTS, ["ramole", "base", "adapter:c"], strict=True)
     ]
     assert texts == alone
     with pytest.raises(InputError, match="every adapter is excluded"):
@@ -274,8 +301,8 @@ def test_logo_takes_the_adapters_that_do_most(mole):
 
 @pytest.mark.slow
 def test_compiled_blocks_follow_requests_and_pool(mole, tmp_path):
-    """Candidates, inner matrices and slots are read anew at each batch: compiled, the answers stay those without
-    compiling, and whatever is asked after the first two batches compiles nothing."""
+    """Candidates, inner matrices and slots are read anew at each batch: compiled, the answers stay
+    those without compiling, and whatever is asked after the first two batches compiles nothing."""
     routed(mole, tmp_path)
     mole.pool._grow(7, 13)
     batches = [(["a", "b"], 3), (["b", "c"], 1), (["c", "a"], 2), (["late", "a"], 3), (["late", "b"], 1)]
@@ -294,4 +321,6 @@ def test_compiled_blocks_follow_requests_and_pool(mole, tmp_path):
             texts.append([(t.row, t.id) for t in decode(fresh, ids, Sampling(5))])
             compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert texts[: len(batches)] == texts[len(batches) :]
-    assert compiled[-1] == compiled[-4] > compiled[0]  # all shapes had come after one batch of several and one of one
+    assert (
+        compiled[-1] == compiled[-4] > compiled[0]
+    )  # all shapes had come after one batch of several and one of one

@@ -31,7 +31,9 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="session")
 def base(small_model):
     """transformers' and our own reading of one folder; deepcopy before changing either."""
-    return transformers.LlamaForCausalLM.from_pretrained(small_model, dtype=torch.float32), load_llama(small_model)
+    return transformers.LlamaForCausalLM.from_pretrained(small_model, dtype=torch.float32), load_llama(
+        small_model
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def peft_adapter(base, folder, dtype=torch.float32, seed=0, **config):
     """An adapter that PEFT made and saved, A and B both random, and PEFT's logits with it."""
     config = {"r": 3, "lora_alpha": 7, "target_modules": SEVEN} | config
     model = copy.deepcopy(base).to(dtype)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config), autocast_adapter_dtype=False)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", **config), autocast_adapter_dtype=False
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         if "lora_" in name:
@@ -59,12 +63,16 @@ def peft_adapter(base, folder, dtype=torch.float32, seed=0, **config):
 
 
 def peft_reads(base, folder, dtype=torch.float32):
-    """PEFT's model with the adapter in `folder`, kept in its own dtype (PEFT's default is to upcast bfloat16)."""
-    return peft.PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), folder, autocast_adapter_dtype=False).eval()
+    """PEFT's model with the adapter in `folder`, kept in its own dtype (PEFT's default is to upcast
+    bfloat16)."""
+    return peft.PeftModel.from_pretrained(
+        copy.deepcopy(base).to(dtype), folder, autocast_adapter_dtype=False
+    ).eval()
 
 
 def logits_with(model, adapters, name, dtype=torch.float32):
-    """Our logits with adapter `name` out of a pool of `adapters`; the model is given back as it was."""
+    """Our logits with adapter `name` out of a pool of `adapters`; the model is given back as it
+    was."""
     pool = Pool.of(adapters, linear_shapes(model), dtype)
     return logits_of_pool(model, pool, name)
 
@@ -91,7 +99,12 @@ CONFIGS = {
     "rslora": {"r": 5, "use_rslora": True},
     "rank_pattern": {"rank_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 2, UP: 7}},
     "alpha_pattern": {
-        "alpha_pattern": {"proj": 5, "layers.2.self_attn.v_proj": 19, "v_proj": 2, "model.layers.0.mlp.up_proj": 31}
+        "alpha_pattern": {
+            "proj": 5,
+            "layers.2.self_attn.v_proj": 19,
+            "v_proj": 2,
+            "model.layers.0.mlp.up_proj": 31,
+        }
     },
     "rank_and_alpha_rslora": {
         "use_rslora": True,
@@ -115,8 +128,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_equal_pefts(base, model, shapes, tmp_path, capsys, config):
-    """A wrong scale, a pattern that matches another module or a module left out gives fluent, wrong answers: the
-    adapter would seem to be a bad one. A decoy of larger rank in slot 0 shows that slots and ranks are kept apart."""
+    """A wrong scale, a pattern that matches another module or a module left out gives fluent, wrong
+    answers: the adapter would seem to be a bad one. A decoy of larger rank in slot 0 shows that
+    slots and ranks are kept apart."""
     want = peft_adapter(base[0], tmp_path / "mine", **config)
     adapter = load_adapter(tmp_path / "mine", shapes=shapes)
     decoy = random_adapter("decoy", shapes, r=11, seed=1)
@@ -128,7 +142,8 @@ def test_logits_equal_pefts(base, model, shapes, tmp_path, capsys, config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_what_peft_saves_comes_back_byte_equal(base, shapes, tmp_path, config):
-    """An adapter that changes a little each time it passes through here has another hash, and its gates refuse it."""
+    """An adapter that changes a little each time it passes through here has another hash, and its
+    gates refuse it."""
     want = peft_adapter(base[0], tmp_path / "first", **config)
     adapter = load_adapter(tmp_path / "first", shapes=shapes)
     save_adapter(adapter, tmp_path / "again")
@@ -142,7 +157,9 @@ def test_what_peft_saves_comes_back_byte_equal(base, shapes, tmp_path, config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_we_save_comes_back_byte_equal_from_peft(base, model, shapes, tmp_path, dtype):
     """Adapters trained here are worth little if PEFT can't read them, or reads something else."""
-    adapter = random_adapter("ours", shapes, r=5, alpha=3.0, targets=["q_proj", "up_proj", "down_proj"], size=0.1)
+    adapter = random_adapter(
+        "ours", shapes, r=5, alpha=3.0, targets=["q_proj", "up_proj", "down_proj"], size=0.1
+    )
     adapter.samples = ["a prompt", 'another\n"prompt"']
     for part in (adapter.A, adapter.B):
         part.update({path: y.to(dtype) for path, y in part.items()})
@@ -158,9 +175,9 @@ def test_what_we_save_comes_back_byte_equal_from_peft(base, model, shapes, tmp_p
 
 
 def test_bfloat16_equals_peft(base, model, shapes, tmp_path):
-    """Like with like, base and adapter in bfloat16 on both sides: each Linear agrees to bfloat16's rounding, and
-    through all layers, where roundings grow, we stay as near to the float32 answer as PEFT does. A product accumulated
-    in bfloat16, or an adapter upcast on one side, doesn't."""
+    """Like with like, base and adapter in bfloat16 on both sides: each Linear agrees to bfloat16's
+    rounding, and through all layers, where roundings grow, we stay as near to the float32 answer as
+    PEFT does. A product accumulated in bfloat16, or an adapter upcast on one side, doesn't."""
     want = peft_adapter(base[0], tmp_path / "low", torch.bfloat16)
     adapter = load_adapter(tmp_path / "low", shapes=shapes)
     assert {y.dtype for y in adapter.tensors().values()} == {torch.bfloat16}
@@ -179,7 +196,8 @@ def test_bfloat16_equals_peft(base, model, shapes, tmp_path):
 
 
 def test_logits_equal_pefts_by_the_public_way(base, small_model, tmp_path):
-    """load_mole and set_methods are what generate.py calls: a name resolved to the neighbour's slot shows here."""
+    """load_mole and set_methods are what generate.py calls: a name resolved to the neighbour's slot
+    shows here."""
     want = {
         name: peft_adapter(base[0], tmp_path / name, seed=j, r=r)
         for j, (name, r) in enumerate({"one": 2, "two": 5}.items())
@@ -206,8 +224,8 @@ def rekey(folder, change):
     ids=["default", "no_prefix", "both"],
 )
 def test_other_spellings_of_the_keys(shapes, tmp_path, change):
-    """state_dict() dumps and other trainers' files spell the same tensors otherwise; read by one spelling alone they
-    would be refused, or worse, hold nothing that matches."""
+    """state_dict() dumps and other trainers' files spell the same tensors otherwise; read by one
+    spelling alone they would be refused, or worse, hold nothing that matches."""
     adapter = random_adapter("a", shapes)
     save_adapter(adapter, tmp_path / "a")
     rekey(tmp_path / "a", change)
@@ -382,8 +400,9 @@ def with_nan(tensor):
     ids=lambda value: "",
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(spoil, shapes, tensors, words):
-    """An adapter that loads and silently does nothing, or does half of what it was trained for, is the commonest
-    complaint about loaders: every key is accounted for, both ways, with both sides' numbers."""
+    """An adapter that loads and silently does nothing, or does half of what it was trained for, is
+    the commonest complaint about loaders: every key is accounted for, both ways, with both sides'
+    numbers."""
     assert_refuses(spoil(tensors=tensors), shapes, *words)
 
 
@@ -407,20 +426,30 @@ def test_folders_without_usable_weights(spoil, shapes, tmp_path):
 
 
 def test_all_linear_is_every_linear_of_the_blocks(spoil, shapes):
-    """PEFT writes the names out, other tools leave the shorthand: cross-checked as a regex it would match nothing."""
+    """PEFT writes the names out, other tools leave the shorthand: cross-checked as a regex it would
+    match nothing."""
     assert len(load_adapter(spoil({"target_modules": "all-linear"}), shapes=shapes).A) == 21
     assert_refuses(spoil(tensors=edit(f"{UP}.lora_A.weight", torch.ones(2, 44))), shapes, "rank 2")
 
 
 def test_unknown_fields_warn_by_name(spoil, shapes, capsys):
-    """A newer PEFT's variant passes unseen otherwise; where it is off, as in every folder it saves, silence is
-    right."""
-    load_adapter(spoil({"use_hydra_lora": True, "use_future_lora": False, "future_config": None}), shapes=shapes)
+    """A newer PEFT's variant passes unseen otherwise; where it is off, as in every folder it saves,
+    silence is right."""
+    load_adapter(
+        spoil({"use_hydra_lora": True, "use_future_lora": False, "future_config": None}), shapes=shapes
+    )
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("warning: ") and "use_hydra_lora" in lines[0] and "True" in lines[0]
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("warning: ")
+        and "use_hydra_lora" in lines[0]
+        and "True" in lines[0]
+    )
 
 
-@pytest.mark.parametrize(("named", "warns"), [("meta/Llama-9-9B", True), ("somewhere/SMALL", False), (None, False)])
+@pytest.mark.parametrize(
+    ("named", "warns"), [("meta/Llama-9-9B", True), ("somewhere/SMALL", False), (None, False)]
+)
 def test_adapter_of_another_base_warns(spoil, small_model, capsys, named, warns):
     """Another base of the same shape is the commonest mistake of all, and nothing else can see it."""
     load_mole(small_model, extra=[("mine", spoil({"base_model_name_or_path": named}))])
@@ -435,7 +464,9 @@ def test_adapter_of_another_base_warns(spoil, small_model, capsys, named, warns)
 def test_pool_by_name(shapes):
     """Names, never positions: a slot that moves under a name serves one user another's adapter."""
     pool = Pool(shapes, 3, 7)
-    adapters = {name: random_adapter(name, shapes, r, seed=r) for name, r in (("ant", 2), ("bee", 7), ("cat", 3))}
+    adapters = {
+        name: random_adapter(name, shapes, r, seed=r) for name, r in (("ant", 2), ("bee", 7), ("cat", 3))
+    }
     for adapter in adapters.values():
         pool.add(adapter)
     assert pool.names == ["ant", "bee", "cat"]
@@ -453,7 +484,8 @@ def test_pool_by_name(shapes):
 
 
 def test_pool_pads_with_zeros(shapes):
-    """What lies beyond an adapter's own rank and modules must be exactly zero: anything else is added to its answer."""
+    """What lies beyond an adapter's own rank and modules must be exactly zero: anything else is
+    added to its answer."""
     small = random_adapter("small", shapes, 2, targets=["q_proj", "down_proj"])
     pool = Pool.of([random_adapter("large", shapes, 7, seed=1), small], shapes)
     assert pool.rank == 7 and pool.capacity == 2
@@ -468,9 +500,11 @@ def test_pool_pads_with_zeros(shapes):
 
 
 def test_pool_covers_only_the_linears_that_are_used(shapes):
-    """A Linear without any adapter would be wrapped for nothing: slower, and a row in every routing trace."""
+    """A Linear without any adapter would be wrapped for nothing: slower, and a row in every routing
+    trace."""
     pool = Pool.of(
-        [random_adapter("a", shapes, targets=["q_proj"]), random_adapter("b", shapes, targets=["up_proj"])], shapes
+        [random_adapter("a", shapes, targets=["q_proj"]), random_adapter("b", shapes, targets=["up_proj"])],
+        shapes,
     )
     assert list(pool.A) == [path for path in shapes if path.endswith(("q_proj", "up_proj"))]
     c = random_adapter("c", shapes, targets=["k_proj"])
@@ -494,15 +528,17 @@ def test_the_same_name_twice(shapes, model, small_model, tmp_path):
 @pytest.mark.parametrize("call", ["slot", "adapter", "remove", "fixed_rows"])
 def test_unknown_name_gives_the_nearest(shapes, call):
     """A typo in a name among 28 is found by being shown the right one, not by a KeyError."""
-    pool = Pool.of([random_adapter(name, shapes, seed=j) for j, name in enumerate(("plural", "reverse"))], shapes)
+    pool = Pool.of(
+        [random_adapter(name, shapes, seed=j) for j, name in enumerate(("plural", "reverse"))], shapes
+    )
     with pytest.raises(InputError, match="'revers'.*reverse"):
         fixed_rows(pool, [{"revers": 1.0}]) if call == "fixed_rows" else getattr(pool, call)("revers")
     assert pool.names == ["plural", "reverse"]
 
 
 def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
-    """The Linears hold the pool's tensors: grown into new ones, they would go on with the old pool and the new adapter
-    would silently do nothing."""
+    """The Linears hold the pool's tensors: grown into new ones, they would go on with the old pool
+    and the new adapter would silently do nothing."""
     one, two = random_adapter("one", shapes, 2), random_adapter("two", shapes, 7, seed=1)
     three = random_adapter("three", shapes, 3, targets=["o_proj"], seed=2)
     want = {a.name: logits_with(model, [a], a.name) for a in (one, two, three)}
@@ -511,7 +547,9 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
     pool.add(two)
     pool.add(three)
     assert pool.capacity >= 3 and pool.rank == 7
-    assert all(linear.A is pool.A[path] and len(linear.A) == pool.capacity for path, linear in linears.items())
+    assert all(
+        linear.A is pool.A[path] and len(linear.A) == pool.capacity for path, linear in linears.items()
+    )
     for name, logits in want.items():
         gate.set(*fixed_rows(pool, [{name: 1.0}] * 2))
         with torch.no_grad():
@@ -520,8 +558,12 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
 
 
 def test_a_slot_used_again_keeps_nothing(shapes, model):
-    """Left-over rows of a removed adapter of larger rank or more modules would be added to its successor's answers."""
-    large, small = random_adapter("large", shapes, 7), random_adapter("small", shapes, 2, targets=["q_proj"], seed=1)
+    """Left-over rows of a removed adapter of larger rank or more modules would be added to its
+    successor's answers."""
+    large, small = (
+        random_adapter("large", shapes, 7),
+        random_adapter("small", shapes, 2, targets=["q_proj"], seed=1),
+    )
     other = random_adapter("other", shapes, 3, seed=2)
     pool = Pool.of([other, large], shapes)
     pool.remove("large")
@@ -534,15 +576,16 @@ def test_a_slot_used_again_keeps_nothing(shapes, model):
 
 
 def test_order_of_the_pool_changes_nothing(shapes, model):
-    """Adapter identity by position was a fault of the released code: the folder listing decided who answers."""
+    """Adapter identity by position was a fault of the released code: the folder listing decided who
+    answers."""
     adapters = [random_adapter(name, shapes, r, seed=r) for name, r in (("ant", 2), ("bee", 5), ("cat", 3))]
     for name in ("ant", "bee", "cat"):
         assert close(logits_with(model, adapters, name), logits_with(model, adapters[::-1], name), 1e-5)
 
 
 def test_the_pool_gives_back_what_it_got(base, shapes, tmp_path):
-    """Trained adapters are saved through adapter(name): at the pool's rank, or with a neighbour's rows, PEFT refuses
-    them."""
+    """Trained adapters are saved through adapter(name): at the pool's rank, or with a neighbour's
+    rows, PEFT refuses them."""
     peft_adapter(base[0], tmp_path / "mixed", r=2, **CONFIGS["rank_pattern"])
     mixed = load_adapter(tmp_path / "mixed", shapes=shapes)
     pool = Pool.of([random_adapter("large", shapes, 11, seed=1), mixed], shapes)
@@ -556,8 +599,8 @@ def test_the_pool_gives_back_what_it_got(base, shapes, tmp_path):
 
 
 def test_hash_sees_everything_but_the_order(shapes):
-    """Gates are bound to hashes: one that misses a change runs gates on an adapter they weren't made for, one that
-    depends on the order of keys refuses the right one."""
+    """Gates are bound to hashes: one that misses a change runs gates on an adapter they weren't
+    made for, one that depends on the order of keys refuses the right one."""
     adapter = random_adapter("a", shapes)
 
     def changed(change):
@@ -576,7 +619,11 @@ def test_hash_sees_everything_but_the_order(shapes):
         q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
         other.A[q], other.A[k] = other.A[k], other.A[q]
 
-    same = [changed(backwards), changed(lambda a: a.samples.append("x")), changed(lambda a: setattr(a, "name", "b"))]
+    same = [
+        changed(backwards),
+        changed(lambda a: a.samples.append("x")),
+        changed(lambda a: setattr(a, "name", "b")),
+    ]
     assert set(same) == {adapter.hash}
     different = [
         changed(flip_one_bit),
@@ -593,7 +640,8 @@ def test_hash_sees_everything_but_the_order(shapes):
 
 
 def test_pool_folder_round_trip(model, tmp_path):
-    """The template and the base travel with the pool: lost, its adapters see prompts of another form."""
+    """The template and the base travel with the pool: lost, its adapters see prompts of another
+    form."""
     folders = write_adapters(tmp_path / "adapters", model, ["ant", "bee"])
     write_pool(PoolFolder(tmp_path, folders, "0123", "Q: {prompt}\nA:"))
     assert read_pool(tmp_path) == PoolFolder(tmp_path, folders, "0123", "Q: {prompt}\nA:")
@@ -601,7 +649,8 @@ def test_pool_folder_round_trip(model, tmp_path):
 
 
 def test_a_folder_of_peft_folders_is_a_pool(model, tmp_path):
-    """Most people have no pool.json, only folders that PEFT saved; without one the prompt goes in as it is."""
+    """Most people have no pool.json, only folders that PEFT saved; without one the prompt goes in
+    as it is."""
     folders = write_adapters(tmp_path, model, ["ant", "bee"])
     (tmp_path / "notes").mkdir()
     assert is_pool(tmp_path) and read_pool(tmp_path) == PoolFolder(tmp_path, folders, None, "{prompt}")
@@ -626,7 +675,8 @@ def test_a_folder_of_peft_folders_is_a_pool(model, tmp_path):
     ],
 )
 def test_bad_pool_json(tmp_path, raw, word):
-    """A name that leaves the folder reads other people's files; a template without the prompt answers nothing."""
+    """A name that leaves the folder reads other people's files; a template without the prompt
+    answers nothing."""
     (tmp_path / "pool.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=f"pool.json.*{word}"):
         read_pool(tmp_path)

@@ -1,4 +1,5 @@
-"""A pool that lives: adapters on disk, few of them resident, others that come and go while answers are written."""
+"""A pool that lives: adapters on disk, few of them resident, others that come and go while answers
+are written."""
 
 import gc
 import json
@@ -59,7 +60,8 @@ def slots_hold(pool, whole):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4), max_size=12))
 def test_the_least_recently_needed_leaves(folders, shapes, needs):
-    """Against a list that is kept by hand; in another order a popular adapter would be read from disk all the time."""
+    """Against a list that is kept by hand; in another order a popular adapter would be read from
+    disk all the time."""
     pool, whole = Pool.load(folders, shapes, resident=4), Pool.load(folders, shapes)
     recent = NAMES[:4]
     for names in needs:
@@ -95,7 +97,8 @@ def test_add_and_remove_in_a_limited_pool(folders, shapes, tmp_path):
 
 
 def test_every_answer_is_that_of_a_pool_that_holds_all(small_model, folders):
-    """Whatever was evicted in between: a stale slot, matrix or candidate would answer for another adapter."""
+    """Whatever was evicted in between: a stale slot, matrix or candidate would answer for another
+    adapter."""
     whole, few = (load(small_model, adapters=folders, resident=n) for n in (0, 3))
     rng = random.Random(0)
     for turn in range(17):
@@ -136,7 +139,8 @@ def test_adding_and_removing_while_an_answer_is_written(small_model, folders, tm
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "evicted by a request that is refused"])
 def test_an_adapter_that_leaves_ends_the_answers_that_use_it(change, small_model, folders):
-    """Going on with an empty slot, or with another's weights, would be a wrong answer without a word."""
+    """Going on with an empty slot, or with another's weights, would be a wrong answer without a
+    word."""
     mole = load(small_model, adapters={name: folders[name] for name in NAMES[:4]}, resident=2)
     answers = stream(mole, "the quick fox", method="adapter:a2", max_new_tokens=13)
     next(answers), next(answers)
@@ -199,9 +203,21 @@ def test_only_what_a_method_uses_has_to_fit(small_model, folders):
 
 
 def test_bytes_that_are_no_text(small_model):
-    """A prompt loop must survive what a terminal of another encoding sends; JSON may hold half a surrogate pair."""
-    args = ["generate.py", "--model", small_model, "--interactive", "--max_new_tokens", "2", "--method", "base"]
-    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], input=b"caf\xff\nthe fox\n", capture_output=True)
+    """A prompt loop must survive what a terminal of another encoding sends; JSON may hold half a
+    surrogate pair."""
+    args = [
+        "generate.py",
+        "--model",
+        small_model,
+        "--interactive",
+        "--max_new_tokens",
+        "2",
+        "--method",
+        "base",
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / args[0], *args[1:]], input=b"caf\xff\nthe fox\n", capture_output=True
+    )
     assert done.returncode == 0 and done.stderr.count(b"error: the text: character 3 is") == 1, done.stderr
     assert len(done.stdout.splitlines()) >= 1
     with pytest.raises(InputError, match="half a surrogate pair"):
@@ -210,7 +226,13 @@ def test_bytes_that_are_no_text(small_model):
 
 def test_interactive(small_model, folders):
     """The loop that the README shows: what is typed wrong costs one line, not the program."""
-    lines = ["/adapters", f"/add second={folders['a3']}", "/method adapter:second", "the quick fox", "/remove first"]
+    lines = [
+        "/adapters",
+        f"/add second={folders['a3']}",
+        "/method adapter:second",
+        "the quick fox",
+        "/remove first",
+    ]
     lines += ["/adapters", "/method nope", "/remove nobody", "/what", "/add broken", "the lazy dog"]
     lines += ["/remove second", "/adapters", "/quit", "never"]
     args = ["generate.py", "--model", small_model, "--adapter", f"first={folders['a2']}", "--interactive"]
@@ -230,7 +252,9 @@ def test_prompts_from_a_file(small_model, folders, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapters = [part for name in NAMES[:3] for part in ("--adapter", f"{name}={folders[name]}")]
     args = ["generate.py", "--model", small_model, *adapters, "--max_new_tokens", "3"]
-    done = command(*args, "--prompts", file, "--method", "base", "--retrieve", "2", "--exclude", "a0", "--json")
+    done = command(
+        *args, "--prompts", file, "--method", "base", "--retrieve", "2", "--exclude", "a0", "--json"
+    )
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert (first["method"], second["method"]) == ("selection", "base") and second["retrieved"] == []
@@ -247,12 +271,14 @@ def resident_bytes():
 
 @pytest.mark.slow
 def test_a_thousand_adapters_of_which_32_are_resident(small_model, shapes, tmp_path):
-    """Joining takes under a second, two thousand requests no more memory than two hundred, and every answer is that of
-    a pool that holds all."""
+    """Joining takes under a second, two thousand requests no more memory than two hundred, and
+    every answer is that of a pool that holds all."""
     names = [f"n{j}" for j in range(1000)]
     for j, name in enumerate(names):
         save_adapter(random_adapter(name, shapes, 3, seed=j), tmp_path / name)
-    few, whole = (load(small_model, adapters={n: tmp_path / n for n in names[:-1]}, resident=n) for n in (32, 0))
+    few, whole = (
+        load(small_model, adapters={n: tmp_path / n for n in names[:-1]}, resident=n) for n in (32, 0)
+    )
     begin = time.perf_counter()
     add_adapter(few, names[-1], tmp_path / names[-1])
     assert time.perf_counter() - begin < 1

@@ -41,7 +41,8 @@ def letters(texts):
 
 
 def test_nearest_mean_of_samples():
-    """Cosines of sums, or of vectors that are not normalised, would favour adapters with long samples."""
+    """Cosines of sums, or of vectors that are not normalised, would favour adapters with long
+    samples."""
     retriever = Retriever(letters)
     retriever.add("x", ["aab", "aaaaaaab"])
     retriever.add("y", ["bc"])
@@ -55,7 +56,8 @@ def test_nearest_mean_of_samples():
 
 
 def test_an_adapter_joins_and_leaves_without_training(capsys):
-    """Only what is new is embedded: with hundreds of adapters every start would otherwise take minutes."""
+    """Only what is new is embedded: with hundreds of adapters every start would otherwise take
+    minutes."""
     calls = []
     retriever = Retriever(lambda texts: calls.append(len(texts)) or letters(texts))
     retriever.keep({"x": ["a"], "y": ["b", "bb"]})
@@ -72,7 +74,8 @@ def encoder(small_model):
 
 
 def test_pooled_is_the_mean_of_the_texts_own_tokens(encoder):
-    """Padding or the instruction in the mean would make all prompts alike, the more the shorter they are."""
+    """Padding or the instruction in the mean would make all prompts alike, the more the shorter
+    they are."""
     texts = ["the quick brown fox", "mouse", "sort these words for me and the lazy dog"]
     head = encoder.tokenizer.encode("Represent the sentence for similar task retrieval: ")
     for text, got in zip(texts, encoder.pooled(texts, tokens=70), strict=True):
@@ -111,7 +114,9 @@ def test_file(encoder, tmp_path):
 
 def test_strip_shared():
     """Instructions are alike within a task: with them in, retrieval would measure nothing but that."""
-    prompts = [f"Translate the text.\n\nToday I {verb}. Yesterday I" for verb in ("go", "see it", "eat", "run")]
+    prompts = [
+        f"Translate the text.\n\nToday I {verb}. Yesterday I" for verb in ("go", "see it", "eat", "run")
+    ]
     assert strip_shared(prompts) == ["go.", "see it.", "eat.", "run."]
     assert strip_shared(["same", "same"]) == ["same", "same"]  # never empty
 
@@ -124,11 +129,14 @@ def test_strip_shared_keeps_count_and_words(prompts):
 
 
 def clouds(seed, tasks=7, n=23, h=11):
-    """Two views (tasks, n, h) of tasks as points, spread widely along two directions that say nothing of the task."""
+    """Two views (tasks, n, h) of tasks as points, spread widely along two directions that say
+    nothing of the task."""
     nuisance = 6 * torch.randn(2, h, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(tasks, 1, h, generator=g)
-    around = [(torch.randn(tasks, n, 2, generator=g), torch.randn(tasks, n, h, generator=g)) for _ in range(2)]
+    around = [
+        (torch.randn(tasks, n, 2, generator=g), torch.randn(tasks, n, h, generator=g)) for _ in range(2)
+    ]
     return [centres + wide @ nuisance + 0.2 * small for wide, small in around]
 
 
@@ -146,7 +154,8 @@ def test_tuning_finds_what_tells_tasks_apart():
 
 
 def test_table_of_the_tasks_left_out(tmp_path):
-    """A query that is among the samples, or tasks that were tuned on, would make any encoder look good."""
+    """A query that is among the samples, or tasks that were tuned on, would make any encoder look
+    good."""
     tasks = load_tasks(write_tasks(tmp_path))
     table = compare({"letters": letters, "bag of words": bag_of_words}, tasks, ["plurals"], seed=0)
     assert "5 prompts of 1 tasks among 2, tuned on the other 1" in table and table.count("| letters |") == 2
@@ -154,7 +163,8 @@ def test_table_of_the_tasks_left_out(tmp_path):
 
 
 def test_command(small_model, tmp_path):
-    """The whole way: task folders to a file that generate.py retrieves with, and the table of the tasks left out."""
+    """The whole way: task folders to a file that generate.py retrieves with, and the table of the
+    tasks left out."""
     names = ["animals", "plurals"]
     write_adapters(tmp_path / "pool" / "adapters", load_llama(small_model), names)
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"adapters": names}))
@@ -175,9 +185,12 @@ def test_command(small_model, tmp_path):
 
 @pytest.mark.slow
 def test_tasks_and_phrasings_never_seen():
-    """tiny/'s retriever on the tasks that it was not tuned on, with prompts worded as none of the adapters' samples is:
-    otherwise it could know the tasks, or the samples' wording, by heart."""
-    mole, tuned_on = load(dtype="float32"), read_metadata(f"{TINY}/retriever.safetensors")["tasks"].split("\n")
+    """tiny/'s retriever on the tasks that it was not tuned on, with prompts worded as none of the
+    adapters' samples is: otherwise it could know the tasks, or the samples' wording, by heart."""
+    mole, tuned_on = (
+        load(dtype="float32"),
+        read_metadata(f"{TINY}/retriever.safetensors")["tasks"].split("\n"),
+    )
     embed, places = retriever_of(mole).embed, []
     for fold in range(4):
         retriever, asked = Retriever(embed), {}
@@ -188,7 +201,9 @@ def test_tasks_and_phrasings_never_seen():
                 return next(p for p in phrasings if all(part in row["prompt"] for part in p.split("{x}")))
 
             out = phrasings[fold]
-            retriever.add(name, [r["prompt"] for r in examples(name, "train", 200) if phrasing(r) != out][:20])
+            retriever.add(
+                name, [r["prompt"] for r in examples(name, "train", 200) if phrasing(r) != out][:20]
+            )
             asked[name] = [r["prompt"] for r in examples(name, "test", 100) if phrasing(r) == out]
         for name in set(asked) - set(tuned_on):
             if asked[name]:
@@ -229,7 +244,8 @@ def test_a_sentence_transformers_folder(small_model, tmp_path, monkeypatch):
 
 
 def test_texts_longer_than_the_context(encoder):
-    """Small contexts, and instructions as long as the limit, must not let a text run past the context."""
+    """Small contexts, and instructions as long as the limit, must not let a text run past the
+    context."""
     encoder.max_length = 20
     long = encoder.pooled(["the fox " * 200])
     assert torch.equal(long, encoder.pooled(["the fox " * 300])) and long.isfinite().all()

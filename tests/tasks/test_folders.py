@@ -1,4 +1,5 @@
-"""Tasks: what a step sees is a function of its number alone, whole epochs, masks that end where answers end."""
+"""Tasks: what a step sees is a function of its number alone, whole epochs, masks that end where
+answers end."""
 
 import itertools
 from types import SimpleNamespace
@@ -12,7 +13,17 @@ from common.files import InputError, write_json, write_jsonl
 from common.tokenizer import Tokenizer
 from helpers_models import tokenizer_bytes
 from pool.adapters import TEMPLATE
-from tasks.folders import Example, PackedExample, collate, draw, encode, encode_all, fill, load_tasks, micro_batches
+from tasks.folders import (
+    Example,
+    PackedExample,
+    collate,
+    draw,
+    encode,
+    encode_all,
+    fill,
+    load_tasks,
+    micro_batches,
+)
 from tasks.metrics import METRICS
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=25)
@@ -20,7 +31,10 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=25)
 
 def make_examples(sizes, n_prompt=1):
     """An Example of each size; its ids tell which one it is."""
-    return [Example([1000 * j + t + 1 for t in range(size)], n_prompt, f"task {j % 3}") for j, size in enumerate(sizes)]
+    return [
+        Example([1000 * j + t + 1 for t in range(size)], n_prompt, f"task {j % 3}")
+        for j, size in enumerate(sizes)
+    ]
 
 
 def write_task(folder, rows=({"prompt": "p", "response": "r"},), **fields):
@@ -41,7 +55,8 @@ def tokenizer(tmp_path_factory):
 
 @given(st.integers(1, 23), st.integers(1, 7), st.integers(0, 3))
 def test_every_epoch_holds_every_example_once(size, count, seed):
-    """Without it some examples are never learned from, wherever the batch size does not divide their number."""
+    """Without it some examples are never learned from, wherever the batch size does not divide
+    their number."""
     steps = 3 * size  # three epochs of steps of any size
     drawn = [x for step in range(steps) for x in draw(range(size), "a", step, count, seed)]
     assert len(drawn) == steps * count
@@ -73,7 +88,8 @@ def test_seeds_names_and_epochs_shuffle_differently():
 
 @given(lengths, st.integers(1, 150), st.booleans())
 def test_micro_batches_keep_every_example_within_the_limit(sizes, max_tokens, padded):
-    """Without it an example is lost or doubled between parts, or a part is larger than the memory it was cut for."""
+    """Without it an example is lost or doubled between parts, or a part is larger than the memory
+    it was cut for."""
     examples = make_examples(sizes)
     parts = micro_batches(examples, max_tokens, padded)
     kept = [example.ids[0] for part in parts for example in part]
@@ -88,7 +104,8 @@ def test_micro_batches_keep_every_example_within_the_limit(sizes, max_tokens, pa
 
 
 def test_micro_batches_fill_their_limit_and_repeat():
-    """Without it one example a part would pass for batching; and a resumed step would be cut in another way."""
+    """Without it one example a part would pass for batching; and a resumed step would be cut in
+    another way."""
     examples = make_examples([7, 5, 7, 5, 6])
     assert [len(part) for part in micro_batches(examples, 100)] == [5]
     cut = {padded: micro_batches(examples, 17, padded) for padded in (False, True)}
@@ -103,7 +120,9 @@ def test_micro_batches_fill_their_limit_and_repeat():
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
 def test_predicts_marks_what_comes_before_each_response_token(sizes):
     """Without it the prompt is trained on, padding is, or EOS is not and answers never end."""
-    rows = [Example([10 + t for t in range(p)] + [50 + t for t in range(r - 1)] + [2], p, "a") for p, r in sizes]
+    rows = [
+        Example([10 + t for t in range(p)] + [50 + t for t in range(r - 1)] + [2], p, "a") for p, r in sizes
+    ]
     batch = collate(rows)
     t = max(p + r for p, r in sizes)
     assert batch.ids.shape == batch.real.shape == batch.predicts.shape == (len(sizes), t)
@@ -111,14 +130,16 @@ def test_predicts_marks_what_comes_before_each_response_token(sizes):
         ids = batch.ids[row].tolist()
         assert ids == rows[row].ids + [0] * (t - p - r)
         assert batch.real[row].tolist() == [j < p + r for j in range(t)]
-        predicted = [ids[j + 1] for j in range(t) if batch.predicts[row, j]]  # never the last: nothing follows it
+        predicted = [
+            ids[j + 1] for j in range(t) if batch.predicts[row, j]
+        ]  # never the last: nothing follows it
         assert predicted == rows[row].ids[p:] and predicted[-1] == 2
     assert batch.tasks == ["a"] * len(sizes)
 
 
 def test_an_empty_prompt_predicts_from_the_second_token_on():
-    """Without it an example whose prompt has no token (no BOS, a template of {prompt} alone) trains nothing at all:
-    nothing comes before its first token, but every later one can be predicted."""
+    """Without it an example whose prompt has no token (no BOS, a template of {prompt} alone) trains
+    nothing at all: nothing comes before its first token, but every later one can be predicted."""
     batch = collate([Example([7, 8, 2], 0, "a"), Example([5, 6, 7, 8, 2], 2, "a")])
     assert batch.predicts.tolist() == [[True, True, False, False, False], [False, True, True, True, False]]
 
@@ -130,7 +151,8 @@ PARTS = st.lists(
 
 @given(st.lists(PARTS.filter(lambda parts: sum(p + r for p, r, _ in parts) > 0), min_size=1, max_size=4))
 def test_in_a_context_every_token_knows_its_part(rows):
-    """Without it an answer that follows another task's text is predicted by nothing, or labelled with its neighbour."""
+    """Without it an answer that follows another task's text is predicted by nothing, or labelled
+    with its neighbour."""
     counter = itertools.count(3)
     contexts = [
         PackedExample([Example([next(counter) for _ in range(p + r)], p, task) for p, r, task in parts])
@@ -143,7 +165,9 @@ def test_in_a_context_every_token_knows_its_part(rows):
     for row, context in enumerate(contexts):
         want = [(j < part.n_prompt, part.task) for part in context.parts for j in range(len(part.ids))]
         n = len(want)
-        assert [next(parts) for _ in context.parts] == context.parts and context.ids == batch.ids[row, :n].tolist()
+        assert [next(parts) for _ in context.parts] == context.parts and context.ids == batch.ids[
+            row, :n
+        ].tolist()
         assert batch.real[row].tolist() == [t < n for t in range(batch.ids.shape[1])]
         assert batch.prompt[row, :n].tolist() == [is_prompt for is_prompt, _ in want]
         assert batch.predicts[row, :n].tolist() == [not is_prompt for is_prompt, _ in want[1:]] + [False]
@@ -156,7 +180,8 @@ def test_in_a_context_every_token_knows_its_part(rows):
 
 
 def test_prompt_and_response_are_tokenized_apart(tokenizer):
-    """Without it training sees tokens that span the border, which generation, given the prompt alone, never meets."""
+    """Without it training sees tokens that span the border, which generation, given the prompt
+    alone, never meets."""
     row = {"prompt": "the quick", "response": " brown fox"}
     example = encode(tokenizer, "{prompt}", row, "words")
     prompt, response = tokenizer.encode("the quick"), tokenizer.encode(" brown fox", start=False)
@@ -201,7 +226,8 @@ def test_any_text_becomes_an_example(tokenizer, prompt, response):
 
 
 def test_tasks_load_by_name_in_order(tmp_path):
-    """Without it the order of a folder listing, which differs between machines, decides which data a task gets."""
+    """Without it the order of a folder listing, which differs between machines, decides which data
+    a task gets."""
     for name in ("zebra", "ant", "mole"):
         write_task(tmp_path / name, [{"prompt": name, "response": "r"}], metric="bleu")
     (tmp_path / "notes").mkdir()  # no task.json: no task
@@ -232,7 +258,9 @@ def test_broken_task_folders_say_what_is_wrong(tmp_path):
     """Without it a task without a metric is trained for an hour before its first score fails."""
     for metric in ("exactmatch", None, 3, ["bleu"]):
         write_task(tmp_path / "plural", metric=metric)
-        with pytest.raises(InputError, match="metric is .*expected one of exact_match, yes_no, gsm8k, bleu, rouge_l"):
+        with pytest.raises(
+            InputError, match="metric is .*expected one of exact_match, yes_no, gsm8k, bleu, rouge_l"
+        ):
             load_tasks(tmp_path)
     write_task(tmp_path / "plural", [{"prompt": "p", "answer": "r"}])
     with pytest.raises(InputError, match=r"train\.jsonl:1: .*'response'"):

@@ -1,4 +1,5 @@
-"""Metrics: equal to sacrebleu and rouge-score, empty answers are wrong answers, intervals mean what they say; lists."""
+"""Metrics: equal to sacrebleu and rouge-score, empty answers are wrong answers, intervals mean what
+they say; lists."""
 
 import random
 import re
@@ -33,7 +34,22 @@ from tasks.metrics import (
     yes_no,
 )
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "runs", ",", "far", "away", "."]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "and",
+    "runs",
+    ",",
+    "far",
+    "away",
+    ".",
+]
 
 
 def sentences(count, seed=0):
@@ -47,8 +63,8 @@ def sentences(count, seed=0):
 
 @pytest.mark.parametrize("count", [2, 9, 40])
 def test_bleu_is_sacrebleu(count):
-    """Without it the score is not the one that papers report: references in the wrong shape (only the first answer
-    scored), a mean of sentence scores, empty answers dropped."""
+    """Without it the score is not the one that papers report: references in the wrong shape (only
+    the first answer scored), a mean of sentence scores, empty answers dropped."""
     answers, targets = sentences(count)
     found = score("bleu", answers, targets, resamples=10)
     assert 1 < found.score < 99
@@ -57,7 +73,8 @@ def test_bleu_is_sacrebleu(count):
 
 
 def test_bleu_has_the_default_signature():
-    """Without it another tokenizer or smoothing makes the numbers incomparable: 'don't' and 'don ' t' differ."""
+    """Without it another tokenizer or smoothing makes the numbers incomparable: 'don't' and 'don '
+    t' differ."""
     bleu = BLEU()
     answers, targets = ["I don't know, maybe 3.5 (or not)."] * 2, ["I don't know; maybe 3.5 (or so)."] * 2
     expected = bleu.corpus_score(answers, [targets]).score
@@ -66,7 +83,8 @@ def test_bleu_has_the_default_signature():
 
 
 def test_resampled_bleu_counts_equal_resampled_texts():
-    """Without it the interval is that of some other score: corpus BLEU is no mean, only its counts add up."""
+    """Without it the interval is that of some other score: corpus BLEU is no mean, only its counts
+    add up."""
     answers, targets = sentences(9)
     bleu = BLEU()
     counts = np.array([metrics._bleu_counts(bleu, a, t) for a, t in zip(answers, targets, strict=True)])
@@ -76,7 +94,9 @@ def test_resampled_bleu_counts_equal_resampled_texts():
         assert metrics._bleu_of(bleu, counts[draw].sum(0)) == pytest.approx(texts, abs=1e-9)
 
 
-@pytest.mark.parametrize("metric, name", [("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")])
+@pytest.mark.parametrize(
+    "metric, name", [("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")]
+)
 def test_rouge_is_rouge_score(metric, name):
     """Without it the score is another ROUGE: no stemming, recall for F1."""
     answers, targets = sentences(9)
@@ -100,7 +120,8 @@ def test_rouge_is_rouge_score(metric, name):
     ],
 )
 def test_rouge_by_hand(answer, target, one, two, longest):
-    """Without it two of the names could stand for the same ROUGE: the oracle is asked by the same table of names."""
+    """Without it two of the names could stand for the same ROUGE: the oracle is asked by the same
+    table of names."""
     for metric, expected in (("rouge_1", one), ("rouge_2", two), ("rouge_l", longest)):
         assert rouge(metric, [answer], [target])[0] == pytest.approx(expected)
 
@@ -187,7 +208,8 @@ def test_yes_no(answer, target, right):
     ],
 )
 def test_final_number(text, number):
-    """Without it thousands, signs, full stops or the working before '####' change the answer that is scored."""
+    """Without it thousands, signs, full stops or the working before '####' change the answer that
+    is scored."""
     assert final_number(text) == number
 
 
@@ -199,7 +221,8 @@ def test_a_number_may_begin_with_its_point():
 
 
 def test_large_numbers_stay_apart():
-    """Without it two different long answers are equal: both are infinite as floats, or rounded to the same."""
+    """Without it two different long answers are equal: both are infinite as floats, or rounded to
+    the same."""
     assert gsm8k("9" * 400, "1" * 400) == 0.0
     assert gsm8k("9007199254740993", "9007199254740992") == 0.0
     assert gsm8k("9" * 400, "#### " + "9" * 400) == 1.0
@@ -207,7 +230,13 @@ def test_large_numbers_stay_apart():
 
 @pytest.mark.parametrize(
     "answer, target, right",
-    [("so 18", "#### 18", True), ("18.0", "#### 18", True), ("1", "12", False), ("", "#### 0", False), ("", "", False)],
+    [
+        ("so 18", "#### 18", True),
+        ("18.0", "#### 18", True),
+        ("1", "12", False),
+        ("", "#### 0", False),
+        ("", "", False),
+    ],
 )
 def test_gsm8k(answer, target, right):
     """Without it a substring, or nothing at all, counts as the number."""
@@ -237,8 +266,8 @@ def test_empty_answers_are_wrong_for_every_metric(metric, target):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_intervals_hold_the_score_shrink_and_repeat(metric):
-    """Without it a table's intervals mean nothing: off the score, as wide for 400 examples as for 20, or other ones at
-    every run."""
+    """Without it a table's intervals mean nothing: off the score, as wide for 400 examples as for
+    20, or other ones at every run."""
     found = []
     for count in (20, 400):
         answers, targets = sentences(count)
@@ -258,7 +287,8 @@ def test_intervals_hold_the_score_shrink_and_repeat(metric):
 
 
 def test_the_interval_is_the_95_percent_one():
-    """Without it another percentile would go unnoticed: of 100 coin tosses it is 1.96 * 5 to each side."""
+    """Without it another percentile would go unnoticed: of 100 coin tosses it is 1.96 * 5 to each
+    side."""
     answers, targets = ["a", "b"] * 50, ["a"] * 100
     found = score("exact_match", answers, targets, resamples=4000)
     assert found.score == 50
@@ -273,12 +303,17 @@ def test_lists_of_other_lengths_are_refused():
 
 
 def test_what_is_counted():
-    """Without it a composite counts a BLEU task's answer as right, or a missing answer ends the evaluation."""
+    """Without it a composite counts a BLEU task's answer as right, or a missing answer ends the
+    evaluation."""
     assert set(METRICS) == {*COUNTED, "bleu", *ROUGE} and len(METRICS) == 7
     for metric, target in (("exact_match", "mice"), ("yes_no", "yes"), ("gsm8k", "so 3\n#### 3")):
         assert [right(metric, a, target) for a in (target, "4", "", None)] == [True, False, False, False]
         assert score(metric, [target, "4", ""], [target] * 3, resamples=3).score == 33.33
-    assert right("yes_no", "Yes.", "yes") and not right("exact_match", "Yes.", "yes") and right("gsm8k", "3.0", "3")
+    assert (
+        right("yes_no", "Yes.", "yes")
+        and not right("exact_match", "Yes.", "yes")
+        and right("gsm8k", "3.0", "3")
+    )
     for metric in ("bleu", "rouge_1", "exact"):
         with pytest.raises(ValueError, match="expected one of exact_match, yes_no, gsm8k$"):
             right(metric, "a", "a")
@@ -291,7 +326,8 @@ def test_what_is_counted():
 
 
 def test_signatures_say_what_was_scored():
-    """Without it a table's BLEU can't be compared with another's: which tokenizer, which smoothing, which version."""
+    """Without it a table's BLEU can't be compared with another's: which tokenizer, which smoothing,
+    which version."""
     answers, targets = sentences(5)
     bleu = BLEU()
     bleu.corpus_score(answers, [targets])
@@ -306,7 +342,8 @@ def test_signatures_say_what_was_scored():
 
 @pytest.mark.parametrize("metric, package", [("bleu", "sacrebleu"), ("rouge_1", "rouge-score")])
 def test_a_missing_package_is_named(metric, package, monkeypatch):
-    """Without it hours of generating end in a traceback about an import, of a name that pip doesn't know."""
+    """Without it hours of generating end in a traceback about an import, of a name that pip doesn't
+    know."""
     for module in ("sacrebleu", "rouge_score", "rouge_score.rouge_scorer"):
         monkeypatch.setitem(sys.modules, module, None)
     for call in (lambda: signature(metric), lambda: score(metric, ["a"], ["a"])):
@@ -343,28 +380,36 @@ def test_meteora_drops_empty_answers():
     ],
 )
 def test_meteora_accuracy_is_a_substring_test(metric, answer, target, right):
-    """Without it our stricter accuracy would be set beside their looser one, and read as a worse model."""
+    """Without it our stricter accuracy would be set beside their looser one, and read as a worse
+    model."""
     assert score_meteora(metric, [answer], [target]).score == 100 * right
 
 
 def test_meteora_bleu_is_of_the_first_answer_alone():
-    """Without it their BLEU, one sentence against every target of the task, passes for a corpus BLEU."""
+    """Without it their BLEU, one sentence against every target of the task, passes for a corpus
+    BLEU."""
     answers, targets = ["", "a b c d e f", "x"], ["y", "a b c d e g", "a b q d e f"]
     found = score_meteora("bleu", answers, targets)
-    # Of all the n-grams of "a b c d e f" only "c d e f" stands in neither target: 2 of its three 4-grams are found.
+    # Of all the n-grams of "a b c d e f" only "c d e f" stands in neither target: 2 of its three
+    # 4-grams are found.
     assert found == Score(90.36, 90.36, 90.36, 2, "bleu")  # 100 * (1 * 1 * 1 * 2/3) ** (1/4)
     assert found == score_meteora("bleu", ["a b c d e f", "a b q d e f"], targets[1:])
-    assert found.score == pytest.approx(corpus_bleu(answers[1:], [["a b c d e g"], ["a b q d e f"]]).score, abs=0.005)
+    assert found.score == pytest.approx(
+        corpus_bleu(answers[1:], [["a b c d e g"], ["a b q d e f"]]).score, abs=0.005
+    )
     assert score("bleu", answers, targets).score < 60
     assert score_meteora("bleu", ["A b c d e f"], ["a b c d e f"]).score < 90  # case counts, as in ours
     answers, targets = sentences(9)
-    wrong = corpus_bleu([a for a in answers if a], [[t] for a, t in zip(answers, targets, strict=True) if a]).score
+    wrong = corpus_bleu(
+        [a for a in answers if a], [[t] for a, t in zip(answers, targets, strict=True) if a]
+    ).score
     assert score_meteora("bleu", answers, targets).score == pytest.approx(wrong, abs=0.005)
 
 
 @pytest.mark.parametrize("metric", ROUGE)
 def test_meteora_rouge_is_rouge_of_the_kept(metric):
-    """Without it a difference in ROUGE might come from another ROUGE and not from the dropped answers."""
+    """Without it a difference in ROUGE might come from another ROUGE and not from the dropped
+    answers."""
     answers, targets = sentences(9)
     kept = [(a, t) for a, t in zip(answers, targets, strict=True) if a]
     assert len(kept) == 8
@@ -403,7 +448,8 @@ def test_meteora_rouge_is_rouge_of_the_kept(metric):
     ],
 )
 def test_numbered(text, answers):
-    """Without it a question gets another one's answer, or a number within an answer is taken for the next question."""
+    """Without it a question gets another one's answer, or a number within an answer is taken for
+    the next question."""
     assert numbered(text, 3) == answers
     assert [bool(a) for a in numbered(text, 3)] == [a not in ("", None) for a in answers]
 
@@ -418,12 +464,19 @@ LINE = st.text(st.one_of(st.characters(), st.sampled_from("0123456789.) -\t")), 
     lambda line: line == line.strip() and "\n" not in line
 )
 LATER = LINE.filter(lambda line: not re.match(r"[0-9]+[.)](\s|$)", line))
-ANSWER = st.tuples(LINE, st.lists(LATER, max_size=2)).map(lambda parts: "\n".join([parts[0], *parts[1]]).strip("\n"))
+ANSWER = st.tuples(LINE, st.lists(LATER, max_size=2)).map(
+    lambda parts: "\n".join([parts[0], *parts[1]]).strip("\n")
+)
 
 
-@given(st.lists(st.none() | ANSWER, min_size=1, max_size=12), st.sampled_from([".", ")"]), st.sampled_from(["", "  "]))
+@given(
+    st.lists(st.none() | ANSWER, min_size=1, max_size=12),
+    st.sampled_from([".", ")"]),
+    st.sampled_from(["", "  "]),
+)
 def test_a_list_that_was_written_is_read_again(answers, mark, indent):
-    """Without it some answer, a number, a mark, two lines or nothing at all, shifts or cuts those after it."""
+    """Without it some answer, a number, a mark, two lines or nothing at all, shifts or cuts those
+    after it."""
     lines = [f"{indent}{j}{mark} {a}" for j, a in enumerate(answers, 1) if a is not None]
     assert numbered("\n".join(lines), len(answers)) == answers
     assert numbered("\n".join(["Answers:", *lines, f"{len(answers) + 1}. more"]), len(answers)) == answers

@@ -1,4 +1,5 @@
-"""The embedded tasks: exact answers, disjoint splits, the same on every machine, and a corpus without instructions."""
+"""The embedded tasks: exact answers, disjoint splits, the same on every machine, and a corpus
+without instructions."""
 
 import os
 import re
@@ -36,7 +37,9 @@ def word_value(text):
     names, tens = NAMES_TO_NINETEEN.split(), {word: 10 * n for n, word in enumerate(NAMES_OF_TENS.split(), 2)}
     total = 0
     for word in re.split("[ -]", text):
-        total = total * 100 if word == "hundred" else total + (names.index(word) if word in names else tens[word])
+        total = (
+            total * 100 if word == "hundred" else total + (names.index(word) if word in names else tens[word])
+        )
     return total
 
 
@@ -110,7 +113,9 @@ def inputs(name, split, n, seed=0):
 
 def test_twenty_eight_tasks_with_relatives():
     """A family of one would leave a task without relatives when its own adapter is missing."""
-    assert len(TASKS) == 28 and all(name == task.name and re.fullmatch("[a-z_]+", name) for name, task in TASKS.items())
+    assert len(TASKS) == 28 and all(
+        name == task.name and re.fullmatch("[a-z_]+", name) for name, task in TASKS.items()
+    )
     families = Counter(task.family for task in TASKS.values())
     assert len(families) >= 7 and min(families.values()) >= 2
     assert set(ORACLES) | set(LOOKED_UP) == set(TASKS)
@@ -118,7 +123,8 @@ def test_twenty_eight_tasks_with_relatives():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_phrasings(name):
-    """Fewer phrasings, or two that are the same, and an adapter learns a string, not an instruction."""
+    """Fewer phrasings, or two that are the same, and an adapter learns a string, not an
+    instruction."""
     task = TASKS[name]
     assert len(set(task.phrasings)) == len(task.phrasings) >= 4
     assert all(p.count("{x}") == 1 and p == p.strip() and "|" not in p for p in task.phrasings)
@@ -126,7 +132,8 @@ def test_phrasings(name):
 
 
 def test_no_phrasing_is_shared():
-    """The same prompt in two tasks would have two right answers, and no gate could know which is meant."""
+    """The same prompt in two tasks would have two right answers, and no gate could know which is
+    meant."""
     phrasings = Counter(p for task in TASKS.values() for p in task.phrasings)
     assert max(phrasings.values()) == 1
     prompts = {}
@@ -146,7 +153,8 @@ def test_splits_are_disjoint(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if TASKS[n].answers])
 def test_finite_tasks_are_used_up(name):
-    """A finite task that repeats held-out inputs would show an interval narrower than its data allow."""
+    """A finite task that repeats held-out inputs would show an interval narrower than its data
+    allow."""
     held = [x for x in TASKS[name].answers if held_out(name, x)]
     assert 0.1 <= len(held) / len(TASKS[name].answers) <= 0.35
     assert len(examples(name, "test", 10**6)) == len(held) == len(inputs(name, "test", 10**6)) >= 15
@@ -163,7 +171,8 @@ def test_endless_tasks_fill_every_request(name):
 @settings(max_examples=150, deadline=None)
 @given(name=st.sampled_from(sorted(ORACLES)), rng=st.randoms(use_true_random=False))
 def test_computed_answers(name, rng):
-    """One wrong rule (a Roman 9, a tie for the longest word) would be learned as truth by base and adapters."""
+    """One wrong rule (a Roman 9, a tie for the longest word) would be learned as truth by base and
+    adapters."""
     x, y = TASKS[name].make(rng)
     assert ORACLES[name](x, y), (x, y)
 
@@ -176,7 +185,8 @@ def test_every_finite_answer(name):
 
 @pytest.mark.parametrize("name", sorted(LOOKED_UP))
 def test_known_facts(name):
-    """A column read from the wrong place makes every answer wrong, consistently; 'x-' must not be asked at all."""
+    """A column read from the wrong place makes every answer wrong, consistently; 'x-' must not be
+    asked at all."""
     for fact in LOOKED_UP[name].split(", "):
         x, _, answer = fact.partition(" ")
         if x in ("right-", "old-", "short-", "hard-"):
@@ -187,15 +197,19 @@ def test_known_facts(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_short_and_clean(name):
-    """A trailing space or an empty answer can't be matched exactly; a long one costs composites their context."""
+    """A trailing space or an empty answer can't be matched exactly; a long one costs composites
+    their context."""
     for row in examples(name, "train", 200) + examples(name, "test", 100):
         words = row["response"].split()
-        assert row["response"] == " ".join(words) + "\n" and 1 <= len(words) <= 8  # a line: so it can stand in a list
+        assert (
+            row["response"] == " ".join(words) + "\n" and 1 <= len(words) <= 8
+        )  # a line: so it can stand in a list
         assert row["prompt"] == " ".join(row["prompt"].split()) and "{" not in row["prompt"]
 
 
 def test_no_key_twice():
-    """A word listed twice would silently keep its last answer, so two rows of the world would contradict each other."""
+    """A word listed twice would silently keep its last answer, so two rows of the world would
+    contradict each other."""
     singles = [tiny_tasks.CAPITALS, tiny_tasks.PAST, tiny_tasks.PLURALS, tiny_tasks.DICTIONARY]
     for text in singles:
         keys = [row.split()[0] for row in text.split(";")]
@@ -203,14 +217,17 @@ def test_no_key_twice():
     for text in (tiny_tasks.CATEGORIES, tiny_tasks.COLORS):
         keys = [x for group in text.split(";") for x in group.split(":")[1].split()]
         assert len(set(keys)) == len(keys), Counter(keys).most_common(3)
-    sides = tiny_tasks.OPPOSITES.replace(";", " ").split() + [r.split()[0] for r in tiny_tasks.ONE_WAY.split(";")]
+    sides = tiny_tasks.OPPOSITES.replace(";", " ").split() + [
+        r.split()[0] for r in tiny_tasks.ONE_WAY.split(";")
+    ]
     assert len(set(sides)) == len(sides), Counter(sides).most_common(3)
     assert all(len(row) == 4 for row in tiny_tasks.TRANSLATIONS)
     assert all(len(row.split()) == 2 for text in singles[:3] for row in text.split(";"))
 
 
 def test_words_can_be_spelled():
-    """A word of the letter tasks with a capital, a space or eight letters would be a harder task than it says."""
+    """A word of the letter tasks with a capital, a space or eight letters would be a harder task
+    than it says."""
     assert len(WORDS) == len(set(WORDS)) >= 250 and all(re.fullmatch("[a-z]{3,6}", word) for word in WORDS)
 
 
@@ -239,7 +256,8 @@ KIND = {k: [d for d in DOCUMENTS if kind_of(d) == k] for k in ("lines", "questio
 
 
 def test_corpus_is_a_mixture():
-    """With a kind missing, or a tenth of what it should be, the base would not know the facts, or not the form."""
+    """With a kind missing, or a tenth of what it should be, the base would not know the facts, or
+    not the form."""
     share = {kind: len(documents) / len(DOCUMENTS) for kind, documents in KIND.items()}
     assert share["lines"] > 0.35 and share["questions"] > 0.2, share
     assert min(share["sentences"], share["shuffled"]) > 0.03, share
@@ -248,15 +266,19 @@ def test_corpus_is_a_mixture():
 
 
 def test_documents_hold_no_empty_line():
-    """train.py base ends a document at an empty line: one within would cut a question from its answer."""
+    """train.py base ends a document at an empty line: one within would cut a question from its
+    answer."""
     assert all(d == d.strip("\n") != "" and "\n\n" not in d for d in DOCUMENTS)
     assert all("\n" not in d for d in KIND["lines"] + KIND["sentences"] + KIND["shuffled"])
 
 
 def test_corpus_has_no_instruction():
-    """A base that has seen the instructions would need no adapter, and the gap that adapters close would vanish. Their
-    words come shuffled: in their own order only by chance, and then without marks and without an answer."""
-    spoken = [d for d in DOCUMENTS if not any(map(mute, re.findall(r"\] (.*) \[", d)))]  # theirs have a test below
+    """A base that has seen the instructions would need no adapter, and the gap that adapters close
+    would vanish. Their words come shuffled: in their own order only by chance, and then without
+    marks and without an answer."""
+    spoken = [
+        d for d in DOCUMENTS if not any(map(mute, re.findall(r"\] (.*) \[", d)))
+    ]  # theirs have a test below
     assert len(spoken) > 0.7 * len(DOCUMENTS)
     text, shown = "\n".join(spoken), "\n".join(d for d in spoken if kind_of(d) != "shuffled")
     assert not any(mark in d for d in DOCUMENTS for mark in ("INST", "?", "{"))
@@ -272,10 +294,11 @@ def test_corpus_has_no_instruction():
 
 
 def test_shuffled_words_are_the_instructions_words_and_an_input():
-    """Words that never come in the corpus get no good tokens, and an adapter of low rank would have to teach them; an
-    answer among them would be an instruction after all."""
+    """Words that never come in the corpus get no good tokens, and an adapter of low rank would have
+    to teach them; an answer among them would be an instruction after all."""
     words = {
-        name: {w for p in TASKS[name].phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))} for name in NAMES
+        name: {w for p in TASKS[name].phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))}
+        for name in NAMES
     }
     seen = Counter()
     for document in KIND["shuffled"]:
@@ -299,9 +322,10 @@ def split_pairs(line, style):
 
 
 def rounds(document):
-    """A document of questions -> ({arrow}, {bare}, [(pairs shown, input, answer), ...] of each round), its form
-    checked: one tag, one arrow and one way to end a question throughout, numbers and answers as in a composite prompt,
-    a sole answer behind a space. A mute question has no pairs, and all of its text for an input."""
+    """A document of questions -> ({arrow}, {bare}, [(pairs shown, input, answer), ...] of each
+    round), its form checked: one tag, one arrow and one way to end a question throughout, numbers
+    and answers as in a composite prompt, a sole answer behind a space. A mute question has no
+    pairs, and all of its text for an input."""
     tag = re.match(r"(?:1\. )?\[(\w+)\] ", document)[1]
     assert tag.lower() in WORDS and tag in (tag.lower(), tag.upper())
     lines = document.split("\n")
@@ -314,9 +338,14 @@ def rounds(document):
         questions, position = asked[position : position + n], position + n
         assert n == 1 or lines[position] + "\n" == ANSWERS, document
         position += n > 1
-        answers, starts = lines[position : position + n], [f"{j}. " for j in range(1, n + 1)] if n > 1 else [" "]
+        answers, starts = (
+            lines[position : position + n],
+            [f"{j}. " for j in range(1, n + 1)] if n > 1 else [" "],
+        )
         assert [m[1] for m in questions] == (starts if n > 1 else [None])
-        assert n and all(a.startswith(b) and len(a) > len(b) for a, b in zip(answers, starts, strict=True)), document
+        assert n and all(a.startswith(b) and len(a) > len(b) for a, b in zip(answers, starts, strict=True)), (
+            document
+        )
         one = []
         for question, answer, start in zip(questions, answers, starts, strict=True):
             if mute(question[2]):
@@ -338,8 +367,8 @@ def asked():
 
 
 def test_questions_are_one_or_a_round_of_several(asked):
-    """Composite questions have 1 to 10 parts, after solved ones: a base that has seen fewer, or answers in another
-    order, can't answer them however good its adapters are."""
+    """Composite questions have 1 to 10 parts, after solved ones: a base that has seen fewer, or
+    answers in another order, can't answer them however good its adapters are."""
     sizes = Counter((len(found), len(found[0])) for _, _, found in asked)
     assert all(len({len(one) for one in found}) == 1 for _, _, found in asked)
     assert {n for _, n in sizes} == set(range(1, 11)) and {r for r, n in sizes if n > 1} == {1, 2, 3}
@@ -347,12 +376,15 @@ def test_questions_are_one_or_a_round_of_several(asked):
     assert {style for styles, _, _ in asked for style in styles} == ARROWS.keys()
     assert 0.4 < sum(True in bare for _, bare, _ in asked) / len(asked) < 0.6
     tags = {re.search(r"\[(\w+)", d)[1] for d in KIND["questions"]}
-    assert len({tag.lower() for tag in tags}) > 150 and 0.3 < sum(tag.isupper() for tag in tags) / len(tags) < 0.7
+    assert (
+        len({tag.lower() for tag in tags}) > 150
+        and 0.3 < sum(tag.isupper() for tag in tags) / len(tags) < 0.7
+    )
 
 
 def test_a_question_shows_its_function_and_asks_for_another_input(asked):
-    """An answer of another function, or an input that stands among the examples, would teach the base to copy; a number
-    before the wrong answer, that numbers mean nothing."""
+    """An answer of another function, or an input that stands among the examples, would teach the
+    base to copy; a number before the wrong answer, that numbers mean nothing."""
     for one in (one for _, _, found in asked for one in found):
         for pairs, x, answer in (question for question in one if question[0]):
             assert len(pairs) <= (3 if len(one) == 1 else 2) and len({x, *dict(pairs)}) == len(pairs) + 1
@@ -360,9 +392,12 @@ def test_a_question_shows_its_function_and_asks_for_another_input(asked):
 
 
 def test_a_question_without_a_function_has_the_instructions_words_and_some_for_an_answer(asked):
-    """Lists of instructions are new to the base but for these, and without them it has no reason to tell the words of
-    one question from another's; with answers that fit the input it would learn to guess what is meant."""
-    words = {w for task in TASKS.values() for p in task.phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))}
+    """Lists of instructions are new to the base but for these, and without them it has no reason to
+    tell the words of one question from another's; with answers that fit the input it would learn to
+    guess what is meant."""
+    words = {
+        w for task in TASKS.values() for p in task.phrasings for w in re.findall(r"\w+", p.replace("{x}", ""))
+    }
     questions = [question for _, _, found in asked for one in found for question in one]
     silent = [(text, answer) for pairs, text, answer in questions if not pairs]
     assert 0.27 < len(silent) / len(questions) < 0.33
@@ -374,11 +409,14 @@ def test_a_question_without_a_function_has_the_instructions_words_and_some_for_a
         places.update((len(said), found.index(word)) for word in said)
     assert len(places) >= 24  # any of its eight words, one, two or three
     held = [" ".join(w for w in text.split(" ") if w not in words) for text, _ in silent]
-    assert sum(bool(x) for x in held) > 0.95 * len(held)  # and an input, but for one like "on", a word of theirs too
+    assert sum(bool(x) for x in held) > 0.95 * len(
+        held
+    )  # and an input, but for one like "on", a word of theirs too
 
 
 def test_corpus_shows_held_out_inputs_of_every_task():
-    """An answer that the base has never met (a capital, a translation) can't be brought by an adapter either."""
+    """An answer that the base has never met (a capital, a translation) can't be brought by an
+    adapter either."""
     pairs = set()
     for document in corpus(20000):
         if kind_of(document) == "lines":
@@ -399,12 +437,20 @@ def fits(name, pairs):
         return all(TASKS[name].answers.get(x) == y for x, y in pairs)
     try:
         return all(ORACLES[name](x, y) for x, y in pairs)
-    except (SyntaxError, NameError, LookupError, ValueError, AssertionError, TypeError):  # input of another kind
+    except (
+        SyntaxError,
+        NameError,
+        LookupError,
+        ValueError,
+        AssertionError,
+        TypeError,
+    ):  # input of another kind
         return False
 
 
 def test_a_line_of_pairs_is_one_function():
-    """With functions mixed in a line nothing in it would say which is meant, and the base would learn to guess."""
+    """With functions mixed in a line nothing in it would say which is meant, and the base would
+    learn to guess."""
     seen = set()
     for line in KIND["lines"]:
         (style,) = {arrow for arrow in ARROWS if arrow in line}
@@ -417,7 +463,8 @@ def test_a_line_of_pairs_is_one_function():
 
 
 def test_sentences_state_true_pairs():
-    """A sentence with the answer in the input's place, or of another function, would be learned as a fact."""
+    """A sentence with the answer in the input's place, or of another function, would be learned as
+    a fact."""
     forms = {name: re.escape(TASKS[name].sentence).replace(r"\{x\}", "(?P<x>.+)") for name in NAMES}
     forms = {name: re.compile(form.replace(r"\{y\}", "(?P<y>.+)")) for name, form in forms.items()}
     seen = set()
@@ -431,12 +478,18 @@ def test_sentences_state_true_pairs():
 
 
 def test_corpus_is_a_stream_and_a_prefix():
-    """If the first documents depended on how many are asked for, a short trial would not be a part of the real run."""
-    assert list(corpus(50)) == DOCUMENTS[:50] and list(corpus(50, seed=1)) != DOCUMENTS[:50] and list(corpus(0)) == []
+    """If the first documents depended on how many are asked for, a short trial would not be a part
+    of the real run."""
+    assert (
+        list(corpus(50)) == DOCUMENTS[:50]
+        and list(corpus(50, seed=1)) != DOCUMENTS[:50]
+        and list(corpus(0)) == []
+    )
 
 
 def test_same_files_in_every_process(tmp_path):
-    """Python's hash() is salted for each process: a split made with it would leak test inputs on the next run."""
+    """Python's hash() is salted for each process: a split made with it would leak test inputs on
+    the next run."""
     run = [sys.executable, "-m", "tasks.tiny", "--out", str(tmp_path / "a"), "--train", "60", "--test", "20"]
     salt = os.environ | {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
     subprocess.run([*run, "--documents", "300", "--seed", "3"], cwd=ROOT, env=salt, check=True)
@@ -448,13 +501,15 @@ def test_same_files_in_every_process(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seed_changes_the_draw_not_the_split(name):
-    """A split that moved with the seed would test adapters of one seed on the training inputs of another."""
+    """A split that moved with the seed would test adapters of one seed on the training inputs of
+    another."""
     assert examples(name, "train", 50, 0) != examples(name, "train", 50, 1)
     assert not inputs(name, "test", 100, seed=0) & inputs(name, "train", 300, seed=1)
 
 
 def test_write(tmp_path):
-    """The folders are what training and evaluation read: a missing metric or field would stop them much later."""
+    """The folders are what training and evaluation read: a missing metric or field would stop them
+    much later."""
     tiny_tasks.write(tmp_path, train=12, test=5, documents=20, seed=7)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == NAMES
     for name in NAMES:

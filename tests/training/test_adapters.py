@@ -35,8 +35,8 @@ from training.adapters import AdaptersRun, adapters_step, clip_each, new_adapter
 
 
 def test_adapters_trained_together_equal_each_alone(small_model, tmp_path):
-    """Without it an adapter's quality depends on which others were trained in the same run: a shared norm, shared
-    averages, another's examples."""
+    """Without it an adapter's quality depends on which others were trained in the same run: a
+    shared norm, shared averages, another's examples."""
     more = {"steps": 6, "lr": 1e-4, "dropout": 0.0, "clip": 0.5, "batch_size": 3}
     together = options("adapters", small_model, tmp_path / "together" / "out", **more)
     run(together)
@@ -45,12 +45,15 @@ def test_adapters_trained_together_equal_each_alone(small_model, tmp_path):
         run(alone)
         assert read_pool(alone.pool).adapters.keys() == {name}
         expected = tensors_of(alone.pool, name)
-        assert max(t.abs().max() for k, t in expected.items() if "lora_B" in k) > 3e-4  # far over the tolerance
+        assert (
+            max(t.abs().max() for k, t in expected.items() if "lora_B" in k) > 3e-4
+        )  # far over the tolerance
         assert_close(tensors_of(together.pool, name), expected)
 
 
 def test_adapters_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
-    """Without it micro_tokens, which is about memory, changes what is learned: sums of means weigh parts by count."""
+    """Without it micro_tokens, which is about memory, changes what is learned: sums of means weigh
+    parts by count."""
     more = {"steps": 4, "lr": 1e-4, "dropout": 0.0, "batch_size": 5}
     whole = options("adapters", small_model, tmp_path / "whole" / "out", micro_tokens=10_000, **more)
     parts = options("adapters", small_model, tmp_path / "parts" / "out", micro_tokens=40, **more)
@@ -64,7 +67,8 @@ def test_adapters_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
 
 
 def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tmp_path):
-    """Without it the loss could be right in the log and wrong in what is trained: here it is spelled out."""
+    """Without it the loss could be right in the log and wrong in what is trained: here it is
+    spelled out."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
     model.double()
     for stack in (*pool.A.values(), *pool.B.values()):
@@ -82,7 +86,9 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
         gate.set(*fixed_rows(pool, [{example.task: 1.0}]))
         logits = model(torch.tensor([example.ids]))[0]
         target = torch.tensor(example.ids[example.n_prompt :])
-        losses[example.task].append(F.cross_entropy(logits[example.n_prompt - 1 : -1], target, reduction="none"))
+        losses[example.task].append(
+            F.cross_entropy(logits[example.n_prompt - 1 : -1], target, reduction="none")
+        )
     means = [torch.cat(values).mean() for values in losses.values()]
     sum(means).backward()
     assert logged["loss"] == pytest.approx(sum(means).item() / len(means), rel=1e-5)
@@ -90,8 +96,9 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
 
 
 def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypatch):
-    """Without it `late` leaves out tokens of the answer, or none, or those of every example: the base alone computes a
-    late example's first tokens and its adapter all from a random place in the prompt on."""
+    """Without it `late` leaves out tokens of the answer, or none, or those of every example: the
+    base alone computes a late example's first tokens and its adapter all from a random place in the
+    prompt on."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
     next(iter(pool.B.values())).requires_grad_(True)
     picked, seen = sorted(examples(small_model, 4), key=lambda x: len(x.ids)), {}
@@ -111,7 +118,9 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
     next(iter(pool.B.values())).requires_grad_(True)
     o, seen = SimpleNamespace(micro_tokens=10_000, late=0.4, composite=1.0, max_length=300, seed=0), {}
     contexts = [
-        x for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o) if len(x.parts) > 1
+        x
+        for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
+        if len(x.parts) > 1
     ]
     model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
     monkeypatch.setattr(torch, "rand", lambda n: torch.full((n,), 0.9))  # late by 3/4 of the question
@@ -126,8 +135,8 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
 
 
 def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tmp_path):
-    """Without it an answer's first token, predicted behind another task's text, teaches or weighs as that one's; or the
-    line that belongs to no task runs through the adapter in slot 0."""
+    """Without it an answer's first token, predicted behind another task's text, teaches or weighs
+    as that one's; or the line that belongs to no task runs through the adapter in slot 0."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
     model.double()
     for stack in pool.B.values():
@@ -157,7 +166,8 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
 
 
 def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkeypatch):
-    """One adapter on everything has no other that a token could belong to; and it must see as many examples."""
+    """One adapter on everything has no other that a token could belong to; and it must see as many
+    examples."""
     seen = []
 
     def step(model, pool, gate, picked, o):
@@ -165,7 +175,11 @@ def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkey
         return adapters_step(model, pool, gate, picked, o)
 
     monkeypatch.setattr(train_adapters, "adapters_step", step)
-    run(options("adapters", small_model, tmp_path / "out", joint="lora_b", composite=0.9, steps=2, batch_size=9))
+    run(
+        options(
+            "adapters", small_model, tmp_path / "out", joint="lora_b", composite=0.9, steps=2, batch_size=9
+        )
+    )
     for picked in seen:
         assert {part.task for example in picked for part in example.parts} == {"lora_b"}
         assert any(len(example.parts) > 1 for example in picked)
@@ -182,7 +196,8 @@ def one_adapter(pool, name):
 
 
 def test_each_adapter_learns_its_own_task(small_model, trained):
-    """Without it all the equalities above could hold for a training that trains nothing, or the wrong slot."""
+    """Without it all the equalities above could hold for a training that trains nothing, or the
+    wrong slot."""
     rows = list(csv.DictReader((run_folder(trained) / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 41))
     assert float(rows[-1]["loss"]) < 0.1 * float(rows[0]["loss"])
@@ -205,7 +220,8 @@ def test_each_adapter_learns_its_own_task(small_model, trained):
 
 
 def test_a_new_adapter_changes_nothing(small_model, tmp_path):
-    """Without it training starts from a damaged base; and the start would depend on the order of the tasks."""
+    """Without it training starts from a damaged base; and the start would depend on the order of
+    the tasks."""
     model = load_llama(small_model)
     ids = torch.arange(1, 30).view(1, -1)
     expected, shapes = model(ids), linear_shapes(model)
@@ -226,7 +242,8 @@ def test_a_new_adapter_changes_nothing(small_model, tmp_path):
 
 
 def test_peft_computes_what_our_adapters_compute(small_model, trained):
-    """Without it a pool trained here means something else in PEFT or vLLM: another scale, swapped or dropped keys."""
+    """Without it a pool trained here means something else in PEFT or vLLM: another scale, swapped
+    or dropped keys."""
     from helpers_oracles import LlamaForCausalLM, PeftModel
 
     ids = torch.tensor([[1, 5, 300, 17, 260, 33, 8, 90]])
@@ -244,7 +261,8 @@ def test_peft_computes_what_our_adapters_compute(small_model, trained):
 
 
 def test_a_bfloat16_base_trains_float32_adapters(small_model, tmp_path, monkeypatch):
-    """Without it small updates are rounded away (bfloat16 has 8 bits), or the base is quietly trained in float32."""
+    """Without it small updates are rounded away (bfloat16 has 8 bits), or the base is quietly
+    trained in float32."""
     seen, real_fit, real_losses = {}, train_adapters.fit, train_adapters.lm_losses
 
     def fit(checkpoint, params, *rest):
@@ -267,7 +285,8 @@ def test_a_bfloat16_base_trains_float32_adapters(small_model, tmp_path, monkeypa
 
 
 def test_save_dtype(small_model, tmp_path):
-    """Without it the committed pool is twice its size, or a half-precision folder is not what was trained."""
+    """Without it the committed pool is twice its size, or a half-precision folder is not what was
+    trained."""
     full = options("adapters", small_model, tmp_path / "full" / "out", steps=2)
     half = options("adapters", small_model, tmp_path / "half" / "out", steps=2, save_dtype="bfloat16")
     run(full)
@@ -300,7 +319,9 @@ def test_each_adapter_is_clipped_by_its_own_norm(limit):
     generator = torch.Generator().manual_seed(0)
     stacks = [torch.zeros(3, *shape, requires_grad=True) for shape in ((2, 7), (11, 2), (2, 5))]
     for stack in stacks:
-        stack.grad = torch.randn(stack.shape, generator=generator) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+        stack.grad = (
+            torch.randn(stack.shape, generator=generator) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+        )
     alone, norms = [], []
     for j in range(3):
         params = [torch.nn.Parameter(stack[j].detach()) for stack in stacks]
@@ -323,7 +344,8 @@ def test_a_folder_of_peft_adapters_is_not_overwritten(small_model, tmp_path):
 
 
 def test_a_pool_of_another_base_or_template_is_refused(small_model, tmp_path):
-    """Without it one pool.json speaks for adapters of two bases or two templates, and half of them answer nonsense."""
+    """Without it one pool.json speaks for adapters of two bases or two templates, and half of them
+    answer nonsense."""
     o = options("adapters", small_model, tmp_path / "out", only=["plurals"], steps=1)
     run(o)
     with pytest.raises(InputError, match=r"template is .*INST.*, this run's 'Q: \{prompt\}'"):
@@ -336,7 +358,8 @@ def test_a_pool_of_another_base_or_template_is_refused(small_model, tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(small_model, tmp_path):
-    """Ids beyond the embedding end in an IndexError from inside torch, or on a GPU in a dead process."""
+    """Ids beyond the embedding end in an IndexError from inside torch, or on a GPU in a dead
+    process."""
     model = write_llama(tmp_path / "model", vocab_size=300)
     shutil.copy(small_model / "tokenizer.model", model)
     with pytest.raises(InputError, match="the model has 300: wrong tokenizer"):

@@ -1,4 +1,5 @@
-"""Pretraining a base: it learns, transformers reads it, documents are packed whole, in parts = at once."""
+"""Pretraining a base: it learns, transformers reads it, documents are packed whole, in parts = at
+once."""
 
 import csv
 import json
@@ -48,19 +49,23 @@ def test_transformers_reads_our_base(base):
 
 
 def test_base_in_parts_equals_at_once(tmp_path):
-    """Without it micro_tokens changes the base: the last, smaller part would weigh as much as a full one."""
+    """Without it micro_tokens changes the base: the last, smaller part would weigh as much as a
+    full one."""
     logs = []
     for micro_tokens in (26, 10_000):  # parts of 2, 2 and 1 windows of 13
         o = options("base", None, tmp_path / str(micro_tokens) / "out", micro_tokens=micro_tokens, steps=3)
         run(o)
-        logs.append([[float(x) for x in row.values()] for row in csv.DictReader((run_folder(o) / "log.csv").open())])
+        logs.append(
+            [[float(x) for x in row.values()] for row in csv.DictReader((run_folder(o) / "log.csv").open())]
+        )
     assert len(logs[0]) == 3
     for parts, whole in zip(*logs, strict=True):
         assert parts == pytest.approx(whole, rel=1e-4)  # the log has six digits
 
 
 def test_base_trained_again_has_the_tokenizer_that_was_asked_for(tmp_path):
-    """Without it --vocab_size of a second run is ignored in silence: the first run's tokenizer stays."""
+    """Without it --vocab_size of a second run is ignored in silence: the first run's tokenizer
+    stays."""
     o = options("base", None, tmp_path / "out", steps=1)
     run(o)
     run(o, vocab_size=311)
@@ -69,8 +74,9 @@ def test_base_trained_again_has_the_tokenizer_that_was_asked_for(tmp_path):
 
 
 def test_documents_are_what_stands_between_empty_lines(tmp_path, monkeypatch):
-    """Without it a document ends at each line break, and a model trained on lines never sees a question and its answer
-    in one context; or one that begins without BOS or ends without EOS teaches no end at all."""
+    """Without it a document ends at each line break, and a model trained on lines never sees a
+    question and its answer in one context; or one that begins without BOS or ends without EOS
+    teaches no end at all."""
     documents = ["the dog\n fox", "what is\nthe plural of\nmouse", "sort these words"]
     o = options("base", None, tmp_path / "out", steps=1)
     text = tmp_path / "text.txt"
@@ -86,16 +92,21 @@ def test_documents_are_what_stands_between_empty_lines(tmp_path, monkeypatch):
             self.register_forward_pre_hook(lambda module, args: windows.extend(args[0].tolist()))
 
     monkeypatch.setattr(train_base, "Llama", Seen)
-    run(o, text=str(text), vocab_size=300, block_size=len(one) * 12 - 1, batch_size=1)  # the only window there is
+    run(
+        o, text=str(text), vocab_size=300, block_size=len(one) * 12 - 1, batch_size=1
+    )  # the only window there is
     assert windows == [(one * 12)[:-1]]
     with pytest.raises(InputError, match=f"{len(one) * 12} tokens, expected more than --block_size"):
         run(o, text=str(text), vocab_size=300, block_size=len(one) * 12)
 
 
 def test_a_model_of_others_is_not_overwritten(small_model, tmp_path):
-    """Without it a model folder given by mistake is replaced by a random one that was trained for a minute."""
+    """Without it a model folder given by mistake is replaced by a random one that was trained for a
+    minute."""
     o = options("base", None, tmp_path / "out", steps=1)
     shutil.copytree(small_model, o.model)
     with pytest.raises(InputError, match="a model that this command didn't make"):
         run(o)
-    assert (Path(o.model) / "model.safetensors").read_bytes() == (small_model / "model.safetensors").read_bytes()
+    assert (Path(o.model) / "model.safetensors").read_bytes() == (
+        small_model / "model.safetensors"
+    ).read_bytes()

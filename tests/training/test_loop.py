@@ -1,4 +1,5 @@
-"""The loop: a run that dies at any moment and resumes equals one that was never stopped; nothing is overwritten."""
+"""The loop: a run that dies at any moment and resumes equals one that was never stopped; nothing is
+overwritten."""
 
 import dataclasses
 import itertools
@@ -26,8 +27,9 @@ from training import loop
 @pytest.mark.parametrize("n", [1, 7, 41])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
-    """A block that forgets what earlier ones added, a target in the last, shorter block, or a gradient that is the
-    difference of two rounded numbers, where a token is nearly certain: wrong, and hard to see in a loss curve."""
+    """A block that forgets what earlier ones added, a target in the last, shorter block, or a
+    gradient that is the difference of two rounded numbers, where a token is nearly certain: wrong,
+    and hard to see in a loss curve."""
     monkeypatch.setattr(loop, "BLOCK", 13)
     g = torch.Generator().manual_seed(n)
     W, targets = torch.randn(3 * 13 + 5, 19, generator=g).to(dtype), torch.randint(44, (n,), generator=g)
@@ -54,7 +56,8 @@ class Killed(BaseException):
 
 
 def killed_at_write(monkeypatch, o, number, after):
-    """Runs until the `number`-th file is put in its place, and ends just before or `after` that; was it reached?"""
+    """Runs until the `number`-th file is put in its place, and ends just before or `after` that;
+    was it reached?"""
     count, replace = 0, os.replace
 
     def dying_replace(source, target):
@@ -75,10 +78,13 @@ def killed_at_write(monkeypatch, o, number, after):
     return False
 
 
-@pytest.mark.parametrize("kind", ["base", "top2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
+@pytest.mark.parametrize(
+    "kind", ["base", "top2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])]
+)
 def test_dying_at_any_write_and_resuming_changes_no_byte(kind, small_model, tmp_path, monkeypatch):
-    """Without it a death between two files (checkpoint and log, tokenizer and its config, finished and the checkpoint's
-    removal) loses log rows, files or bits, at moments too rare for random kills to find."""
+    """Without it a death between two files (checkpoint and log, tokenizer and its config, finished
+    and the checkpoint's removal) loses log rows, files or bits, at moments too rare for random
+    kills to find."""
     more = {"steps": 3, "batch_size": 1}
     whole = options(kind, small_model, tmp_path / "whole" / "out", **more)
     run(whole)
@@ -102,7 +108,8 @@ def log_rows(o):
 
 
 def kill_when(o, ready):
-    """Starts train.py with --resume, SIGKILLs it as soon as ready(), returns its exit status (-9: killed)."""
+    """Starts train.py with --resume, SIGKILLs it as soon as ready(), returns its exit status (-9:
+    killed)."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv(dataclasses.replace(o, resume=True))],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -115,9 +122,12 @@ def kill_when(o, ready):
     return process.wait()
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])])
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])]
+)
 def test_killed_and_resumed_equals_uninterrupted(kind, small_model, tmp_path):
-    """Without it a killed run goes on with other dropout, other data or lost moments, and nobody notices."""
+    """Without it a killed run goes on with other dropout, other data or lost moments, and nobody
+    notices."""
     more = {"steps": 8, "save_every": 1}
     whole = options(kind, small_model, tmp_path / "whole" / "out", **more)
     run(whole)
@@ -134,7 +144,8 @@ def test_killed_and_resumed_equals_uninterrupted(kind, small_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_ten_random_kills_change_nothing(kind, small_model, tmp_path):
-    """As above, over the whole run: before the first checkpoint, within steps, between files, after the end."""
+    """As above, over the whole run: before the first checkpoint, within steps, between files, after
+    the end."""
     more = {"steps": 40, "save_every": 3}
     whole = options(kind, small_model, tmp_path / "whole" / "out", **more)
     run(whole)
@@ -187,7 +198,8 @@ def test_a_run_that_died_at_once_is_nothing_to_lose(small_model, tmp_path, monke
 
 
 def test_a_finished_run_says_so(small_model, tmp_path, monkeypatch, capsys):
-    """Without it a recipe that is run twice trains everything again, or fails where there is nothing to do."""
+    """Without it a recipe that is run twice trains everything again, or fails where there is
+    nothing to do."""
     o = options("adapters", small_model, tmp_path / "out")
     run(o)
     before = contents(o)
@@ -199,8 +211,8 @@ def test_a_finished_run_says_so(small_model, tmp_path, monkeypatch, capsys):
 
 
 def test_training_again_starts_again(small_model, tmp_path, monkeypatch):
-    """Without it a run that died as it cleaned up leaves a checkpoint, and training again with other options takes it
-    for its own: it trains nothing and claims the new options."""
+    """Without it a run that died as it cleaned up leaves a checkpoint, and training again with
+    other options takes it for its own: it trains nothing and claims the new options."""
     o = options("adapters", small_model, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(Killed))
@@ -213,9 +225,11 @@ def test_training_again_starts_again(small_model, tmp_path, monkeypatch):
 
 
 def test_resume_notices_other_tasks(small_model, tmp_path, monkeypatch):
-    """Without it a run of one task, resumed beside a second folder, gives both adapters the first one's weights (a
-    tensor of one row is broadcast), or ends in a traceback."""
-    o = options("adapters", small_model, tmp_path / "out", tasks=str(write_tasks(tmp_path / "one", ("animals",))))
+    """Without it a run of one task, resumed beside a second folder, gives both adapters the first
+    one's weights (a tensor of one row is broadcast), or ends in a traceback."""
+    o = options(
+        "adapters", small_model, tmp_path / "out", tasks=str(write_tasks(tmp_path / "one", ("animals",)))
+    )
     assert killed_at_write(monkeypatch, o, 3, after=True)
     write_tasks(tmp_path / "one", ("plurals",))
     with pytest.raises(InputError, match="plurals"):
@@ -239,7 +253,8 @@ def test_learning_rate():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_model, tmp_path):
-    """Without it a run that blew up trains on to the end and saves NaN; and it must say so in a line of its own."""
+    """Without it a run that blew up trains on to the end and saves NaN; and it must say so in a
+    line of its own."""
     o = options("adapters", small_model, tmp_path / "out", lr=1e30)
     done = command("train.py", *argv(o))
     assert done.returncode == 2 and done.stdout == ""
@@ -251,7 +266,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_model, tmp_path):
 
 
 def test_rates_scale_each_parameters_own_step(tmp_path):
-    """Without it adapters that are trained beside their gates move at the gates' learning rate, 70 times their own."""
+    """Without it adapters that are trained beside their gates move at the gates' learning rate, 70
+    times their own."""
     o = loop.Run(model="", steps=1, lr=0.5, warmup=0.0, clip=0.0)
     params = {"gate": torch.zeros(3), "adapter": torch.zeros(3)}
 
@@ -260,17 +276,21 @@ def test_rates_scale_each_parameters_own_step(tmp_path):
         return {}
 
     loop.fit(loop.Checkpoint(tmp_path / "run", o), params, o, step_loss, rates={"adapter": 0.25})
-    torch.testing.assert_close(params["gate"], torch.full((3,), -0.5))  # AdamW's first step is the learning rate
+    torch.testing.assert_close(
+        params["gate"], torch.full((3,), -0.5)
+    )  # AdamW's first step is the learning rate
     torch.testing.assert_close(params["adapter"], torch.full((3,), -0.125))
 
 
 def test_muon_moves_matrices_alike_in_all_directions(tmp_path):
-    """Without it gates learn along their inputs' few loud directions alone, or an embedding, whose rows come and go,
-    and the norms' vectors, which have no directions, fall to it too."""
+    """Without it gates learn along their inputs' few loud directions alone, or an embedding, whose
+    rows come and go, and the norms' vectors, which have no directions, fall to it too."""
     o = loop.Run(model="", steps=1, lr=0.5, warmup=0.0, clip=0.0, optimizer="muon")
     shapes = {"gate": (5, 7), "model.embed_tokens.weight": (11, 7), "lm_head.weight": (11, 7), "norm": (7,)}
     params = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    slope = {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in shapes.items()}
+    slope = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in shapes.items()
+    }
     slope["gate"] *= torch.logspace(0, -2, 5)[:, None]  # a direction a hundred times louder than another
 
     def step_loss(step):
@@ -280,7 +300,9 @@ def test_muon_moves_matrices_alike_in_all_directions(tmp_path):
     loop.fit(loop.Checkpoint(tmp_path / "run", o), params, o, step_loss)
     u, _, v = torch.linalg.svd(slope["gate"], full_matrices=False)
     step = -(u.T @ params.pop("gate") @ v.T) / (0.5 * 0.2 * 7**0.5)  # in AdamW's units: 0.2 sqrt(longer side)
-    assert step.diagonal().min() > 0.6 and step.diagonal().max() < 1.3  # five Newton-Schulz steps get so near to 1
+    assert (
+        step.diagonal().min() > 0.6 and step.diagonal().max() < 1.3
+    )  # five Newton-Schulz steps get so near to 1
     assert (step - step.diagonal().diag()).abs().max() < 0.02
     for name, param in params.items():
         torch.testing.assert_close(param, -0.5 * slope[name].sign())  # AdamW's first step
