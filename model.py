@@ -5,11 +5,8 @@ grouped-query attention with rotary positions, and a SwiGLU MLP. Module names ar
 
 The blocks see all tokens of a batch as one tensor (n, h); only attention knows which sequence a
 token belongs to. A batch is ids (b, t), rows padded on the right: causal attention never looks to
-the right, so padding needs no mask. Or it is, in training, ids (1, n) with `lengths`: packed
-sequences.
-
-Letters: b batch, t positions, n tokens, s keys that are attended to, h hidden size, d head_dim, v
-vocabulary.
+the right, so padding needs no mask. In training it may also be ids (1, n) of packed sequences.
+Letters: b batch, t positions, n tokens, s attended keys, h hidden size, d head_dim, v vocabulary.
 """
 
 import math
@@ -17,15 +14,16 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.llama_folder import read_config, read_weights, without_init
+
+LayerCache = tuple[Tensor, Tensor]  # one layer's keys and values (b, kv heads, capacity, d)
 
 
 @dataclass
 class LlamaConfig:
-    """What is read from config.json, under Hugging Face's names but for the last two
-    (common/llama_folder.py)."""
+    """What config.json says, under Hugging Face's names but for the last two fields."""
 
     vocab_size: int
     hidden_size: int
@@ -46,12 +44,12 @@ class LlamaConfig:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) in float32, then times weight in x's dtype; x (n, h) -> (n, h)."""
 
-    def __init__(self, h, eps):
+    def __init__(self, h: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(h))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(n, h) -> (n, h)."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -59,36 +57,38 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; the query heads share the keys and values of fewer heads (grouped-query
-    attention)."""
+    """Causal attention; several query heads share a key-value head (grouped-query attention)."""
 
-    def __init__(self, c):
+    def __init__(self, c: LlamaConfig):
         super().__init__()
         self.d = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        q_size = c.num_attention_heads * c.head_dim
+        kv_size = c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, layout, stored=None):
-        """x (n, h) -> (n, h). `layout`: a Layout, below. `stored`: this layer's part of the cache,
-        a pair of tensors (b, kv heads, capacity, d), read and written."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.d)), layout.cos, layout.sin)  # (n, heads, d)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.d)), layout.cos, layout.sin)  # (n, kv heads, d)
+    def forward(self, x: Tensor, layout: "Layout", stored: LayerCache | None = None) -> Tensor:
+        """x (n, h) -> (n, h); `stored` is read and written."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.d))  # (n, heads, d)
+        k = self.k_proj(x).unflatten(-1, (-1, self.d))  # (n, kv heads, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.d))  # (n, kv heads, d)
+        q = rotate(q, layout.cos, layout.sin)
+        k = rotate(k, layout.cos, layout.sin)
         return self.o_proj(attend(q, k, v, layout, stored))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)); x (n, h) -> (n, h)."""
 
-    def __init__(self, c):
+    def __init__(self, c: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(n, h) -> (n, h)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -96,15 +96,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer; x (n, h) -> (n, h)."""
 
-    def __init__(self, c):
+    def __init__(self, c: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, layout, stored=None):
-        """(n, h) -> (n, h); `stored` as in Attention."""
+    def forward(self, x: Tensor, layout: "Layout", stored: LayerCache | None = None) -> Tensor:
+        """(n, h) -> (n, h); `stored` is read and written."""
         x = x + self.self_attn(self.input_layernorm(x), layout, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -112,7 +112,7 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Everything under Hugging Face's `model.` prefix: token ids in, normed hidden states out."""
 
-    def __init__(self, c):
+    def __init__(self, c: LlamaConfig):
         super().__init__()
         self.config = c
         self.token_rows = TokenRows()
@@ -120,14 +120,11 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, ids, cache=None, counts=None, depth=None, lengths=None):
-        """ids (b, t) -> (b, t, h).
-
-        With a cache, row j's ids follow its cached tokens; the first counts[j] are real (default:
-        all) and join it. With `lengths`, ids (1, n) are packed sequences of these lengths; with
-        `depth` only so many blocks run: both without a cache. Raises ValueError where the cache is
-        too small.
-        """
+    def forward(self, ids: Tensor, cache=None, counts=None, depth=None, lengths=None) -> Tensor:
+        """ids (b, t) -> (b, t, h). With a KVCache, row j's ids follow its cached tokens; the first
+        counts[j] are real (default: all) and join it; ValueError where it is too small. Without
+        one, `lengths` are those of the packed sequences in ids (1, n), and `depth` is how many
+        blocks run (default: all)."""
         if cache is not None and counts is None:
             counts = torch.full_like(cache.lengths, ids.shape[1])
         x = self.embed_tokens(ids.flatten())  # (n, h)
@@ -138,9 +135,9 @@ class Trunk(nn.Module):
             cache.advance(counts, ids.shape[1])
         return self.norm(x).view(*ids.shape, -1)
 
-    def run_blocks(self, x, layout, cache=None, depth=None):
+    def run_blocks(self, x: Tensor, layout: "Layout", cache=None, depth=None) -> Tensor:
         """x (n, h) through the first `depth` blocks -> (n, h)."""
-        if cache is not None and cache.end:  # an empty cache needs no mask: causal among the new tokens
+        if cache is not None and cache.end:  # else the new tokens see each other alone: causal
             layout.mask = visible(layout.positions, cache.end)
         for index, block in enumerate(self.layers[:depth]):
             x = block(x, layout, None if cache is None else (cache.k[index], cache.v[index]))
@@ -148,12 +145,11 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids (b, t) -> logits (b, t, v). `model` gives hidden states, `head` turns those that are
-    needed into logits."""
+    """ids (b, t) -> logits (b, t, v): `model` gives hidden states, `head` makes them logits."""
 
-    linear = staticmethod(F.linear)  # the head's x W^T, also of the loss in training; fast/ has a faster one
+    linear = staticmethod(F.linear)  # the head's x W^T, in the loss too; fast/ has a faster one
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.fingerprint = None  # a hash of the weights, set by load_llama
@@ -162,19 +158,19 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self):
+    def head_weight(self) -> Tensor:
         """(v, h)."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def head(self, hidden):
+    def head(self, hidden: Tensor) -> Tensor:
         """(..., h) -> logits (..., v)."""
         return self.linear(hidden, self.head_weight)
 
-    def forward(self, ids, cache=None, counts=None):
+    def forward(self, ids: Tensor, cache=None, counts=None) -> Tensor:
         """ids (b, t) -> logits (b, t, v); see Trunk.forward."""
         return self.head(self.model(ids, cache, counts))
 
-    def new_cache(self, b, capacity):
+    def new_cache(self, b: int, capacity: int) -> "KVCache":
         """An empty KVCache for b sequences of at most `capacity` tokens."""
         return KVCache(self.config, b, capacity, self.head_weight.dtype, self.head_weight.device)
 
@@ -182,59 +178,54 @@ class Llama(nn.Module):
 class TokenRows:
     """Set by Trunk.forward, for what wraps a Linear, which is given x alone."""
 
-    sample = None  # (n,) int64, the row of the batch, or the packed sequence, that each token belongs to
+    sample = None  # (n,) int64, each token's row of the batch, or its packed sequence
 
 
 @dataclass
 class Layout:
     """Where the n tokens of one forward stand: what every block has to know of them."""
 
-    positions: torch.Tensor  # (b, t) int64, in their sequences; (1, n) of packed ones
-    sample: torch.Tensor  # (n,) int64, see TokenRows
-    lengths: list | None  # of packed sequences
-    cos: torch.Tensor  # (n, 1, d)
-    sin: torch.Tensor  # (n, 1, d), its first half negated, as rotate() wants it
-    mask: torch.Tensor | None = (
-        None  # (b, 1, t, s) bool, what each token sees, where the cache holds earlier ones
-    )
+    positions: Tensor  # (b, t) int64, in their sequences; (1, n) of packed ones
+    sample: Tensor  # (n,) int64, see TokenRows
+    lengths: list[int] | None  # of packed sequences
+    cos: Tensor  # (n, 1, d)
+    sin: Tensor  # (n, 1, d), its first half negated, as rotate() wants it
+    mask: Tensor | None = None  # (b, 1, t, s) bool, what a token sees; None: causal
 
 
-def lay_out(config, ids, cache, counts, lengths, dtype):
-    """The Layout of ids (b, t); see Trunk.forward. Raises ValueError where the cache is too small."""
+def lay_out(config: LlamaConfig, ids: Tensor, cache, counts, lengths, dtype: torch.dtype) -> Layout:
+    """The Layout of ids (b, t); see Trunk.forward. ValueError where the cache is too small."""
     b, t = ids.shape
     device = ids.device
     step = torch.arange(max(lengths or [t]), device=device)
     longest = len(step)  # of positions + 1, for 'dynamic' rope alone
     if lengths:
         positions = torch.cat([step[:length] for length in lengths])[None]
-        sample = torch.arange(len(lengths), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device)
-        )
+        repeats = torch.tensor(lengths, device=device)
     else:
         positions = step.expand(b, t)
-        sample = torch.arange(b, device=device).repeat_interleave(t)
+        repeats = torch.full((b,), t, device=device)
+    sample = torch.repeat_interleave(repeats, output_size=ids.numel())  # row j, repeats[j] times
     if cache is not None:
         if cache.end + t > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
         positions = cache.lengths[:, None] + positions
-        if config.rope["rope_type"] == "dynamic":  # only then: reading a tensor's value waits for the GPU
+        if config.rope["rope_type"] == "dynamic":  # only then: reading a value waits for the GPU
             longest = int((cache.lengths + counts).max())
     angle = positions.reshape(-1, 1, 1) * rope_frequencies(config, longest, device)  # (n, 1, d/2)
-    cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    cos = torch.cat((angle.cos(), angle.cos()), -1)
+    sin = torch.cat((-angle.sin(), angle.sin()), -1)
     return Layout(positions, sample, lengths, cos.to(dtype), sin.to(dtype))
 
 
-def visible(positions, cached):
-    """positions (b, t) of the new tokens, of which no row's is beyond cached + t -> mask (b, 1, t,
-    s), s = cached + t: True where a key's position is not later than the token's own."""
+def visible(positions: Tensor, cached: int) -> Tensor:
+    """positions (b, t) -> mask (b, 1, t, cached + t): True where a key isn't later than the token."""
     keys = torch.arange(cached + positions.shape[1], device=positions.device)  # (s,)
     return keys <= positions[:, None, :, None]
 
 
-def rope_frequencies(config, length, device=None):
-    """Inverse frequencies (d/2,), float32; `length` is the longest position + 1 and matters for
-    'dynamic' alone."""
+def rope_frequencies(config: LlamaConfig, length: int, device=None) -> Tensor:
+    """Inverse frequencies (d/2,), float32; 'dynamic' depends on `length`, longest position + 1."""
     rope = config.rope
     d = config.head_dim
     theta = rope["rope_theta"]
@@ -244,7 +235,7 @@ def rope_frequencies(config, length, device=None):
     frequency = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
-    if rope["rope_type"] == "llama3":  # long waves are stretched, short ones kept, those between interpolated
+    if rope["rope_type"] == "llama3":  # stretch long waves, keep short ones, interpolate
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         width = rope["high_freq_factor"] - rope["low_freq_factor"]
         keep = ((turns - rope["low_freq_factor"]) / width).clamp(0, 1)
@@ -252,17 +243,15 @@ def rope_frequencies(config, length, device=None):
     return frequency
 
 
-def rotate(x, cos, sin):
-    """Rotates the pairs (x_j, x_{j + d/2}) by their token's angles: x (n, heads, d), cos, sin
-    (Layout) -> x's shape."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (n, heads, d) -> the same, each pair (x_j, x_{j + d/2}) rotated by its token's angle."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return x * cos + swapped * sin
 
 
-def attend(q, k, v, layout, stored=None):
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, stored=None) -> Tensor:
     """q (n, heads, d), k, v (n, kv heads, d) -> (n, heads * d): what each token reads from its
-    sequence up to itself. With a cache the new keys and values are written into `stored`, its part
-    for this layer."""
+    sequence up to itself. New keys and values are written into `stored`, see Attention."""
     if layout.lengths:
         sequences = zip(*(y.split(layout.lengths) for y in (q, k, v)), strict=True)
         ys = [softmax_attention(q[None], k[None], v[None])[0] for q, k, v in sequences]
@@ -274,10 +263,9 @@ def attend(q, k, v, layout, stored=None):
     return softmax_attention(q, k, v, layout.mask).flatten(0, 1)
 
 
-def remember(k, v, layout, stored):
-    """Writes k, v (b, t, kv heads, d) into the cache and returns what to attend to, (b, s, kv
-    heads, d): cached and new ones, or the new ones if it was empty. Padding is written too; the
-    row's next tokens overwrite it."""
+def remember(k: Tensor, v: Tensor, layout: Layout, stored: LayerCache) -> LayerCache:
+    """Writes k, v (b, t, kv heads, d) into the cache and returns the keys and values to attend to,
+    (b, s, kv heads, d). Padding is written too; the row's next tokens overwrite it."""
     rows = torch.arange(len(k), device=k.device)[:, None]
     for tensor, new in zip(stored, (k, v), strict=True):
         tensor[rows, :, layout.positions] = new  # indexed by (b, 1) and (b, t): (b, t, kv heads, d)
@@ -286,27 +274,24 @@ def remember(k, v, layout, stored):
     return tuple(tensor[:, :, : layout.mask.shape[-1]].transpose(1, 2) for tensor in stored)
 
 
-def softmax_attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v: q (b, t, heads, d), k, v (b, s, kv heads, d) -> (b, t, heads *
-    d). Causal without a mask (b, 1, t, s)."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, causal unless there is a mask (b, 1, t, s): q (b, t, heads, d),
+    k, v (b, s, kv heads, d) -> (b, t, heads * d)."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)
 
 
 class KVCache:
     """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d), and lengths (b,)
-    int64, how many tokens each row holds.
-
-    `end` is a Python int that no row's length exceeds. What is cached is never computed again,
+    int64, how many tokens each row holds, at most `end`. What is cached is never computed again,
     whatever changes in the model. `replayable` is for fast/: while the caller leaves it equal, and
-    not None, only the tokens change.
-    """
+    not None, only the tokens change."""
 
     replayable = None
 
-    def __init__(self, config, b, capacity, dtype=torch.float32, device=None):
+    def __init__(self, config: LlamaConfig, b: int, capacity: int, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -314,21 +299,16 @@ class KVCache:
         self.capacity = capacity
         self.end = 0
 
-    def advance(self, counts, t):
-        """After a forward of t positions: row j has counts[j] more tokens in the cache, the rest
-        was padding."""
+    def advance(self, counts: Tensor, t: int) -> None:
+        """After a forward of t positions: row j holds counts[j] more, the rest was padding."""
         self.lengths += counts
-        self.end += int(counts.max()) if t > 1 else 1  # a bound is enough, and needs no value from the GPU
+        self.end += int(counts.max()) if t > 1 else 1  # a bound is enough: no wait for the GPU
 
 
-def load_llama(folder, dtype=None, device="cpu"):
-    """A Llama from a Hugging Face folder, frozen, in eval mode. `dtype` None: that of the first
-    tensor in the file.
-
-    Built on the meta device and filled tensor by tensor, so that no second copy of the weights ever
-    exists. Raises InputError (common/files.py) for whatever is missing, left over, of the wrong
-    shape or not finite.
-    """
+def load_llama(folder, dtype: torch.dtype | None = None, device="cpu") -> Llama:
+    """A Llama from a Hugging Face folder, frozen, in eval mode; `dtype` None: as stored. Filled
+    tensor by tensor, so that no second copy of the weights ever exists. Raises InputError
+    (common/files.py) for what is missing, left over, misshapen or not finite."""
     config = LlamaConfig(**read_config(folder))
     with torch.device("meta"), without_init():
         model = Llama(config)

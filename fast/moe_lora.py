@@ -129,9 +129,7 @@ def meteora_mixtures(gates, x):
         if gate.keep_logits:
             gate.logits = some
     idx, weight = top_k_mixture(logits, min(first.k, logits.shape[-1]), first.temperature)
-    if first.full:
-        weight = (logits / first.temperature).softmax(-1).gather(-1, idx)
-    elif first.k == 1:
+    if first.k == 1:
         weight = torch.ones_like(weight)
     return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
 

@@ -6,9 +6,13 @@ moe_topK    the K largest of that softmax, not renormalised: over one adapter, r
             gradient (RAMoLE's comparisons, arXiv 2406.16989)
 """
 
+import torch
+from torch import nn
+
 from common.files import InputError
+from kernels import linear_in
 from methods.protocol import TrainedGates, check_top_k
-from moe_lora import meteora_gates
+from moe_lora import Mixture, meteora_gates
 
 
 class Soft(TrainedGates):
@@ -33,6 +37,26 @@ class Soft(TrainedGates):
             raise InputError(f"--kind soft needs two adapters or more, {args.pool} has {len(names)}")
 
 
+class MoEGate(nn.Module):
+    """A mixture of experts' gate: softmax(G x / T) over all known slots, k of its weights kept."""
+
+    linear_in = staticmethod(linear_in)
+
+    def __init__(self, G, k, temperature=1.0, known=None):
+        super().__init__()
+        self.weight = nn.Parameter(G)  # G (e, i)
+        self.k = k
+        self.temperature = temperature
+        known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
+        self.register_buffer("known", known, persistent=False)
+
+    def forward(self, x, sample, ax):
+        """x (n, i) -> Mixture of k adapters a token."""
+        logits = self.linear_in(x, self.weight, torch.float32).masked_fill(~self.known, float("-inf"))
+        weight, idx = (logits / self.temperature).softmax(-1).topk(self.k, dim=-1)  # (n, k)
+        return Mixture(idx, weight)
+
+
 class MoE(TrainedGates):
     """A mixture of experts: the k largest of a softmax over all."""
 
@@ -51,8 +75,8 @@ class MoE(TrainedGates):
 
     @staticmethod
     def new_gates(pool, k, temperature=1.0, known=None):
-        """MeteoraGates whose k weights are those of the softmax over all."""
-        return meteora_gates(pool, k, temperature, known, full=True)
+        """MoEGates of zero."""
+        return meteora_gates(pool, k, temperature, known, make=MoEGate)
 
     @classmethod
     def run_name(cls, args):

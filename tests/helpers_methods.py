@@ -10,6 +10,7 @@ from methods import METHODS as TABLE
 from methods.batch import method_names
 from methods.joint import SAMPLING
 from methods.loraflow import loraflow_gates
+from methods.mixtures import MoEGate
 from methods.ramole import router_loras, save_routers
 from methods.session import PromptMask, load_mole
 from methods.smear import smear_routers
@@ -44,7 +45,7 @@ def write_every_part(folder, small_model):
         "soft": (meteora_gates(pool, 3), 3)
     }
     kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, PromptMask()), 3)}
-    kinds |= {f"moe_top{k}": (meteora_gates(pool, k, full=True), k) for k in (1, 3)}
+    kinds |= {f"moe_top{k}": (meteora_gates(pool, k, make=MoEGate), k) for k in (1, 3)}
     for number, (kind, (gates, k)) in enumerate(kinds.items()):
         for place, gate in enumerate(gates.values()):
             for param in gate.parameters():

@@ -12,6 +12,7 @@ from generate import answer, load
 from helpers_models import random_adapter, write_adapters
 from methods.batch import retrieve, set_methods
 from methods.logo import LogoProbe
+from methods.mixtures import MoEGate
 from methods.ramole import (
     RouterLoRA,
     candidate_rows,
@@ -21,7 +22,7 @@ from methods.ramole import (
     set_candidates,
 )
 from model import load_llama
-from moe_lora import AX, MeteoraGate, attached
+from moe_lora import AX, attached
 from pool.adapters import linear_shapes
 from pool.slots import Pool
 
@@ -141,7 +142,7 @@ def test_only_the_router_learns():
 def test_an_expert_keeps_its_share_of_the_full_softmax(k):
     """Renormalised over one it would be the constant 1, and the LM loss could not teach it."""
     x, G = torch.randn(7, 11), torch.randn(5, 11, requires_grad=True)
-    idx, weight = MeteoraGate(G, k, temperature=1.5, full=True)(x, None, None)
+    idx, weight = MoEGate(G, k, temperature=1.5)(x, None, None)
     top = (x @ G.T / 1.5).softmax(-1).topk(k)
     assert torch.equal(idx, top.indices)
     torch.testing.assert_close(weight, top.values)
