@@ -1,5 +1,4 @@
-"""The table of methods: the ways to choose adapters. A new one is a file of this folder and a line
-here."""
+"""The table of methods. A new one is a file of this folder and a line here."""
 
 from methods import (
     custom,

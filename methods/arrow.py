@@ -1,24 +1,21 @@
-"""Arrow (arXiv 2405.11157): a token goes to the adapters whose strongest input direction it lies
-along; no training.
+"""Arrow (arXiv 2405.11157): tokens go by the adapters' strongest input directions; no training.
 
-prototype v_j = the top right singular vector of B_j A_j,   logit = |v_j . x|,   the k largest,
-softmax over those
+prototype v_j = the top right singular vector of B_j A_j
+logit_j = |v_j . x|,   weight = softmax over the k largest
 """
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from methods.protocol import Gated, member_mask
+from methods.session import Mole
 from moe_lora import Mixture
 from pool.stacks import factored_svd
 
 
-def arrow_prototypes(A, B):
-    """Unit top right singular vectors (e, i) of B_j A_j, A (e, r, i), B (e, o, r); zero where B A
-    is zero.
-
-    Their sign is arbitrary; `scale` can't change them.
-    """
+def arrow_prototypes(A: Tensor, B: Tensor) -> Tensor:
+    """Unit top right singular vectors (e, i) of B_j A_j, A (e, r, i), B (e, o, r), zero where B A
+    is zero. Their sign is arbitrary; `scale` can't change them."""
     _, S, Vh = factored_svd(A.float(), B.float())
     return Vh[:, 0] * (S[:, :1] > 0)
 
@@ -34,21 +31,21 @@ class ArrowGate(nn.Module):
     in the adapters' dtype, here float32; dropout on the output, not the input; one rank for all.
     """
 
-    def __init__(self, prototypes, k, temperature=1.0, known=None):
+    def __init__(self, prototypes: Tensor, k: int, temperature=1.0, known: Tensor | None = None):
         super().__init__()
         self.register_buffer("prototypes", prototypes, persistent=False)
         if known is None:
             known = prototypes.any(-1)
-            known = (
-                known if known.any() else ~known
-            )  # every B A is zero: any choice is right, none would be NaN
+            if not known.any():  # every B A is zero: any choice is right, none would give NaN
+                known = ~known
         self.register_buffer("known", known, persistent=False)
         self.k = min(k, int(known.sum()))
         self.temperature = temperature
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i) -> Mixture of k adapters a token."""
-        logits = F.linear(x.float(), self.prototypes.float()).abs().masked_fill(~self.known, float("-inf"))
+        logits = F.linear(x.float(), self.prototypes.float()).abs()  # (n, e)
+        logits = logits.masked_fill(~self.known, float("-inf"))
         top, idx = logits.topk(self.k, dim=-1)  # (n, k)
         return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
 
@@ -61,9 +58,12 @@ class Arrow(Gated):
     about = "Arrow: tokens go by the adapters' strongest input directions; no training"
     paper = "2405.11157"
 
-    def gates(self, mole, temperature, exclude):
+    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """ArrowGates over the pool's adapters but those of `exclude`."""
         pool = mole.pool
         known = member_mask(pool, mole.device, exclude)
-        prototypes = {path: arrow_prototypes(pool.A[path], pool.B[path]).to(mole.dtype) for path in pool.A}
-        return {path: ArrowGate(v, self.top_k, temperature, known) for path, v in prototypes.items()}
+        gates = {}
+        for path in pool.A:
+            prototypes = arrow_prototypes(pool.A[path], pool.B[path]).to(mole.dtype)
+            gates[path] = ArrowGate(prototypes, self.top_k, temperature, known)
+        return gates

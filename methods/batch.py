@@ -1,5 +1,4 @@
-"""Sets the model up for a batch: finds methods by name, retrieves, attaches what they share, gives
-rows adapters."""
+"""Sets the model up for a batch: finds methods by name, retrieves, attaches, gives rows adapters."""
 
 from dataclasses import replace
 
@@ -8,19 +7,20 @@ import torch
 from common.files import InputError
 from common.options import nearest
 from methods import CUSTOM, FALLBACK, METHODS
-from methods.protocol import POOL, Gated, Merged, OwnLinears
+from methods.protocol import POOL, Gated, Merged, Method, OwnLinears
+from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, detach, fixed_rows, set_gates
 from pool.slots import Pool, alloc_B_of
 
-# Names --------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
-def method_names():
+def method_names() -> list[str]:
     """The names of all methods, as help and docs list them."""
     return [name for method in METHODS for name in method.names]
 
 
-def find_method(mole, name, top_k=2):
+def find_method(mole: Mole, name: str, top_k=2) -> Method:
     """The Method `name`; `top_k` is the k of names that leave it open. Raises InputError where
     there is none."""
     if name in mole.custom_gates:
@@ -29,33 +29,32 @@ def find_method(mole, name, top_k=2):
         if kind is not FALLBACK and (method := kind.parse(name, top_k)):
             return method
     method = FALLBACK.parse(name, top_k)
-    if method and (name in FALLBACK.names or (method.folder(mole) and method.folder(mole).is_dir())):
+    folder = method.folder(mole) if method else None
+    if name in FALLBACK.names or (folder and folder.is_dir()):
         return method
-    raise InputError(
-        f"no method {name!r}{nearest(name, method_names()) or ', one of ' + ', '.join(method_names())}"
-    )
+    hint = nearest(name, method_names()) or ", one of " + ", ".join(method_names())
+    raise InputError(f"no method {name!r}{hint}")
 
 
-def check_method(mole, name, top_k=2):
+def check_method(mole: Mole, name: str, top_k=2) -> str:
     """Raises InputError unless `name` is a method that this pool has the parts for. Returns it."""
     method = find_method(mole, name, top_k)
     if method.per_task:
-        example = method.per_task.format("NAME")
-        raise InputError(f"method {name} is another one for each task: name it, {example}, or let eval.py")
+        hint = f"name it, {method.per_task.format('NAME')}, or let eval.py"
+        raise InputError(f"method {name} is another one for each task: {hint}")
     if method.needs_adapters and not (mole.pool and mole.pool.members):
-        raise InputError(
-            f"method {name}: needs adapters, and there are none: name a --pool or an --adapter NAME=DIR"
-        )
+        hint = "name a --pool or an --adapter NAME=DIR"
+        raise InputError(f"method {name}: needs adapters, and there are none: {hint}")
     method.check(mole)
     return name
 
 
-def for_task(mole, name, task):
+def for_task(mole: Mole, name: str, task: str) -> str:
     """The method that scores `task`: some are another one for each task."""
     return find_method(mole, name).per_task.format(task) or name
 
 
-def default_method(mole, k, k_asked=False):
+def default_method(mole: Mole, k: int, k_asked=False) -> tuple[str, str]:
     """(The best method that the pool has the parts for, why, in words). `k_asked`: no gates of
     another k will do."""
     if not (mole.pool and mole.pool.members):
@@ -70,24 +69,32 @@ def default_method(mole, k, k_asked=False):
     return "uniform", f"{many} and no gates: python train.py gates makes them"
 
 
-# Setting up ---------------------------------------------------------------------------------------------------------
+# Setting up ---------------------------------------------------------------------------------------
 
 
-def retrieve(mole, names, prompts, k=3, exclude=(), ids=None):
-    """[[(adapter, score), ...]], one for each row, the best first: the `k` that its method
-    retrieves for its prompt, without those of `exclude`; none where the method retrieves none.
-    `ids` are the prompts' token ids. Raises InputError."""
-    found = [[] for _ in names]
+def retrieve(mole: Mole, names: list[str], prompts, k=3, exclude=(), ids=None) -> list[Ranking]:
+    """A ranking for each row: the `k` adapters that its method retrieves for its prompt, without
+    those of `exclude`; empty where the method retrieves none. `ids` are the prompts' token ids.
+    Raises InputError."""
+    found = {}
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
-        row_ids = [ids[row] for row in rows] if ids is not None else None
-        pairs = find_method(mole, name).retrieve(mole, [prompts[row] for row in rows], row_ids, k, exclude)
-        for row, some in zip(rows, pairs or [[]] * len(rows), strict=True):
-            found[row] = some
-    return found
+        texts = [prompts[row] for row in rows]
+        row_ids = ids and [ids[row] for row in rows]
+        rankings = find_method(mole, name).retrieve(mole, texts, row_ids, k, exclude)
+        found |= zip(rows, rankings, strict=True)
+    return [found[row] for row in range(len(names))]
 
 
-def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retrieved=None, exclude=()):
+def set_methods(
+    mole: Mole,
+    names: list[str],
+    top_k=2,
+    gate_temperature=1.0,
+    backend="auto",
+    retrieved: list[Ranking] | None = None,
+    exclude=(),
+) -> None:
     """Sets the model up for one batch: names[j] is row j's method, retrieved[j] what retrieve()
     found for it; none uses an adapter of `exclude`. Raises InputError for an unknown name, where a
     part is missing, naming the command that makes it, and for methods that can't share a batch."""
@@ -98,27 +105,28 @@ def set_methods(mole, names, top_k=2, gate_temperature=1.0, backend="auto", retr
         return
     methods = [find_method(mole, name, top_k) for name in names]
     requests = list(zip(methods, retrieved or [[]] * len(names), strict=True))
+    needed = []
     for method, found in requests:
         _check_request(mole, method, found, exclude)
+        needed += method.in_memory(mole, found, exclude)
     shared = _shared(methods)
-    needed = [name for method, found in requests for name in method.in_memory(mole, found, exclude)]
     mole.pool.need(needed)
     mole.batch_id += 1
     in_slots = shared.key[0] == POOL[0]  # what is merged is a copy: slots may change beneath it
     mole.slots_in_use = mole.slots(needed) if in_slots else {}
     pool = _attach(mole, shared, requests, gate_temperature, backend, tuple(sorted(exclude)))
     shared.prepare(mole, requests)
-    idx, weight = fixed_rows(pool, [method.weights(mole, pool, found, exclude) for method, found in requests])
-    routed = torch.tensor([isinstance(method, Gated) and method.key == shared.key for method in methods])
+    choices = [method.weights(mole, pool, found, exclude) for method, found in requests]
+    idx, weight = fixed_rows(pool, choices)
+    routed = torch.tensor([isinstance(method, Gated) for method in methods])
     set_gates(mole.gates, idx.to(mole.device), weight.to(mole.device), routed.to(mole.device))
 
 
 def _check_request(mole, method, found, exclude):
     """Raises InputError where a request lacks what it has to have."""
     if method.retrieves and not found:
-        raise InputError(
-            f"method {method.name}: nothing was retrieved for it: retrieve() comes before set_methods()"
-        )
+        hint = "retrieve() comes before set_methods()"
+        raise InputError(f"method {method.name}: nothing was retrieved for it: {hint}")
     method.check_exclude(exclude)
     if method.needs_adapters and not mole.pool.members.keys() - set(exclude):
         raise InputError(f"method {method.name}: every adapter is excluded")
@@ -135,45 +143,36 @@ def _shared(methods):
         kinds.pop(POOL, None)  # the base beside merged adapters
     first, *others = kinds.values()
     if others:
-        raise InputError(
-            f"one batch can't hold both {first.name} and {others[0].name}: they set the model up differently"
-        )
+        both = f"{first.name} and {others[0].name}"
+        raise InputError(f"one batch can't hold both {both}: they set the model up differently")
     return first
 
 
 def _attach(mole, shared, requests, temperature, backend, exclude):
     """Attaches what the batch shares, unless it is attached just so already; returns the pool that
     rows choose from."""
+    pool = mole.pool
     derived = {}
     for method, found in requests:
         if isinstance(method, Merged):
             derived[method.label(found)] = (method, found)
-    members = (
-        () if shared.follows_the_pool else tuple((n, m.slot, m.hash) for n, m in mole.pool.members.items())
-    )
-    key = (
-        shared.key,
-        id(mole.custom_gates.get(shared.name)),
-        tuple(sorted(derived)),
-        shared.top_k,
-        temperature,
-    )
-    key += (backend, members, exclude, id(mole.pool), len(mole.pool.A))
+    held = {} if shared.follows_the_pool else mole.slots(pool.names)
+    own = id(mole.custom_gates.get(shared.name))
+    key = (shared.key, own, sorted(derived), shared.top_k, temperature, backend)
+    key += (held, exclude, id(pool), len(pool.A))
     if mole.attached and mole.attached[0] == key:
         return mole.attached[1]
     detach(mole.model)
     mole.attached = None
     mole.gates = []
-    pool = mole.pool
     if isinstance(shared, OwnLinears):
         shared.attach(mole, backend, exclude)
     else:
         if isinstance(shared, Merged):
-            made = [
-                replace(method.merge(mole, found, exclude), name=label)
-                for label, (method, found) in sorted(derived.items())
-            ]
-            pool = Pool.of(made, mole.pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
+            merged = []
+            for label, (method, found) in sorted(derived.items()):
+                merged.append(replace(method.merge(mole, found, exclude), name=label))
+            pool = Pool.of(merged, pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
         if isinstance(shared, Gated):
             inner = shared.gates(mole, temperature, exclude)
             gates = {path: SampleGate(inner[path]) for path in pool.A}
@@ -185,10 +184,12 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
     return pool
 
 
-def force_adapters(mole, names):
+def force_adapters(mole: Mole, names: list) -> None:
     """Another adapter for each row from the next token on (None: the base), or a list of them for
     each token of the next forward; for a batch of methods adapter:NAME or base."""
     mole.force_count += 1
-    flat = names if not names or not isinstance(names[0], list) else [name for row in names for name in row]
-    idx, weight = fixed_rows(mole.pool, [{name: 1.0} if name else {} for name in flat], mole.device)
-    set_gates(mole.gates, idx, weight, each_token=flat is not names)
+    each_token = bool(names) and isinstance(names[0], list)
+    flat = sum(names, []) if each_token else names
+    choices = [{name: 1.0} if name else {} for name in flat]
+    idx, weight = fixed_rows(mole.pool, choices, mole.device)
+    set_gates(mole.gates, idx, weight, each_token=each_token)

@@ -1,8 +1,9 @@
-"""Mixtures that nobody has to learn: the base alone, one adapter by name, each task its own, all
-alike."""
+"""Mixtures that nobody has to learn: the base, one adapter by name, each task its own, all alike."""
 
 from common.files import InputError
 from methods.protocol import FixedMixture, all_but
+from methods.session import Mole, Ranking
+from pool.slots import Pool
 
 
 class Base(FixedMixture):
@@ -22,31 +23,30 @@ class Named(FixedMixture):
     about = "one adapter by name"
     has_task_adapter = True
 
-    def __init__(self, name, top_k, adapter):
+    def __init__(self, name: str, top_k: int, adapter: str):
         super().__init__(name, top_k)
         self.adapter = adapter
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """The adapter has to be in the pool."""
         mole.pool.member(self.adapter)
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """That adapter."""
         return [self.adapter]
 
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """That adapter, at weight 1."""
         return {self.adapter: 1.0}
 
-    def check_exclude(self, exclude):
+    def check_exclude(self, exclude: tuple) -> None:
         """Nothing is left without it."""
         if self.adapter in exclude:
             raise InputError(f"method {self.name}: that adapter is excluded")
 
 
 class Oracle(FixedMixture):
-    """Each task with its own adapter: the ceiling for any choice among adapters that were trained
-    by themselves."""
+    """Each task with its own adapter: the ceiling for a choice among adapters trained one by one."""
 
     pattern = "oracle"
     names = ("oracle",)
@@ -62,11 +62,11 @@ class Uniform(FixedMixture):
     names = ("uniform", "average_ba")
     about = "all adapters, each weighing 1/e"
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """All but those of `exclude`."""
         return all_but(mole.pool, exclude)
 
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """1/e each."""
         used = all_but(pool, exclude)
         return {name: 1 / len(used) for name in used}

@@ -1,16 +1,18 @@
-"""LoRA-F and LoRA-B: one adapter that has learnt all tasks, on the data as it is or evenly
-(MeteoRA's baselines)."""
+"""LoRA-F and LoRA-B, MeteoRA's baselines: one adapter that has learnt all tasks."""
+
+from pathlib import Path
 
 from methods.protocol import Merged
-from pool.adapters import load_adapter
+from methods.session import Mole, Ranking
+from pool.adapters import Adapter, load_adapter
 
 
-def as_it_is(examples, name):
+def as_it_is(examples: dict[str, list], name: str) -> dict[str, list]:
     """{task: [Example]} -> all of them as one task: a step draws more of those that have more."""
-    return {name: [example for some in examples.values() for example in some]}
+    return {name: sum(examples.values(), [])}
 
 
-def evenly(examples, name):
+def evenly(examples: dict[str, list], name: str) -> dict[str, list]:
     """{task: [Example]} as they are: a step draws as many of each task."""
     return examples
 
@@ -26,27 +28,27 @@ class Joint(Merged):
     about = "one adapter on all the data as it is, or evenly of all tasks"
 
     @property
-    def has_task_adapter(self):
+    def has_task_adapter(self) -> bool:
         """Of those that have learnt all tasks; of another folder nobody knows."""
         return self.name in self.names
 
     @property
-    def made_by(self):
+    def made_by(self) -> str:
         """The command for this name."""
         return f"train.py adapters --joint {self.name}"
 
-    def folder(self, mole):
+    def folder(self, mole: Mole) -> Path | None:
         """POOL/baselines/NAME, None without a pool folder."""
         return mole.folder.path / "baselines" / self.name if mole.folder else None
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """None: its adapter isn't the pool's."""
         return []
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """The folder has to be there."""
         self.need(self.folder(mole), self.made_by)
 
-    def merge(self, mole, found, exclude):
+    def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """The adapter of the folder."""
         return load_adapter(self.folder(mole), self.name, mole.shapes)

@@ -1,49 +1,52 @@
-"""LoGo (arXiv 2511.07129): the adapters that make most of a prompt's last token, by one forward
-pass of the base."""
+"""LoGo (arXiv 2511.07129): the adapters that change a prompt's last token most, by one forward pass.
+
+logo            score_j = ||s_j B_j A_j x||, x the last token's input, a mean over all Linears
+logo_entropy    score_j = 1 / entropy of softmax(s_j B_j A_j x)
+"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import InputError
-from methods.protocol import FixedMixture
+from methods.protocol import FixedMixture, all_but
+from methods.session import Mole, Ranking
 from moe_lora import Mixture, attach, detach
 from pool.retriever import base_alone
+from pool.slots import Pool
 
 
 class LoGo(FixedMixture):
-    """The k adapters that make most of the last token, or are surest of it, weighed by their
-    scores."""
+    """The k adapters of the highest scores, weighed by them."""
 
     pattern = "logo|logo_entropy"
     names = ("logo", "logo_entropy")
-    about = "LoGo: the k adapters that make most of the prompt's last token, or are surest of it; no training"
+    about = "LoGo: the k adapters that change the prompt's last token most, or most surely; no training"
     paper = "2511.07129"
     retrieves = "by a forward pass"
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
+    def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """The k adapters of the highest scores."""
         return logo(mole, ids, k, exclude, self.name)
 
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """Scores over their sum."""
         total = sum(score for _, score in found) or 1.0
         return {name: score / total for name, score in found}
 
 
 class LogoProbe(nn.Module):
-    """LoGo's look at one Linear: no token uses an adapter, and `score` (e,) is what each would make of the last token,
-    ||s B A x|| or, with logo_entropy, 1 / entropy of softmax(s B A x)."""
+    """LoGo's look at one Linear: no token uses an adapter, `score` (e,) is of the last token."""
 
     sequential = True
 
-    def __init__(self, B, scale, method="logo"):
+    def __init__(self, B: Tensor, scale: Tensor, method="logo"):
         super().__init__()
         self.B = B
         self.scale = scale
         self.method = method
         self.score = None
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i) -> a Mixture of weight 0; keeps `score`."""
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
         v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
@@ -54,24 +57,23 @@ class LogoProbe(nn.Module):
 
 
 @torch.inference_mode()
-def logo(mole, ids, k, exclude=(), method="logo"):
-    """LoGo (arXiv 2511.07129): [(adapter, score), ...] for each of the prompts `ids`, the k best.
-    One forward pass of the base; an adapter's score is the size of what it makes of the last token,
-    the norm of s B A x, or with logo_entropy one over the entropy of its softmax, each as a mean
-    over the Linears."""
-    mole.pool.need([name for name in mole.pool.names if name not in exclude])
-    names = [name for name in mole.pool.resident if name not in exclude]
+def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), method="logo") -> list[Ranking]:
+    """For each of the prompts `ids` the k adapters of the highest scores, by a forward pass of the
+    base. Raises InputError where every adapter is excluded."""
+    pool = mole.pool
+    names = all_but(pool, exclude)
     if not names:
         raise InputError(f"method {method}: every adapter is excluded")
-    probes = {path: LogoProbe(mole.pool.B[path], mole.pool.scale[path], method) for path in mole.pool.A}
+    pool.need(names)
+    probes = {path: LogoProbe(pool.B[path], pool.scale[path], method) for path in pool.A}
     found = []
     with base_alone(mole.model):
-        attach(mole.model, mole.pool, probes)
+        attach(mole.model, pool, probes)
         try:
             for row in ids:  # one by one: no padding, and the last token is the last
                 mole.model.model(torch.tensor([row], device=mole.device))
-                total = torch.stack([probe.score for probe in probes.values()]).mean(0)  # (e,)
-                scores = {name: float(total[mole.pool.slot(name)]) for name in names}
+                score = torch.stack([probe.score for probe in probes.values()]).mean(0)  # (e,)
+                scores = {name: float(score[pool.slot(name)]) for name in names}
                 best = sorted(scores, key=lambda name: (-scores[name], name))[:k]
                 found.append([(name, round(scores[name], 6)) for name in best])
         finally:

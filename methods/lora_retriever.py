@@ -1,21 +1,22 @@
-"""LoraRetriever (arXiv 2402.09997): the adapters whose samples are most like the prompt, composed;
-its tuning.
+"""LoraRetriever (arXiv 2402.09997): composes the adapters whose samples are most like the prompt.
 
-    selection      the best one                     mixture    sum_j (1/k) s_j B_j A_j x, exact
-    fusion         (mean B)(mean A) x               adaptersoup    fusion of those nearest to all prompts together
+    selection      the best one
+    mixture        sum_j (1/k) s_j B_j A_j x, exact
+    fusion         (mean B)(mean A) x
+    adaptersoup    fusion of the adapters nearest to all prompts together
 
 The encoder and the ranking are in pool/retriever.py. `train.py retriever` tunes the encoder
-contrastively on a share of the tasks: the base stays as it is, so every prompt runs through it
-once; what is tuned is the projection of its hidden states. It starts as the whitening of what
-varies within a task, which makes prompts of one task alike, and goes on by InfoNCE: m prompts of
-each task are averaged as an adapter's samples are, and other prompts have to find their own task's
-mean.
+contrastively on a share of the tasks. The base stays frozen, so every prompt runs through it once;
+what is tuned is the projection of its hidden states. It starts as the whitening of what varies
+within a task, which makes prompts of one task alike. Then it learns by InfoNCE: m prompts of each
+task are averaged as an adapter's samples are, and other prompts have to find their own task's mean.
 """
 
 import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,16 +24,18 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common.files import InputError, write_text
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tokenizer import Tokenizer
-from methods.protocol import FixedMixture, Merged
-from methods.session import rank_by_text, retriever_of
-from pool.adapters import load_adapter
+from methods.protocol import ByText, FixedMixture, Merged
+from methods.session import Mole, Ranking, retriever_of
+from pool.adapters import Adapter, load_adapter
 from pool.folder import is_pool, read_pool
 from pool.load import load_base
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
+from pool.slots import Pool
 from pool.stacks import average_factors
 from tasks.folders import load_tasks, some_tasks
 from tasks.metrics import mean_score
@@ -41,63 +44,45 @@ from training.loop import required
 SAMPLES = 20  # m, at most: the paper's
 
 
-class Selection(FixedMixture):
+class Selection(ByText, FixedMixture):
     """The best adapter retrieved."""
 
     pattern = "selection"
     names = ("selection",)
     about = "LoraRetriever: the best adapter retrieved"
     paper = "2402.09997"
-    made_by = "train.py retriever"
-    retrieves = "by text"
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
-        """The k best, of which the first is used."""
-        return rank_by_text(mole, prompts, k, exclude)
-
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """The best."""
         return [found[0][0]]
 
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """The best, at weight 1."""
         return {found[0][0]: 1.0}
 
 
-class RetrievedMixture(FixedMixture):
+class RetrievedMixture(ByText, FixedMixture):
     """The k best, each weighing 1/k."""
 
     pattern = "mixture"
     names = ("mixture",)
     about = "LoraRetriever: the k best, each weighing 1/k"
     paper = "2402.09997"
-    made_by = "train.py retriever"
-    retrieves = "by text"
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
-        """The k best."""
-        return rank_by_text(mole, prompts, k, exclude)
-
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """1/k each."""
         return {name: 1 / len(found) for name, _ in found}
 
 
-class Fusion(Merged):
+class Fusion(ByText, Merged):
     """The mean of the k best's A and of their B: one adapter."""
 
     pattern = "fusion"
     names = ("fusion",)
     about = "LoraRetriever: the mean of the k best's A and of their B"
     paper = "2402.09997"
-    made_by = "train.py retriever"
-    retrieves = "by text"
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
-        """The k best."""
-        return rank_by_text(mole, prompts, k, exclude)
-
-    def merge(self, mole, found, exclude):
+    def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """(mean B)(mean A) of those retrieved."""
         return average_factors(mole.pool, self.name, [name for name, _ in found])
 
@@ -110,14 +95,14 @@ class AdapterSoup(Fusion):
     about = "AdapterSoup: fusion of the adapters nearest to all the prompts together"
     paper = "2302.07027"
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
+    def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """The k nearest to the mean of all prompts, for each of them."""
         retriever = retriever_of(mole)
         mean = retriever.embed(list(prompts)).mean(0, keepdim=True)
         return [retriever.nearest(mean, k, exclude)[0]] * len(prompts)
 
 
-# Tuning the encoder -------------------------------------------------------------------------------------------------
+# Tuning the encoder -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -126,25 +111,21 @@ class RetrieverRun:
 
     model: str  # model folder
     tasks: str = ""  # folder of task folders
-    pool: str = ""  # pool folder; its adapters' samples get their vectors, and their tasks alone are used
+    pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
     share: float = 0.4  # of the tasks: the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
     steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
     lr: NotNegative = 1e-4  # learning rate
     temperature: Above0 = 0.02  # of the cosines
-    max_length: Annotated[int, Least(32)] = (
-        160  # tokens of a text that are read, the instruction's among them
-    )
-    test: bool = (
-        False  # also retrieve for the tasks left out among all: a table beside bag of words and the untuned
-    )
+    max_length: Annotated[int, Least(32)] = 160  # tokens of a text that are read, with the instruction
+    test: bool = False  # compare retrieval for the tasks left out with bag of words and the untuned
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
     seed: Seed = 0  # of the tasks, of the prompts and of their order
 
 
-def train_retriever(args):
+def train_retriever(args: RetrieverRun) -> None:
     """Tunes the projection and writes POOL/retriever.safetensors."""
     folder = Path(required(args, "pool"))
     known = read_pool(folder) if is_pool(folder) else None
@@ -184,7 +165,7 @@ def train_retriever(args):
         print(table, end="")
 
 
-def draw_prompts(task, count, seed, bare=False, split="train"):
+def draw_prompts(task, count: int, seed: int, bare=False, split="train") -> list[str]:
     """`count` of a task's prompts at most; `bare` without what the task's prompts share."""
     prompts = [row["prompt"] for row in getattr(task, split)]
     if bare:
@@ -193,7 +174,7 @@ def draw_prompts(task, count, seed, bare=False, split="train"):
     return random.Random(f"{seed}/{task.name}").sample(prompts, min(count, len(prompts)))
 
 
-def whiten_within(views, shrink=0.3):
+def whiten_within(views: list[Tensor], shrink=0.3) -> tuple[Tensor, Tensor]:
     """Pooled prompts, (tasks, n, h) for each view -> mean (h,) and the projection (h, h) that gives
     what varies within a task and view unit variance; `shrink` mean variances are added, or
     directions with hardly any would be blown up.
@@ -204,7 +185,7 @@ def whiten_within(views, shrink=0.3):
     return torch.cat(views).mean((0, 1)), projection / projection.norm() * len(projection) ** 0.5
 
 
-def info_nce(views, projection, args):
+def info_nce(views: list[Tensor], projection: Tensor, args) -> Tensor:
     """`steps` of InfoNCE from `projection` (d, h); views are centred, each (tasks, n, h). Returns
     the tuned one."""
     W = projection.clone().requires_grad_()
@@ -225,10 +206,10 @@ def info_nce(views, projection, args):
     return W.detach()
 
 
-# The test -----------------------------------------------------------------------------------------------------------
+# The test -----------------------------------------------------------------------------------------
 
 
-def bag_of_words(texts, d=4096):
+def bag_of_words(texts: list[str], d=4096) -> Tensor:
     """Texts -> counts of words and signs (n, d), by hash: what retrieval has to beat."""
     counts = torch.zeros(len(texts), d)
     for row, text in enumerate(texts):
@@ -237,7 +218,7 @@ def bag_of_words(texts, d=4096):
     return counts
 
 
-def compare(encoders, tasks, tuned_on, seed):
+def compare(encoders: dict[str, Callable], tasks: dict, tuned_on: list[str], seed: int) -> str:
     """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all
     tasks, by m samples of their train prompts, with 95 % intervals. As Markdown."""
     names = sorted(tasks)
@@ -245,31 +226,36 @@ def compare(encoders, tasks, tuned_on, seed):
     others = [name for name in names if name not in tuned_on]
     for title, embed in encoders.items():
         for bare, kind in ((False, "as they are"), (True, "without what a task's share")):
-            known = [F.normalize(embed(draw_prompts(tasks[n], 60, seed, bare)), dim=-1) for n in names]
-            asked = [
-                F.normalize(embed(draw_prompts(tasks[n], 50, seed, bare, "test")), dim=-1) for n in others
-            ]
-            labels = [torch.full((len(some),), names.index(n)) for n, some in zip(others, asked, strict=True)]
-            hits = [top_1(known, torch.cat(asked), torch.cat(labels), m) for m in (1, 5, SAMPLES)]
-            scores = [mean_score("top-1", one.tolist(), seed) for one in hits]
-            cells = [f"{s.score:.1f} [{s.low:.1f}, {s.high:.1f}]" for s in scores]
+            known = [_embed_unit(embed, draw_prompts(tasks[n], 60, seed, bare)) for n in names]
+            asked = []
+            labels = []
+            for name in others:
+                asked.append(_embed_unit(embed, draw_prompts(tasks[name], 50, seed, bare, "test")))
+                labels += [names.index(name)] * len(asked[-1])
+            cells = []
+            for m in (1, 5, SAMPLES):
+                hits = top_1(known, torch.cat(asked), torch.tensor(labels), m)
+                score = mean_score("top-1", hits.tolist(), seed)
+                cells.append(f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]")
             lines.append(f"| {title} | {kind} | " + " | ".join(cells) + " |")
-    lines.append(
-        f"\n{scores[0].n} prompts of {len(others)} tasks among {len(names)}, tuned on the other {len(tuned_on)}; "
-        "intervals are over the prompts"
-    )
+    lines += ["", f"{score.n} prompts of {len(others)} tasks among {len(names)}, "
+              f"tuned on the other {len(tuned_on)}; intervals are over the prompts"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def top_1(known, asked, labels, m, repeats=5):
-    """How often each of `asked` (q, d) is nearest to the mean of m of its own task's `known` [(n,
-    d)]: (q,), over `repeats` draws of those m."""
+def _embed_unit(embed, texts):
+    """Vectors of length 1, (n, d)."""
+    return F.normalize(embed(texts), dim=-1)
+
+
+def top_1(known: list[Tensor], asked: Tensor, labels: Tensor, m: int, repeats=5) -> Tensor:
+    """How often each of `asked` (q, d) is nearest to its own task's mean: (q,). A task's mean is of m
+    of its `known` (n, d), drawn `repeats` times."""
     hits = torch.zeros(len(asked))
     for repeat in range(repeats):
-        draws = [
-            random.Random(f"{repeat}/{j}").sample(range(len(some)), min(m, len(some)))
-            for j, some in enumerate(known)
-        ]
-        means = torch.stack([some[rows].mean(0) for some, rows in zip(known, draws, strict=True)])
-        hits += ((asked @ F.normalize(means, dim=-1).T).argmax(-1) == labels) / repeats
+        means = []
+        for j, some in enumerate(known):
+            rows = random.Random(f"{repeat}/{j}").sample(range(len(some)), min(m, len(some)))
+            means.append(F.normalize(some[rows].mean(0), dim=-1))
+        hits += ((asked @ torch.stack(means).T).argmax(-1) == labels) / repeats
     return hits

@@ -1,21 +1,21 @@
 """LoRA-Flow (arXiv 2402.11455): one trained mixture of all adapters for each token and layer.
 
-weight = softmax(G x) + bias,   x the input of the layer's first Linear; weights may be negative
+weight = softmax(G x) + bias,   x the input of the layer's first Linear; it may be negative
 """
 
 import re
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from methods.protocol import TrainedGates, member_mask
 from moe_lora import Mixture
+from pool.slots import Pool
 
 
 class LoRAFlowGate(nn.Module):
-    """LoRA-Flow: softmax(G x) + bias over all e slots; weights may be negative and needn't sum to
-    1.
+    """LoRA-Flow: softmax(G x) + bias over all e slots, which needn't sum to 1.
 
     `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. The mixture
     is kept for the layer's other Linears, which come after this one.
@@ -23,7 +23,7 @@ class LoRAFlowGate(nn.Module):
 
     sequential = True
 
-    def __init__(self, G, bias, known=None):
+    def __init__(self, G: Tensor, bias: Tensor, known: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(G)  # G (e, i)
         self.bias = nn.Parameter(bias)  # (e,)
@@ -31,9 +31,10 @@ class LoRAFlowGate(nn.Module):
         self.register_buffer("known", known, persistent=False)
         self.mixture = None
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i) -> Mixture of all e adapters."""
-        logits = F.linear(x.float(), self.weight.float()).masked_fill(~self.known, float("-inf"))  # (n, e)
+        logits = F.linear(x.float(), self.weight.float())  # (n, e)
+        logits = logits.masked_fill(~self.known, float("-inf"))
         weight = F.softmax(logits, dim=-1) + self.bias.float() * self.known
         idx = torch.arange(logits.shape[1], device=x.device).expand_as(logits)
         self.mixture = Mixture(idx, weight)
@@ -45,18 +46,16 @@ class SharedMixture(nn.Module):
 
     sequential = True
 
-    def __init__(self, leader):
+    def __init__(self, leader: LoRAFlowGate):
         super().__init__()
-        self.leader = (
-            leader,
-        )  # in a tuple it is no submodule: its parameters are counted, saved and moved once
+        self.leader = (leader,)  # in a tuple it is no submodule: counted, saved and moved once
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """The layer's Mixture."""
         return self.leader[0].mixture
 
 
-def loraflow_gates(pool, known=None):
+def loraflow_gates(pool: Pool, known: Tensor | None = None) -> dict[str, nn.Module]:
     """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the
     start, SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
     gates = {}
@@ -67,9 +66,8 @@ def loraflow_gates(pool, known=None):
             gates[path] = SharedMixture(leaders[layer])
             continue
         mask = member_mask(pool, A.device) if known is None else known
-        G, bias = (
-            torch.zeros(size, device=A.device) for size in ((pool.capacity, A.shape[2]), pool.capacity)
-        )
+        G = torch.zeros(pool.capacity, A.shape[2], device=A.device)
+        bias = torch.zeros(pool.capacity, device=A.device)
         gates[path] = leaders[layer] = LoRAFlowGate(G, bias, mask)
     return gates
 
@@ -86,6 +84,6 @@ class LoRAFlow(TrainedGates):
     has_temperature = False
 
     @staticmethod
-    def new_gates(pool, k, temperature=1.0, known=None):
+    def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
         """loraflow_gates()."""
         return loraflow_gates(pool, known)

@@ -1,8 +1,8 @@
-"""LoraHub (arXiv 2307.13269): one merged adapter for a task, its weights searched on a few examples
-without gradients.
+"""LoraHub (arXiv 2307.13269): one merged adapter for a task, its weights w searched on examples.
 
-(sum of w_i s_i B_i)(sum of w_i A_i),   w by a gradient-free search on five examples, with a penalty
-on |w|
+    (sum of w_i s_i B_i)(sum of w_i A_i)
+
+The search is free of gradients, sees five examples of the task, and has a penalty on |w|.
 """
 
 import math
@@ -18,8 +18,9 @@ from common.files import InputError, read_json, warn, write_json
 from common.options import Count, NotNegative, Seed, nearest
 from common.tokenizer import Tokenizer
 from methods.protocol import Merged
+from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
-from pool.adapters import linear_shapes
+from pool.adapters import Adapter, linear_shapes
 from pool.folder import check_pool, read_pool
 from pool.load import load_base
 from pool.slots import Pool, alloc_B_of
@@ -28,19 +29,21 @@ from tasks.folders import collate, draw, load_tasks, tokenize
 from training.loop import lm_losses, required
 
 
-def lorahub(pool, weights):
+def lorahub(pool: Pool, weights: dict[str, float]) -> Adapter:
     """(sum of w s B)(sum of w A) over `weights` {name: w}: an Adapter of scale 1. A weight counts
     twice: B A goes with its square."""
     names = sorted(weights)
     if not names:
         raise InputError("lorahub: every adapter is excluded")
-    w = torch.tensor([float(weights[name]) for name in names], device=next(iter(pool.A.values())).device)
-    stacks = member_stacks(pool, names)
-    merged = {path: (torch.tensordot(w, A, 1), torch.tensordot(w, B, 1)) for path, A, B in stacks}
+    w = torch.tensor([float(weights[name]) for name in names])
+    merged = {}
+    for path, A, B in member_stacks(pool, names):
+        each = w.to(A.device)
+        merged[path] = torch.tensordot(each, A, 1), torch.tensordot(each, B, 1)
     return derived_adapter(pool, "lorahub", merged)
 
 
-def lorahub_search(loss, e, steps=40, seed=0, l1=0.05, bound=1.5):
+def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[list[float], float]:
     """Minimises loss(w: list of e floats) + l1 * mean |w| over |w| <= bound, in `steps` calls of
     `loss`, the first at zeros (the base alone). Returns (best w, its value with the penalty).
 
@@ -54,7 +57,7 @@ def lorahub_search(loss, e, steps=40, seed=0, l1=0.05, bound=1.5):
     step = 0.4
     for turn in range(steps):
         new = w
-        if turn:  # a fifth of the weights at a time: to find one adapter of 28 leaves 0.80 of the error, with all 0.90
+        if turn:  # a fifth of the weights: one adapter of 28 is found better than by all (LOG.md)
             some = torch.rand(e, generator=generator) < 0.2
             some[torch.randint(e, (1,), generator=generator)] = True
             new = (w + step * some * torch.randn(e, generator=generator)).clamp(-bound, bound)
@@ -82,32 +85,32 @@ class LoraHub(Merged):
         super().__init__(name, top_k)
         self.task = task
         self.per_task = "" if task else LoraHub.per_task
-        self.answers_composites = bool(task)  # one task's weights may be tried, one for each task can't
+        self.answers_composites = bool(task)  # with one task's weights; not with one for each task
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """The file has to know the task."""
         known = self.known_weights(mole)
         if self.task not in known:
             hint = nearest(self.task, known) or ", only for " + ", ".join(known)
             raise InputError(f"method {self.name}: no weights for {self.task!r}{hint}")
 
-    def known_weights(self, mole, ood=False):
+    def known_weights(self, mole: Mole, ood=False) -> dict[str, dict[str, float]]:
         """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched
         without each task's own adapter. Raises InputError where other adapters made it."""
-        file = mole.folder.path / "baselines" / f"lorahub{'_ood' * ood}.json" if mole.folder else None
+        name = f"lorahub{'_ood' * ood}.json"
+        file = mole.folder.path / "baselines" / name if mole.folder else None
         if not (file and file.exists()):
             found = file or "a pool folder with its parts"
             command = "train.py lorahub" + " --ood" * ood
             raise InputError(f"method lorahub: needs {found}: python {command} makes it")
         found = read_json(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
-        if found.get("adapters") != {name: member.hash for name, member in sorted(mole.pool.members.items())}:
-            raise InputError(
-                f"{file}: made for other adapters than the pool's: python train.py lorahub makes it again"
-            )
+        if found.get("adapters") != {name: member.hash for name, member in mole.pool.members.items()}:
+            hint = "python train.py lorahub makes it again"
+            raise InputError(f"{file}: searched over other adapters than the pool's: {hint}")
         return found["weights"]
 
-    def merge(self, mole, found, exclude):
+    def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """The merged adapter of the task's weights, without the adapters of `exclude`."""
         weights = self.known_weights(mole, self.task in exclude).get(self.task, {})
         return lorahub(mole.pool, {name: w for name, w in weights.items() if name not in exclude})
@@ -120,10 +123,8 @@ class LorahubRun:
     model: str  # model folder
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
-    only: list[str] = field(default_factory=list)  # search for this task alone; repeatable; default all
-    ood: bool = (
-        False  # without each task's own adapter, into baselines/lorahub_ood.json: what eval.py --ood needs
-    )
+    only: list[str] = field(default_factory=list)  # search for this task; repeatable; default all
+    ood: bool = False  # without each task's own adapter, into lorahub_ood.json, for eval.py --ood
     shots: Count = 5  # training examples the weights are judged by
     steps: Count = 40  # weights tried a task (the paper's budget)
     l1: NotNegative = 0.05  # penalty on the mean size of the weights
@@ -133,7 +134,7 @@ class LorahubRun:
     device: str = "auto"  # auto = cuda where there is one, else cpu
 
 
-def train_lorahub(args):
+def train_lorahub(args: LorahubRun) -> None:
     """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}};
     tasks that it holds already, searched with these options over these adapters, are kept (LoraHub,
     section 2.2)."""

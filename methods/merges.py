@@ -1,5 +1,4 @@
-"""Merges of all adapters into one: mean of A and of B, TIES (arXiv 2306.01708), DARE (2311.03099),
-SVD of the mean.
+"""Merges of all adapters into one: means, TIES (arXiv 2306.01708), DARE (2311.03099), SVD.
 
 A merge acts either on A and B apart (_ab), (mean B)(mean A) with its cross terms B_i A_j, or on the
 matrices B A (_ba): the two differ by more than the size of the update itself. The mean of the B A
@@ -12,17 +11,22 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from methods.protocol import Merged, OwnLinears
+from methods.session import Mole, Ranking
 from moe_lora import swap
+from pool.adapters import Adapter
+from pool.slots import Pool
 from pool.stacks import derived_adapter, factored_svd, member_stacks
 
 MERGES = ("average_ab", "ties_ab", "ties_ba", "dare_ab", "dare_ba", "svd")
-DENSITY = {"ties": 0.2, "dare": 0.1}  # the share of entries kept; the papers' top 20 % and drop rate p = 0.9
+DENSITY = {"ties": 0.2, "dare": 0.1}  # share of entries kept: the papers' top 20 % and p = 0.9
 
 
-def merge(pool, method, density=None, seed=0, names=(), exclude=()):
+def merge(
+    pool: Pool, method: str, density: float | None = None, seed=0, names=(), exclude=()
+) -> Adapter | dict:
     """All members of the pool, or `names` of them, or all but `exclude`, as one: an Adapter of
     scale 1, or {module path: delta (o, i)} for ties_ba and dare_ba.
 
@@ -36,8 +40,10 @@ def merge(pool, method, density=None, seed=0, names=(), exclude=()):
     return merged if method.endswith("_ba") else derived_adapter(pool, method, merged)
 
 
-def merge_linear(A, B, method, density=None, generator=None):
-    """One Linear's A (e, r, i) and scaled B (e, o, r) -> (A (r, i), B (o, r)), or delta (o, i) for
+def merge_linear(
+    A: Tensor, B: Tensor, method: str, density: float | None = None, generator=None
+) -> Tensor | tuple:
+    """One Linear's A (e, r, i) and scaled B (e, o, r) -> (A (r, i), B (o, r)), or delta (o, i) of
     the _ba methods."""
     if method not in MERGES:
         raise ValueError(f"merge {method!r}, expected one of {MERGES}")
@@ -47,12 +53,14 @@ def merge_linear(A, B, method, density=None, generator=None):
         return A.mean(0), B.mean(0)
     if kind == "svd":
         return mean_svd(A, B)
-    parts = [B @ A] if space == "ba" else [A, B]
-    parts = [ties(part, density) if kind == "ties" else dare(part, density, generator) for part in parts]
-    return parts[0] if space == "ba" else tuple(parts)
+
+    def merged(stack):
+        return ties(stack, density) if kind == "ties" else dare(stack, density, generator)
+
+    return merged(B @ A) if space == "ba" else (merged(A), merged(B))
 
 
-def ties(stack, density):
+def ties(stack: Tensor, density: float) -> Tensor:
     """TIES on a stack (e, ...): trim each to its `density` largest in magnitude, elect each entry's
     sign by the total, mean over those that have it.
 
@@ -71,22 +79,24 @@ def _trim(one, density):
     return one * (one.abs() >= size.topk(keep, sorted=False).values.min())
 
 
-def dare(stack, density, generator):
+def dare(stack: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """DARE on a stack (e, ...): each entry kept with probability `density` and divided by it, else
     0; then the mean."""
-    kept = [one * torch.bernoulli(torch.full_like(one, density), generator=generator) for one in stack]
-    return sum(kept) / (density * len(kept))
+    total = torch.zeros_like(stack[0])
+    for one in stack:
+        total += one * torch.bernoulli(torch.full_like(one, density), generator=generator)
+    return total / (density * len(stack))
 
 
-def mean_svd(A, B):
-    """The best rank-r approximation of the mean of B A: that mean is one matmul of inner size e*r."""
+def mean_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The best rank-r approximation of the mean of B A, itself one matmul of inner size e*r."""
     e, r, i = A.shape
     U, S, Vh = factored_svd(A.reshape(e * r, i), B.transpose(0, 1).reshape(-1, e * r) / e)
     spare = max(0, r - len(S))  # a Linear smaller than the rank
     return F.pad(Vh[:r], (0, 0, 0, spare)), F.pad(U[:, :r] * S[:r], (0, spare))
 
 
-def merged_linear(base, delta):
+def merged_linear(base: nn.Linear, delta: Tensor) -> nn.Linear:
     """A Linear like `base` whose weight is W + delta, added in float32; it keeps the original,
     untouched, as `base` and shares its bias."""
     merged = copy.copy(base)
@@ -105,7 +115,7 @@ class MergedFactors(Merged):
     about = "merged into one adapter: mean of A and of B; TIES; DARE; SVD of the mean of B A"
     paper = "2306.01708, 2311.03099"
 
-    def merge(self, mole, found, exclude):
+    def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """merge() of all adapters but those of `exclude`."""
         return merge(mole.pool, self.name, exclude=exclude)
 
@@ -118,7 +128,7 @@ class MergedMatrices(OwnLinears):
     about = "TIES and DARE on the matrices B A"
     paper = "2306.01708, 2311.03099"
 
-    def attach(self, mole, backend, exclude):
+    def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """A Linear of weight W + delta for each that the pool covers."""
         for path, delta in merge(mole.pool, self.name, exclude=exclude).items():
             swap(mole.model, path, merged_linear(mole.model.get_submodule(path), delta))

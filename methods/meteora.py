@@ -1,8 +1,10 @@
 """MeteoRA (arXiv 2405.13053): a gate in each Linear picks k of many adapters for each token.
 
-    y = W x + sum over i in top-k(G x) of  w_i s_i B_i A_i x,   w = softmax of the k chosen logits / T     (moe_lora.py)
-    loss = LM cross-entropy of the response + beta * mean cross-entropy of every gate's e logits against the task's own
-           adapter, over all tokens of prompt and response                                                  (GateLoss)
+    y = W x + sum over i in top-k(G x) of  w_i s_i B_i A_i x,   w = softmax of the k logits / T
+    loss = LM cross-entropy of the response + beta * mean cross-entropy of every gate's e logits
+           against the task's own adapter, over all tokens of prompt and response      (GateLoss)
+
+The first line is moe_lora.py's Linear with its MeteoraGate.
 
 With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone
 trains G, and each gate is a linear classifier of its own input. fit_gates() fits it as one, without
@@ -14,11 +16,13 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import InputError
 from methods.protocol import TrainedGates, check_top_k
+from methods.session import Mole
 from moe_lora import MeteoraGate, Mixture, attach, detach, meteora_gates
+from pool.slots import Pool
 from tasks.folders import collate, pick
 
 
@@ -33,26 +37,26 @@ class Meteora(TrainedGates):
     gates_know_tasks = True
     new_gates = staticmethod(meteora_gates)
 
-    def __init__(self, name, top_k, k):
+    def __init__(self, name: str, top_k: int, k: str):
         super().__init__(name, int(k or top_k))
 
     @property
-    def file_name(self):
+    def file_name(self) -> str:
         """meteora_topK."""
         return f"meteora_top{self.top_k}"
 
     @property
-    def made_by(self):
+    def made_by(self) -> str:
         """The command for this k."""
         return f"train.py gates --top_k {self.top_k}"
 
     @property
-    def has_temperature(self):
+    def has_temperature(self) -> bool:
         """Of one weight there is no softmax."""
         return self.top_k > 1
 
     @classmethod
-    def default(cls, mole, k, k_asked):
+    def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
         """Gates top-k of this pool or, without those, of another k."""
         if not mole.folder:
             return None
@@ -65,22 +69,22 @@ class Meteora(TrainedGates):
         return None
 
     @classmethod
-    def run_name(cls, args):
+    def run_name(cls, args) -> str:
         """meteora_topK."""
         return f"meteora_top{args.top_k}"
 
     @classmethod
-    def run_folder(cls, args):
+    def run_folder(cls, args) -> str:
         """gates_topK."""
         return f"gates_top{args.top_k}"
 
     @classmethod
-    def kept_k(cls, args, names):
+    def kept_k(cls, args, names: list[str]) -> int:
         """--top_k."""
         return args.top_k
 
     @classmethod
-    def check_run(cls, args, names):
+    def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for a k beyond the pool, and for options that exclude each other."""
         check_top_k(args, names)
         if args.composite and args.fit:
@@ -91,13 +95,13 @@ class Meteora(TrainedGates):
             raise InputError("--fit trains no adapters: leave out --adapters_too")
 
     @classmethod
-    def attach_for_training(cls, model, pool, args):
+    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
         """MeteoraGates of zero, and their GateLoss."""
         gates, _, prompt = super().attach_for_training(model, pool, args)
         return gates, GateLoss(gates), prompt
 
     @classmethod
-    def fit(cls, model, pool, examples, args):
+    def fit(cls, model, pool: Pool, examples: list, args) -> dict[str, nn.Module]:
         """fit_gates()."""
         return fit_gates(model, pool, examples, args)
 
@@ -109,60 +113,64 @@ class GateLoss:
     Gates keep the logits of their last forward until remove().
     """
 
-    def __init__(self, gates):
+    def __init__(self, gates: dict[str, MeteoraGate]):
         self.gates = list(gates.values())
         for gate in self.gates:
             gate.keep_logits = True
 
-    def __call__(self, labels):
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
         for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
         logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
         total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
         return total, (logits.argmax(-1) == labels).sum(-1)
 
-    def remove(self):
+    def remove(self) -> None:
         """Gates keep no logits any more."""
         for gate in self.gates:
             gate.keep_logits = False
             gate.logits = None
 
 
-# Fitting to features ------------------------------------------------------------------------------------------------
+# Fitting to features ------------------------------------------------------------------------------
 
 
 class FittingGate(nn.Module):
     """In place of a MeteoraGate during one forward pass: fits it to the input that just arrives,
-    then chooses, so that the gates behind it learn from what it makes them see.
+    then chooses, so that later gates are fitted to what this choice makes them see.
 
-    Where `own` the choice is the task's own adapter. Else each half of the examples is routed by a
-    gate fitted to the other half: on examples that it was fitted to a gate is nearly always right,
-    and the gates behind it would learn to rely on that.
+    With `own` the choice is the task's own adapter. Else each half of the examples is routed by a
+    gate fitted to the other half: on the examples that it was fitted to a gate is nearly always
+    right, and later gates would learn to rely on that.
     """
 
-    def __init__(self, gate, shared, own):
+    def __init__(self, gate: MeteoraGate, shared: dict, own: bool):
         super().__init__()
         self.gate = gate
         self.shared = shared
         self.own = own
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i) -> Mixture of the adapters that the next gates shall see."""
         s = self.shared
         half = s["half"][sample]
-        if s.get("x") != (x.data_ptr(), x.shape):  # q, k and v get the same tensor, and so do gate and up
-            parts = [s["keep"]] + ([] if self.own else [s["keep"] & (half == which) for which in (1, 0)])
+        keep = s["keep"]
+        if s.get("x") != (x.data_ptr(), x.shape):  # q, k and v get one tensor, and so do gate and up
+            parts = [keep] if self.own else [keep, keep & (half == 1), keep & (half == 0)]
             e = self.gate.weight.shape[0]
             s["G"] = [logistic(x[part].float(), s["labels"][part], e, s["l2"]) for part in parts]
             s |= {"x": (x.data_ptr(), x.shape), "held": x, "count": s["count"] + 1}
         self.gate.weight.data = s["G"][0].clone()
         if self.own:
             return Mixture(s["labels"][:, None], torch.ones_like(x[:, :1], dtype=torch.float32))
-        a, b = (MeteoraGate(G, self.gate.k, self.gate.temperature)(x, sample, ax) for G in s["G"][1:])
-        return Mixture(*(torch.where(half[:, None] == 0, u, v) for u, v in zip(a, b, strict=True)))
+        first = half[:, None] == 0
+        a = MeteoraGate(s["G"][1], self.gate.k, self.gate.temperature)(x, sample, ax)
+        b = MeteoraGate(s["G"][2], self.gate.k, self.gate.temperature)(x, sample, ax)
+        idx = torch.where(first, a.idx, b.idx)
+        return Mixture(idx, torch.where(first, a.weight, b.weight))
 
 
-def fit_gates(model, pool, examples, args):
+def fit_gates(model, pool: Pool, examples: list, args) -> dict[str, MeteoraGate]:
     """Fits each gate by logistic regression to its own inputs: one forward pass over steps *
     batch_size examples, all at once, and a small convex problem a Linear, no backward pass. own:
     every sequence runs through its own adapter, so that no gate depends on another. routed: the
@@ -170,23 +178,27 @@ def fit_gates(model, pool, examples, args):
     begin = time.perf_counter()
     gates = meteora_gates(pool, args.top_k, args.gate_temperature)
     device = model.head_weight.device
-    batch = collate([example for step in range(args.steps) for example in pick(examples, step, args)], device)
+    picked = []
+    for step in range(args.steps):
+        picked += pick(examples, step, args)
+    batch = collate(picked, device)
     labels = batch.slots(pool).clamp(min=0).flatten()
-    half = (
-        torch.arange(len(batch.tasks), device=device) // len(examples) % 2
-    )  # every second round of the tasks
-    shared = {"keep": batch.real.flatten(), "labels": labels, "half": half, "l2": args.l2, "count": 0}
-    attach(model, pool, {path: FittingGate(gate, shared, args.fit == "own") for path, gate in gates.items()})
+    rounds = torch.arange(len(batch.tasks), device=device) // len(examples)  # of all tasks
+    shared = {"keep": batch.real.flatten(), "labels": labels, "half": rounds % 2}
+    shared |= {"l2": args.l2, "count": 0}
+    fitting = {path: FittingGate(gate, shared, args.fit == "own") for path, gate in gates.items()}
+    attach(model, pool, fitting)
     with torch.no_grad():
         model.model(batch.ids)
     detach(model)
-    print(f"fitted {shared['count']} classifiers for {len(gates)} gates on {int(batch.real.sum()):,} tokens in "
+    n = int(batch.real.sum())
+    print(f"fitted {shared['count']} classifiers for {len(gates)} gates on {n:,} tokens in "
           f"{time.perf_counter() - begin:.1f} s", file=sys.stderr)  # fmt: skip
     return gates
 
 
 @torch.enable_grad()
-def logistic(x, labels, e, l2, steps=50):
+def logistic(x: Tensor, labels: Tensor, e: int, l2: float, steps=50) -> Tensor:
     """Multinomial logistic regression without bias, by L-BFGS: x (n, i) float32, labels (n,) -> G
     (e, i).
 
@@ -197,7 +209,7 @@ def logistic(x, labels, e, l2, steps=50):
     whiten = whitening(x)
     G = torch.zeros(e, x.shape[1], device=x.device, requires_grad=True)
     x = x @ whiten
-    optimizer = torch.optim.LBFGS([G], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([G], max_iter=steps, line_search_fn="strong_wolfe", history_size=10)
 
     def loss():
         optimizer.zero_grad()
@@ -209,8 +221,7 @@ def logistic(x, labels, e, l2, steps=50):
     return G.detach() @ whiten.T
 
 
-def whitening(x):
-    """(i, i): x @ whitening(x) has nearly unit second moments, directions without variance stay
-    small."""
+def whitening(x: Tensor) -> Tensor:
+    """(i, i): x @ whitening(x) has nearly unit second moments; where x has none they stay small."""
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     return vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt()

@@ -1,18 +1,18 @@
-"""MeteoRA's gate learning from the LM loss alone: a softmax over all adapters (soft), the k largest
-of it (moe_topK).
+"""Gates that learn from the LM loss alone (RAMoLE's comparisons, arXiv 2406.16989).
 
 soft        weight = softmax over all e of G x / T
-moe_topK    the K largest of that softmax, not renormalised: over one adapter, renormalised, the LM loss would have no
-            gradient (RAMoLE's comparisons, arXiv 2406.16989)
+moe_topK    the K largest of that softmax as they are: renormalised, a single one would always
+            be 1, and the LM loss would have no gradient
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import InputError
 from kernels import linear_in
 from methods.protocol import TrainedGates, check_top_k
 from moe_lora import Mixture, meteora_gates
+from pool.slots import Pool
 
 
 class Soft(TrainedGates):
@@ -25,12 +25,12 @@ class Soft(TrainedGates):
     kind = "soft"
 
     @staticmethod
-    def new_gates(pool, k, temperature=1.0, known=None):
+    def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
         """MeteoraGates with k = e."""
         return meteora_gates(pool, pool.capacity, temperature, known)
 
     @classmethod
-    def check_run(cls, args, names):
+    def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError where there is one adapter, of which no softmax learns."""
         super().check_run(args, names)
         if len(names) < 2:
@@ -42,7 +42,7 @@ class MoEGate(nn.Module):
 
     linear_in = staticmethod(linear_in)
 
-    def __init__(self, G, k, temperature=1.0, known=None):
+    def __init__(self, G: Tensor, k: int, temperature=1.0, known: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(G)  # G (e, i)
         self.k = k
@@ -50,9 +50,10 @@ class MoEGate(nn.Module):
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i) -> Mixture of k adapters a token."""
-        logits = self.linear_in(x, self.weight, torch.float32).masked_fill(~self.known, float("-inf"))
+        logits = self.linear_in(x, self.weight, torch.float32)  # (n, e)
+        logits = logits.masked_fill(~self.known, float("-inf"))
         weight, idx = (logits / self.temperature).softmax(-1).topk(self.k, dim=-1)  # (n, k)
         return Mixture(idx, weight)
 
@@ -65,31 +66,31 @@ class MoE(TrainedGates):
     about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
     kind = "moe"
 
-    def __init__(self, name, top_k, k):
+    def __init__(self, name: str, top_k: int, k: str):
         super().__init__(name, int(k))
 
     @property
-    def made_by(self):
+    def made_by(self) -> str:
         """The command for this k."""
         return f"train.py gates --kind moe --top_k {self.top_k}"
 
     @staticmethod
-    def new_gates(pool, k, temperature=1.0, known=None):
+    def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
         """MoEGates of zero."""
         return meteora_gates(pool, k, temperature, known, make=MoEGate)
 
     @classmethod
-    def run_name(cls, args):
+    def run_name(cls, args) -> str:
         """moe_topK."""
         return f"moe_top{args.top_k}"
 
     @classmethod
-    def check_run(cls, args, names):
+    def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for a k beyond the pool."""
         super().check_run(args, names)
         check_top_k(args, names)
 
     @classmethod
-    def kept_k(cls, args, names):
+    def kept_k(cls, args, names: list[str]) -> int:
         """--top_k."""
         return args.top_k

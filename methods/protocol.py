@@ -5,9 +5,9 @@ A method says, for a request, which adapters its tokens use and how much. There 
 a class to derive from:
 
     FixedMixture   {adapter: weight}, the same for all tokens of the request
-    Gated          a gate in each Linear chooses for each token (moe_lora.py has the protocol of gates)
+    Gated          a gate in each Linear chooses for each token (moe_lora.py: the protocol of gates)
     Merged         one adapter derived from others, which all tokens use with weight 1
-    OwnLinears     Linears of its own: a copy of W that is edited, or one that merges anew for each request
+    OwnLinears     Linears of its own: an edited copy of W, or one that merges anew for each request
 
 An object is a method as somebody named it, with what the name says (adapter:NAME, meteora_top2).
 Requests of different methods share a batch where these attach the same to the model: fixed mixtures
@@ -15,17 +15,21 @@ beside one kind of gate.
 """
 
 import re
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from common.files import InputError
+from methods.session import Mole, Ranking, rank_by_text
 from moe_lora import attach
+from pool.adapters import Adapter
 from pool.gate_files import GateFile
+from pool.slots import Pool
 
 
 class Method:
-    """A way to choose adapters. Attributes of the class say what it is, in words and for whoever
-    runs it."""
+    """A way to choose adapters; the attributes of its class describe it."""
 
     pattern = ""  # what its names look like; groups go to __init__
     names = ()  # as help and docs list them
@@ -34,70 +38,62 @@ class Method:
     made_by = ""  # the command that makes its files
 
     needs_adapters = True  # without a pool it is an error
-    retrieves = ""  # adapters for each prompt: "by text", with the retriever, or "by a forward pass"
+    retrieves = ""  # how it ranks adapters for each prompt: "by text" or "by a forward pass"
     per_task = ""  # where it is another method for each task, that one's name, {} for the task
     is_ceiling = False  # each task with its own adapter, whatever is hidden from others
-    has_task_adapter = (
-        False  # is one task's adapter, or has learnt all tasks: no adapter that it could do without
-    )
+    has_task_adapter = False  # is one task's adapter, or one that has learnt all tasks
     trained_on_pool = False  # knows the adapters that it was trained with, and no others
-    gates_know_tasks = (
-        False  # its gates were told each task's own adapter: what share of them finds it is a figure
-    )
+    gates_know_tasks = False  # its gates were trained with each task's own adapter as their label
     has_temperature = False  # its choice depends on the gate temperature
     answers_composites = True  # False: knows one task at a time
     follows_the_pool = False  # adapters may come and go without attaching it anew
 
-    def __init__(self, name, top_k=2, *groups):
+    def __init__(self, name: str, top_k=2, *groups: str):
         """`top_k`: how many adapters a token uses, where the name leaves it open."""
         self.name = name
         self.top_k = top_k
 
     @classmethod
-    def parse(cls, name, top_k=2):
+    def parse(cls, name: str, top_k=2) -> "Method | None":
         """The method, where `name` is one of its names, else None."""
         match = re.fullmatch(cls.pattern, name)
         return cls(name, top_k, *match.groups()) if match else None
 
     @property
-    def key(self):
+    def key(self) -> tuple:
         """What it attaches to the model: methods with an equal key share a batch."""
-        raise AttributeError(
-            f"{type(self).__name__} has no key: derive from FixedMixture, Gated, Merged or OwnLinears"
-        )
+        name = type(self).__name__
+        raise AttributeError(f"{name} has no key: derive from FixedMixture, Gated, Merged or OwnLinears")
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """Raises InputError where the pool lacks a part that the method needs, naming the command
         that makes it."""
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
-        """[[(adapter, score), ...]], one for each prompt, the best first; None where it retrieves
-        nothing. `ids` are the prompts' token ids."""
-        return None
+    def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
+        """A ranking of adapters for each prompt, whose token ids are `ids`; empty where the method
+        retrieves nothing."""
+        return [[] for _ in prompts]
 
-    def in_memory(self, mole, found, exclude):
-        """Names of the adapters that have to be in slots for a request; `found` is what it
-        retrieved."""
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
+        """Names of the adapters that have to be in slots for a request: those it retrieved."""
         return [name for name, _ in found]
 
-    def weights(self, mole, pool, found, exclude):
-        """{adapter of `pool`: weight} of a request whose mixture is fixed; empty where something
-        else chooses."""
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+        """{adapter of `pool`: weight} of a request, empty where its mixture isn't fixed."""
         return {}
 
-    def check_exclude(self, exclude):
+    def check_exclude(self, exclude: tuple) -> None:
         """Raises InputError where a request can't do without the adapters of `exclude`."""
 
     @classmethod
-    def default(cls, mole, k, k_asked):
-        """(name, why) where this method should run unasked for, else None. `k_asked`: no other k
-        will do."""
+    def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
+        """(name, why) where this method should run unasked, else None; `k_asked`: with this k alone."""
         return None
 
-    def prepare(self, mole, requests):
+    def prepare(self, mole: Mole, requests: list[tuple]) -> None:
         """Called once a batch is attached: requests [(method, what it retrieved)] of all rows."""
 
-    def need(self, path, command):
+    def need(self, path: Path | None, command: str) -> None:
         """Raises InputError unless the part `path` exists."""
         if not (path and path.exists()):
             found = path or "a pool folder with its parts"
@@ -120,63 +116,73 @@ class Gated(Method):
     has_temperature = True
 
     @property
-    def key(self):
+    def key(self) -> tuple:
         """The name stands for its gates."""
         return ("pool", self.name)
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """All adapters that the gates choose among."""
         return all_but(mole.pool, exclude)
 
-    def gates(self, mole, temperature, exclude):
+    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """{module path: gate} for mole.pool."""
         raise AttributeError(f"{type(self).__name__} has no gates()")
 
 
+class ByText(Method):
+    """Retrieves adapters for a prompt by its text."""
+
+    made_by = "train.py retriever"
+    retrieves = "by text"
+
+    def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
+        """The k best of the pool's retriever."""
+        return rank_by_text(mole, prompts, k, exclude)
+
+
 class Trained(Method):
-    """A method with a file, POOL/gates/NAME.safetensors, which `train.py gates --kind KIND` writes."""
+    """A method with a file POOL/gates/NAME.safetensors, from `train.py gates --kind KIND`."""
 
     kind = ""  # as --kind names it
     trained_on_pool = True
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """The file has to be there."""
         self.need(self.file(mole), self.made_by)
 
     @property
-    def file_name(self):
+    def file_name(self) -> str:
         """NAME."""
         return self.name
 
-    def file(self, mole):
+    def file(self, mole: Mole) -> Path | None:
         """POOL/gates/NAME.safetensors, None without a pool folder."""
         return mole.folder.path / "gates" / f"{self.file_name}.safetensors" if mole.folder else None
 
     @classmethod
-    def run_name(cls, args):
+    def run_name(cls, args) -> str:
         """What a run's gate file is called."""
         return cls.kind
 
     @classmethod
-    def run_folder(cls, args):
+    def run_folder(cls, args) -> str:
         """What the run's own folder is called."""
         return f"gates_{cls.run_name(args)}"
 
     @classmethod
-    def check_run(cls, args, names):
+    def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for options that don't go with this kind; `names` are the adapters."""
         if args.fit or args.adapters_too:
             raise InputError(f"--kind {cls.kind}: --fit and --adapters_too are for meteora")
 
     @classmethod
-    def kept_k(cls, args, names):
+    def kept_k(cls, args, names: list[str]) -> int:
         """The k that is written into the file."""
         return len(names)
 
     @classmethod
-    def attach_for_training(cls, model, pool, args):
-        """Attaches new gates -> ({module path: gate}, the gate loss or None, the prompt mask or
-        None)."""
+    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
+        """Attaches new gates -> ({module path: gate}, gate loss or None, prompt mask or None)."""
         raise AttributeError(f"{cls.__name__} has no attach_for_training()")
 
 
@@ -184,23 +190,22 @@ class TrainedGates(Trained, Gated):
     """A kind of gate, trained."""
 
     @staticmethod
-    def new_gates(pool, k, temperature=1.0, known=None):
-        """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen, None
-        is all in use."""
+    def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
+        """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen."""
         raise AttributeError("a kind of trained gates has new_gates()")
 
     @property
-    def key(self):
+    def key(self) -> tuple:
         """The file's name stands for its gates."""
         return (POOL[0], self.file_name)
 
-    def gates(self, mole, temperature, exclude):
+    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's gates, rows joined to the pool's slots."""
         rows = GateFile(self.file(mole), mole.pool, exclude)
         return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
 
     @classmethod
-    def attach_for_training(cls, model, pool, args):
+    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
         """New gates alone: they learn from the LM loss."""
         gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
         attach(model, pool, gates)
@@ -212,19 +217,20 @@ class Merged(Method):
 
     key = ("derived", None)
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """Those retrieved, else all but those of `exclude`."""
         return [name for name, _ in found] or all_but(mole.pool, exclude)
 
-    def label(self, found):
-        """What the derived adapter is called: of retrieved ones there is another for each set."""
-        return f"{self.name} of {', '.join(sorted(name for name, _ in found))}" if found else self.name
+    def label(self, found: Ranking) -> str:
+        """What the derived adapter is called: each set of retrieved ones has its own."""
+        names = sorted(name for name, _ in found)
+        return f"{self.name} of {', '.join(names)}" if names else self.name
 
-    def merge(self, mole, found, exclude):
+    def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """The Adapter."""
         raise AttributeError(f"{type(self).__name__} has no merge()")
 
-    def weights(self, mole, pool, found, exclude):
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """The derived adapter, at weight 1."""
         return {self.label(found): 1.0}
 
@@ -233,32 +239,34 @@ class OwnLinears(Method):
     """attach() puts Linears of its own into the model; such a method has the batch to itself."""
 
     @property
-    def key(self):
+    def key(self) -> tuple:
         """The name stands for its Linears."""
         return (self.name, None)
 
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """All but those of `exclude`."""
         return all_but(mole.pool, exclude)
 
-    def attach(self, mole, backend, exclude):
+    def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """Puts its Linears into the model; detach() takes them out."""
         raise AttributeError(f"{type(self).__name__} has no attach()")
 
 
-def all_but(pool, exclude):
+def all_but(pool: Pool, exclude: tuple) -> list[str]:
     """Names of the pool's adapters without those of `exclude`."""
     return [name for name in pool.names if name not in exclude]
 
 
-def check_top_k(args, names):
+def check_top_k(args, names: list[str]) -> None:
     """Raises InputError where a token would use more adapters than there are."""
     if not 1 <= args.top_k <= len(names):
-        raise InputError(f"--top_k is {args.top_k}, expected 1 to {len(names)}, the adapters of {args.pool}")
+        expected = f"1 to {len(names)}, the adapters of {args.pool}"
+        raise InputError(f"--top_k is {args.top_k}, expected {expected}")
 
 
-def member_mask(pool, device=None, exclude=()):
+def member_mask(pool: Pool, device=None, exclude=()) -> Tensor:
     """(capacity,) bool: the slots in use, but for the adapters of `exclude`."""
     mask = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
-    mask[[pool.slot(name) for name in pool.resident if name not in exclude]] = True
+    for name in pool.resident:
+        mask[pool.slot(name)] = name not in exclude
     return mask

@@ -1,7 +1,7 @@
 """RAMoLE (arXiv 2406.16989): a small trained router weighs the adapters retrieved for a request,
 token by token.
 
-    q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j                                           (Eqs. 6 to 11)
+    q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j                          (Eqs. 6 to 11)
     weight = softmax over the retrieved j of  <q, key_j> / sqrt(r_q),   y = W x + sum_j weight_j v_j
 
 A_r (r_q, i) and B_r (o, r_q) are all that trains, by the LM loss on a share of the tasks: their
@@ -17,15 +17,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
 from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
 from kernels import linear_in, sum_dtype
-from methods.protocol import Gated
-from methods.session import Mole, rank_by_text, retriever_of
+from methods.protocol import ByText, Gated
+from methods.session import Mole, Ranking, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
 from pool.adapters import linear_shapes
 from pool.folder import check_pool, read_pool
@@ -35,7 +35,7 @@ from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, 
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 
-class Ramole(Gated):
+class Ramole(ByText, Gated):
     """The retrieved adapters, weighed by the router."""
 
     pattern = "ramole"
@@ -43,32 +43,27 @@ class Ramole(Gated):
     about = "RAMoLE: those retrieved, weighed token by token"
     paper = "2406.16989"
     made_by = "train.py router"
-    retrieves = "by text"
     has_temperature = False
     follows_the_pool = True
 
-    def check(self, mole):
+    def check(self, mole: Mole) -> None:
         """The router's file has to be there."""
         self.need(self.file(mole), self.made_by)
 
-    def file(self, mole):
+    def file(self, mole: Mole) -> Path | None:
         """POOL/router.safetensors, None without a pool folder."""
         return mole.folder.path / "router.safetensors" if mole.folder else None
 
-    def retrieve(self, mole, prompts, ids, k, exclude):
-        """The k best, by text."""
-        return rank_by_text(mole, prompts, k, exclude)
-
-    def in_memory(self, mole, found, exclude):
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
         """Those retrieved: the router knows none."""
         return [name for name, _ in found]
 
-    def gates(self, mole, temperature, exclude):
+    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's routers, bound to what the slots hold now."""
         mole.router_version = mole.pool.version
         return load_routers(self.file(mole), mole.pool, mole.model, mole.dtype)
 
-    def prepare(self, mole, requests):
+    def prepare(self, mole: Mole, requests: list[tuple]) -> None:
         """Gives the routers the batch's candidates, and the adapters that are in the slots now."""
         routers = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
         if mole.router_version != mole.pool.version:
@@ -78,41 +73,38 @@ class Ramole(Gated):
         retrieved = [found if isinstance(method, Ramole) else [] for method, found in requests]
         k = max([1, *map(len, retrieved)])
         prior = next(iter(routers.values())).prior
-        set_candidates(routers.values(), *candidate_rows(mole.pool, retrieved, k, prior, mole.device))
+        rows = candidate_rows(mole.pool, retrieved, k, prior, mole.device)
+        set_candidates(routers.values(), *rows)
 
 
 class RouterLoRA(nn.Module):
-    """RAMoLE's router for one Linear: weighs the adapters retrieved for a request, token by token
-    (Eqs. 6 to 11).
+    """RAMoLE's router for one Linear (Eqs. 6 to 11): the equations above, with A_r and B_r as A, B.
 
-        q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j,   weight = softmax over the retrieved j of <q, key_j> / d
-
-    A_r (r_q, i) and B_r (o, r_q) are all that trains, so an adapter that joins later needs nothing.
     <q, key_j> is q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full
-    output is formed to be scored. `divisor` d is sqrt(r_q) by default, `scaled` says whether s_j is
-    part of the scored v_j; what the paper does in either case isn't certain. `idx` (b, k) int64 and
-    `bias` (b, k) float32 are the batch's candidates: the bias is added to the scores, -inf where a
-    row has fewer. With a `prior` it is the retrieval score over that temperature, so that a router
-    that knows nothing of an adapter trusts the retriever; without (0), as in the paper, it is zero.
+    output is formed to be scored. `divisor` is sqrt(r_q) by default, `scaled` says whether s_j is
+    part of the scored v_j; what the paper does in either case isn't certain.
+
+    `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates. The bias is added to
+    the scores: -inf where a row has fewer candidates, else 0, as in the paper. With a `prior` it is
+    the retrieval score over that temperature, so that a router that knows nothing of an adapter
+    trusts the retriever.
     """
 
     per_row = ("idx", "bias")
     linear_in = staticmethod(linear_in)
 
-    def __init__(self, A, B, divisor=None, scaled=True, prior=0.0):
+    def __init__(self, A: Tensor, B: Tensor, divisor: float | None = None, scaled=True, prior=0.0):
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.scaled = scaled
         self.prior = prior
         self.divisor = divisor or len(A) ** 0.5
-        self.inner = self.idx = self.bias = self.stacks = (
-            None  # no buffers: they are the pool's and the batch's
-        )
+        self.stacks = self.inner = None  # the pool's, set by bind()
+        self.idx = self.bias = None  # the batch's, set by set_candidates()
 
-    def bind(self, B, scale):
-        """The pool's stacks of this Linear, B (e, o, r), scale (e,); called again where they have
-        changed."""
+    def bind(self, B: Tensor, scale: Tensor) -> None:
+        """The pool's B (e, o, r) and scale (e,) of this Linear, anew where they have changed."""
         self.stacks = (B, scale)
         inner = None if self.training else self._inner().detach()
         if self.inner is None or inner is None or self.inner.shape != inner.shape:
@@ -126,17 +118,15 @@ class RouterLoRA(nn.Module):
         inner = torch.einsum("oq,eor->eqr", self.B.to(sum_dtype(B)), B.to(sum_dtype(B)))
         return inner * scale[:, None, None].to(inner.dtype) if self.scaled else inner
 
-    def forward(self, x, sample, ax):
+    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
         """x (n, i), sample (n,) -> Mixture of the row's candidates."""
         inner = self._inner() if self.inner is None else self.inner
         idx = self.idx[sample]  # (n, k)
         bias = self.bias[sample]
         q = self.linear_in(x, self.A, inner.dtype)  # (n, r_q)
-        a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); ranks that came after bind() are another adapter's
-        if self.inner is None:  # training
-            picks = F.one_hot(idx, len(inner)).to(
-                inner.dtype
-            )  # a gather whose gradient has a fixed order of additions
+        a = ax(idx)[..., : inner.shape[-1]]  # (n, k, r); higher ranks joined after bind()
+        if self.inner is None:  # training: a gather whose gradient adds in a fixed order
+            picks = F.one_hot(idx, len(inner)).to(inner.dtype)
             inner = (picks @ inner.flatten(1)).unflatten(-1, inner.shape[1:])
         else:
             inner = inner[idx]
@@ -146,32 +136,32 @@ class RouterLoRA(nn.Module):
         return Mixture(idx, weight / weight.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
-def router_loras(pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0):
-    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, and so weights
-    even at the start; were both zero, neither would get a gradient."""
+def router_loras(pool: Pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0) -> dict:
+    """{module path: RouterLoRA} untrained: A_r uniform within 1/sqrt(i), B_r zero, so that weights
+    are even at the start; were both zero, neither would get a gradient."""
     generator = torch.Generator().manual_seed(seed)
     routers = {}
     for path, A in pool.A.items():
         i = A.shape[2]
         o = pool.B[path].shape[1]
         A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
-        routers[path] = RouterLoRA(
-            A_r.to(A.device), torch.zeros(o, r, device=A.device), divisor, scaled, prior
-        )
+        B_r = torch.zeros(o, r, device=A.device)
+        routers[path] = RouterLoRA(A_r.to(A.device), B_r, divisor, scaled, prior)
         routers[path].bind(pool.B[path], pool.scale[path])
     return routers
 
 
-def set_candidates(routers, idx, bias):
+def set_candidates(routers, idx: Tensor, bias: Tensor) -> None:
     """Gives RouterLoRAs the candidates of a batch: idx (b, k) int64, bias (b, k) float32."""
     for router in routers:
         router.idx = idx
         router.bias = bias
 
 
-def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
-    """[[(adapter name, score), ...]] one for each sample, k at most -> idx (b, k), bias (b, k) for
-    RouterLoRA."""
+def candidate_rows(
+    pool: Pool, retrieved: list[Ranking], k: int, prior=0.0, device=None
+) -> tuple[Tensor, Tensor]:
+    """A ranking for each row, k adapters at most -> idx (b, k), bias (b, k) for RouterLoRA."""
     idx = torch.zeros(len(retrieved), k, dtype=torch.int64)
     bias = torch.full((len(retrieved), k), float("-inf"))
     for row, pairs in enumerate(retrieved):
@@ -181,51 +171,49 @@ def candidate_rows(pool, retrieved, k, prior=0.0, device=None):
     return idx.to(device), bias.to(device)
 
 
-# Files --------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
-def save_routers(file, routers, model, about):
+def save_routers(file, routers: dict[str, RouterLoRA], model, about: dict[str, str]) -> None:
     """{module path: RouterLoRA} -> POOL/router.safetensors, bound to the base alone. `about` {key:
     text}: how it was trained."""
-    tensors = {
-        f"{path}.router_{n}.weight": getattr(r, n).detach() for path, r in routers.items() for n in "AB"
-    }
+    tensors = {}
+    for path, router in routers.items():
+        tensors[f"{path}.router_A.weight"] = router.A.detach()
+        tensors[f"{path}.router_B.weight"] = router.B.detach()
     first = next(iter(routers.values()))
-    how = {
-        "divisor": repr(float(first.divisor)),
-        "scaled": str(int(first.scaled)),
-        "prior": repr(float(first.prior)),
-    }
+    how = {"divisor": repr(float(first.divisor)), "scaled": str(int(first.scaled))}
+    how["prior"] = repr(float(first.prior))
     write_safetensors(file, tensors, {"base": model.fingerprint, **how, **about})
 
 
-def load_routers(file, pool, model, dtype=torch.float32):
-    """File -> {module path: RouterLoRA} for the pool's Linears. Raises InputError where it was made
-    for another base or lacks one of them."""
+def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, RouterLoRA]:
+    """File -> {module path: RouterLoRA} for the pool's Linears. Raises InputError where it was
+    trained on another base or lacks one of them."""
     tensors, metadata = read_safetensors(file)
     if lacks := {"base", "divisor", "scaled", "prior"} - metadata.keys():
-        raise InputError(f"{file}: metadata lacks {', '.join(sorted(lacks))}: not a router of this project")
+        lacks = ", ".join(sorted(lacks))
+        raise InputError(f"{file}: metadata lacks {lacks}: not a router of this project")
     if metadata["base"] != model.fingerprint:
-        raise InputError(f"{file}: made for base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}: "
-                         "python train.py router makes one for it")  # fmt: skip
+        bases = f"trained on base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}"
+        raise InputError(f"{file}: {bases}: python train.py router makes one for it")
     routers = {}
     for path, A in pool.A.items():
-        parts = [tensors.get(f"{path}.router_{n}.weight") for n in "AB"]
+        A_r = tensors.get(f"{path}.router_A.weight")
+        B_r = tensors.get(f"{path}.router_B.weight")
         i = A.shape[2]
         o = pool.B[path].shape[1]
-        found = [None if part is None else tuple(part.shape) for part in parts]
+        found = [None if part is None else tuple(part.shape) for part in (A_r, B_r)]
         if None in found or found != [(found[0][0], i), (o, found[0][0])]:
-            raise InputError(
-                f"{file}: {path}: expected router_A (r, {i}) and router_B ({o}, r), found {found}"
-            )
-        A_r, B_r = (part.to(A.device, dtype) for part in parts)
+            expected = f"router_A (r, {i}) and router_B ({o}, r)"
+            raise InputError(f"{file}: {path}: expected {expected}, found {found}")
         how = float(metadata["divisor"]), metadata["scaled"] == "1", float(metadata["prior"])
-        routers[path] = RouterLoRA(A_r, B_r, *how)
+        routers[path] = RouterLoRA(A_r.to(A.device, dtype), B_r.to(A.device, dtype), *how)
         routers[path].requires_grad_(False).eval().bind(pool.B[path], pool.scale[path])
     return routers
 
 
-# Training -----------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -233,24 +221,22 @@ class RouterRun(Run):
     """Options of `train.py router`."""
 
     tasks: str = ""  # folder of task folders, one named like each adapter
-    pool: str = ""  # pool folder with the adapters, and with the retriever where candidates are retrieved
+    pool: str = ""  # pool folder with the adapters, and with the retriever
     share: float = 0.4  # of the tasks: the others are never seen
     r: Count = 8  # rank of A_r, B_r
     retrieve: int = 4  # candidates of an example before the dropout, its own adapter among them
-    candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn: retrieved, or random
-    drop: float = 0.5  # LoRA dropout: how likely each candidate is left out of a step; two or more stay
+    candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
+    drop: float = 0.5  # LoRA dropout: how likely a candidate is left out of a step; two or more stay
     divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
-    prior: NotNegative = (
-        0.0  # temperature of the retrieval scores that are added to the router's, 0 = not added
-    )
+    prior: NotNegative = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
     max_length: int = 512  # longer examples are left out; at most the model's context
     batch_size: Count = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 3e-3  # peak learning rate
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved router
 
 
-def train_router(args):
+def train_router(args: RouterRun) -> None:
     """Trains RouterLoRA on the LM loss and writes POOL/router.safetensors."""
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
@@ -310,13 +296,14 @@ def train_router(args):
     checkpoint.finish(file)
 
 
-def draw_candidates(task, scores, rng, args):
-    """The candidates of an example, [(adapter, score), ...] of `scores` {adapter: score}, the best
-    first: its own among `retrieve` (of those retrieved, or random ones), then the dropout, which
-    may take its own too, so that the router doesn't learn "always the own"."""
-    others = sorted(scores) if args.candidates == "random" else sorted(scores, key=scores.get, reverse=True)
-    others = [name for name in others if name != task]
-    others = rng.sample(others, len(others)) if args.candidates == "random" else others
+def draw_candidates(task: str, scores: dict[str, float], rng: random.Random, args) -> Ranking:
+    """The candidates of an example of `task`, by `scores` {adapter: score}: its own adapter and the
+    best or random others, `retrieve` in all. Then the dropout, which may take its own too, so that
+    the router doesn't learn "always the own"."""
+    random_ones = args.candidates == "random"
+    others = sorted(scores) if random_ones else sorted(scores, key=scores.get, reverse=True)
+    others.remove(task)
+    others = rng.sample(others, len(others)) if random_ones else others
     found = [task, *others[: args.retrieve - 1]]
     kept = [name for name in found if rng.random() >= args.drop]
     while len(kept) < min(2, len(found)):
@@ -324,7 +311,7 @@ def draw_candidates(task, scores, rng, args):
     return [(name, scores[name]) for name in kept]
 
 
-def router_step(model, pool, routers, gates, picked, drawn, args):
+def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, float]:
     """Forward and backward of one step: the mean loss of a response token."""
     n = sum(len(example.ids) - example.n_prompt for example in picked)
     total = 0.0
@@ -343,7 +330,7 @@ def router_step(model, pool, routers, gates, picked, drawn, args):
     return {"loss": total}
 
 
-def check_router_options(args):
+def check_router_options(args: RouterRun) -> None:
     """Raises InputError for values that no router can be trained with."""
     if 0 < args.prior < 1e-6:
         raise InputError(f"--prior is {args.prior}, expected 0 or at least 1e-06")
@@ -352,6 +339,5 @@ def check_router_options(args):
     if not 0 <= args.drop < 1:
         raise InputError(f"--drop is {args.drop}, expected 0 or more and less than 1")
     if args.retrieve < 2:
-        raise InputError(
-            f"--retrieve is {args.retrieve}, expected 2 or more: among one there is nothing to weigh"
-        )
+        found = f"--retrieve is {args.retrieve}"
+        raise InputError(f"{found}, expected 2 or more: among one there is nothing to weigh")

@@ -1,5 +1,4 @@
-"""The loaded model with its tokenizer, its pool and what is attached to it: what load() gives and
-all else works on."""
+"""The loaded model with its tokenizer, its pool and what is attached to it."""
 
 from dataclasses import dataclass, field
 
@@ -12,19 +11,19 @@ from pool.load import load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
 from pool.slots import Pool, alloc_B_of
 
+Ranking = list[tuple[str, float]]  # retrieved adapters with their scores, the best first
+
 
 class PromptMask:
-    """Which tokens of a batch are the prompt's, for methods that decide from it: mask (b, t) bool,
-    None while decoding."""
+    """Which tokens of a batch are the prompt's: mask (b, t) bool, None while decoding."""
 
-    def __init__(self, mask=None):
+    def __init__(self, mask: torch.Tensor | None = None):
         self.mask = mask
 
 
 @dataclass
 class Mole:
-    """A base with its tokenizer and a pool of adapters: what load() gives and everything else works
-    on."""
+    """A base with its tokenizer and a pool of adapters: what load() gives."""
 
     model: torch.nn.Module
     tokenizer: Tokenizer
@@ -35,37 +34,36 @@ class Mole:
     attached: tuple | None = None  # what is attached: the setup, options, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
     prompt: PromptMask = field(default_factory=PromptMask)  # for methods that decide from the prompt
-    custom_gates: dict = field(default_factory=dict)  # {method name: a gate of yours, or {module path: gate}}
+    custom_gates: dict = field(default_factory=dict)  # {method: a gate of yours or {module path: gate}}
     embed: object = None  # a text encoder of yours for retrieval, texts -> (n, d)
     retriever: Retriever | None = None  # made where it is first asked for
     router_version: int = -1  # the pool's version that RAMoLE's routers know
     batch_id: int = 0  # how often set_methods was called: one batch at a time
-    slots_in_use: dict = field(default_factory=dict)  # {adapter: (slot, hash)} that the batch chooses from
+    slots_in_use: dict = field(default_factory=dict)  # {adapter: (slot, hash)} of the batch
     force_count: int = 0  # how often force_adapters() was called
 
     @property
-    def eos_ids(self):
-        """What ends a text: the model's EOS ids and the tokenizer's, which adapters are trained to
-        end with."""
+    def eos_ids(self) -> set[int]:
+        """What ends a text: the model's EOS ids, and the tokenizer's, with which adapters train."""
         return {*self.model.config.eos_token_ids, self.tokenizer.eos_id} - {None}
 
-    def slots(self, names):
+    def slots(self, names: list[str]) -> dict[str, tuple]:
         """{adapter: (slot, hash)} of those of `names` that are in the pool."""
         members = self.pool.members if self.pool else {}
         return {name: (members[name].slot, members[name].hash) for name in names if name in members}
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The model's."""
         return self.model.model.embed_tokens.weight.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """The model's."""
         return self.model.model.embed_tokens.weight.device
 
 
-def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True):
+def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True) -> Mole:
     """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
     folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
     plain, without what fast/ installs."""
@@ -76,7 +74,7 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
     return Mole(base, tokenizer, shapes, adapters, folder, folder.template if folder else "{prompt}")
 
 
-def add_adapter(mole, name, folder):
+def add_adapter(mole: Mole, name: str, folder) -> None:
     """One more adapter for a running model, from a PEFT folder; requests under way go on as they
     were. Raises InputError."""
     adapter = load_adapter(folder, name, mole.shapes)
@@ -86,10 +84,10 @@ def add_adapter(mole, name, folder):
         mole.pool.add(adapter)
 
 
-# Retrieving ---------------------------------------------------------------------------------------------------------
+# Retrieving ---------------------------------------------------------------------------------------
 
 
-def retriever_of(mole):
+def retriever_of(mole: Mole) -> Retriever:
     """The pool's retriever, up to date with the pool: POOL/retriever.safetensors or, untrained, the
     base's own hidden states; your `mole.embed` instead of both. Raises InputError."""
     file = mole.folder.path / "retriever.safetensors" if mole.folder else None
@@ -98,14 +96,14 @@ def retriever_of(mole):
     elif mole.retriever is None and file and file.exists():
         mole.retriever, _ = load_retriever(file, mole.model, mole.tokenizer)
     elif mole.retriever is None:
-        warn("no retriever.safetensors beside the adapters: the base's hidden states as they are rank them; "
-             "python train.py retriever makes it")  # fmt: skip
+        warn("no retriever.safetensors beside the adapters: the base's hidden states as they are "
+             "rank them; python train.py retriever makes it")  # fmt: skip
         mole.retriever = Retriever(LlamaEncoder(mole.model, mole.tokenizer))
-    mole.retriever.keep({name: member.adapter.samples for name, member in mole.pool.members.items()})
+    members = mole.pool.members.items()
+    mole.retriever.keep({name: member.adapter.samples for name, member in members})
     return mole.retriever
 
 
-def rank_by_text(mole, prompts, k, exclude=()):
-    """[[(adapter, score), ...]] for each prompt: the `k` best without those of `exclude`. Raises
-    InputError."""
+def rank_by_text(mole: Mole, prompts: list[str], k: int, exclude=()) -> list[Ranking]:
+    """For each prompt the `k` best adapters without those of `exclude`. Raises InputError."""
     return retriever_of(mole)(list(prompts), k, exclude)

@@ -5,20 +5,21 @@ p = softmax(G mean x) over the prompt's tokens,   A = sum p_j A_j,   B = sum p_j
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import InputError
 from methods.protocol import OwnLinears, Trained, member_mask
-from methods.session import PromptMask
+from methods.session import Mole, PromptMask
 from moe_lora import MultiLoRALinear, attach
 from pool.gate_files import GateFile
+from pool.slots import Pool
 
 
 class SmearRouter(nn.Module):
     """p = softmax(G mean x) over a sample's prompt tokens: (b, e) float32, kept until the next
     prompt; set `p` to choose it by hand. `known` (e,) bool as in the gates."""
 
-    def __init__(self, G, prompt, known=None):
+    def __init__(self, G: Tensor, prompt: PromptMask, known: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(G)  # G (e, i)
         self.prompt = prompt
@@ -26,7 +27,7 @@ class SmearRouter(nn.Module):
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x (n, i) of b samples -> p (b, e)."""
         if self.prompt.mask is not None:
             mask = self.prompt.mask[..., None]  # (b, t, 1)
@@ -41,7 +42,7 @@ class SmearLinear(MultiLoRALinear):
     """SMEAR: a Linear with one merged adapter a sample, (sum p_j s_j B_j)(sum p_j A_j), p by its
     SmearRouter; every token of a sample uses it, those after the prompt too."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x (n, i) -> (n, o)."""
         y = self.base(x)
         p = self.gate(x)
@@ -49,17 +50,19 @@ class SmearLinear(MultiLoRALinear):
         if self.trace is not None:
             self.trace[: x[..., 0].numel()] = p.detach().repeat_interleave(x.shape[1], 0)
         e = p.shape[1]  # slots that joined since the router was made weigh nothing
+        scaled = p * self.scale[:e]
         A = torch.tensordot(p.to(x.dtype), self.A[:e].to(x.dtype), 1)  # (b, r, i)
-        B = torch.tensordot((p * self.scale[:e]).to(x.dtype), self.B[:e].to(x.dtype), 1)  # (b, o, r)
+        B = torch.tensordot(scaled.to(x.dtype), self.B[:e].to(x.dtype), 1)  # (b, o, r)
         return y + (x @ A.mT @ B.mT).view(y.shape)
 
 
-def smear_routers(pool, prompt, known=None):
-    """{module path: SmearRouter}, zero and so uniform at the start; attach them with
-    make=SmearLinear."""
-    known = member_mask(pool, next(iter(pool.A.values())).device) if known is None else known
-    zeros = {path: torch.zeros(pool.capacity, A.shape[2], device=A.device) for path, A in pool.A.items()}
-    return {path: SmearRouter(G, prompt, known) for path, G in zeros.items()}
+def smear_routers(pool: Pool, prompt: PromptMask, known=None) -> dict[str, SmearRouter]:
+    """{module path: SmearRouter}, zero and so uniform at the start, to attach as SmearLinears."""
+    routers = {}
+    for path, A in pool.A.items():
+        G = torch.zeros(pool.capacity, A.shape[2], device=A.device)
+        routers[path] = SmearRouter(G, prompt, member_mask(pool, A.device) if known is None else known)
+    return routers
 
 
 class Smear(Trained, OwnLinears):
@@ -73,14 +76,14 @@ class Smear(Trained, OwnLinears):
     kind = "smear"
     has_temperature = False
 
-    def attach(self, mole, backend, exclude):
+    def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """SmearLinears with the file's routers."""
         rows = GateFile(self.file(mole), mole.pool, exclude)
         routers = rows.fill(smear_routers(mole.pool, mole.prompt, rows.known), mole.dtype)
         attach(mole.model, mole.pool, routers, backend, make=SmearLinear)
 
     @classmethod
-    def check_run(cls, args, names):
+    def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for composites, whose prompts are of several tasks."""
         super().check_run(args, names)
         if args.composite:
@@ -89,7 +92,7 @@ class Smear(Trained, OwnLinears):
             )
 
     @classmethod
-    def attach_for_training(cls, model, pool, args):
+    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
         """SmearLinears with routers of zero, and the mask that they decide by."""
         prompt = PromptMask()
         routers = smear_routers(pool, prompt)
