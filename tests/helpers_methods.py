@@ -1,21 +1,20 @@
 """A pool folder that has the parts for every method."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 
 from common.files import write_json, write_jsonl
 from helpers_models import write_adapters
 from methods import METHODS as TABLE
-from methods.batch import method_names
+from methods.batch import method_names, set_methods
 from methods.joint import SAMPLING
-from methods.loraflow import loraflow_gates
-from methods.mixtures import MoEGate
+from methods.protocol import Trained
 from methods.ramole import router_loras, save_routers
-from methods.session import PromptMask, load_mole
-from methods.smear import smear_routers
+from methods.session import load_mole
 from model import load_llama
-from moe_lora import meteora_gates
+from moe_lora import detach
 from pool.adapters import TEMPLATE
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
@@ -26,6 +25,34 @@ METHODS = method_names()
 RETRIEVED = [name for method in TABLE if method.retrieves == "by text" for name in method.names]
 LOGO = [name for method in TABLE if method.retrieves == "by a forward pass" for name in method.names]
 LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
+
+
+FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
+NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
+USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
+IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
+
+
+def found_for(methods):
+    """What each row of a batch of `methods` has retrieved."""
+    return [list(FOUND.items()) if name in (*RETRIEVED, *LOGO) else [] for name in methods]
+
+
+@torch.no_grad()
+def logits_of(mole, methods, ids=IDS, n_prompt=None, **options):
+    """Logits (rows, t, v) of one batch, of whose tokens `n_prompt` are the prompt's, by default all.
+    What retrieves has found the same two."""
+    set_methods(mole, methods, **{"retrieved": found_for(methods)} | options)
+    ids = ids[: len(methods)]
+    mole.prompt.mask = (torch.arange(ids.shape[1]) < (n_prompt or ids.shape[1])).expand(ids.shape)
+    logits = mole.model(ids)
+    mole.prompt.mask = None
+    return logits
+
+
+def close(a, b, limit=2e-5):
+    """Whether the largest difference is at most `limit` of the largest value."""
+    return (a - b).abs().max() <= limit * b.abs().max()
 
 
 def noise(*shape, seed):
@@ -41,16 +68,17 @@ def write_every_part(folder, small_model):
     for name, path in adapters.items():
         (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
     pool = load_mole(small_model, folder / "pool").pool
-    kinds = {f"meteora_top{k}": (meteora_gates(pool, k), k) for k in (1, 2)} | {
-        "soft": (meteora_gates(pool, 3), 3)
-    }
-    kinds |= {"loraflow": (loraflow_gates(pool), 3), "smear": (smear_routers(pool, PromptMask()), 3)}
-    kinds |= {f"moe_top{k}": (meteora_gates(pool, k, make=MoEGate), k) for k in (1, 3)}
-    for number, (kind, (gates, k)) in enumerate(kinds.items()):
+    trained = [kind for kind in TABLE if issubclass(kind, Trained)]
+    named = [kind.parse(name) for kind in trained for name in kind.names]
+    for number, method in enumerate(named):
+        args = SimpleNamespace(top_k=method.top_k, gate_temperature=1.0)
+        gates, _, _ = method.attach_for_training(base, pool, args)
+        detach(base)
         for place, gate in enumerate(gates.values()):
             for param in gate.parameters():
                 param.data += noise(*param.shape, seed=100 * number + place) * 0.3
-        save_gates(folder / "pool" / "gates" / f"{kind}.safetensors", gates, pool, k, pool.names)
+        file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
+        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names)
     routers = router_loras(pool, 5)
     for router in routers.values():
         router.B.data += noise(*router.B.shape, seed=7) * 0.3
@@ -62,7 +90,7 @@ def write_every_part(folder, small_model):
             write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
     paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
-        train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.1), SAMPLING)
+        train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.05), SAMPLING)
     made_for = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
     write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})

@@ -15,7 +15,7 @@ import train
 from common.files import InputError, read_json, write_json
 from common.options import parse_command
 from generate import answer, load, stream
-from helpers_methods import LOGO, LORAHUB, METHODS, NAMES, RETRIEVED
+from helpers_methods import IDS, LOGO, LORAHUB, NAMES, USABLE, close, logits_of
 from helpers_models import random_adapter, write_adapters
 from methods.batch import check_method, default_method, find_method, for_task, force_adapters, set_methods
 from methods.joint import Joint
@@ -27,11 +27,6 @@ from pool.adapters import TEMPLATE, linear_shapes, load_adapter, save_adapter
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.load import load_base
 
-FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
-NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
-USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
-IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
-
 
 @pytest.fixture(scope="module")
 def folder(pool_with_every_part):
@@ -41,27 +36,6 @@ def folder(pool_with_every_part):
 @pytest.fixture(scope="module")
 def mole(small_model, folder):
     return load(small_model, folder)
-
-
-def found_for(methods):
-    return [list(FOUND.items()) if name in (*RETRIEVED, *LOGO) else [] for name in methods]
-
-
-@torch.no_grad()
-def logits_of(mole, methods, ids=IDS, **options):
-    """Logits (rows, t, v) of one batch; all tokens are the prompt's. What retrieves has found the
-    same two."""
-    set_methods(mole, methods, **{"retrieved": found_for(methods)} | options)
-    ids = ids[: len(methods)]
-    mole.prompt.mask = torch.ones(ids.shape, dtype=torch.bool)
-    logits = mole.model(ids)
-    mole.prompt.mask = None
-    return logits
-
-
-def close(a, b, limit=2e-5):
-    """Largest difference, as a share of the largest value."""
-    return (a - b).abs().max() <= limit * b.abs().max()
 
 
 # By hand ------------------------------------------------------------------------------------------------------------
@@ -585,40 +559,6 @@ def test_a_derived_adapter_is_traced_by_its_own_name(mole, method):
     """--routing, --json and --html would credit an adapter of the pool with what a merge has done."""
     tokens = list(stream(mole, "the fox", method=method, routing=True, max_new_tokens=2))
     assert [token.adapters for token in tokens] == [[[method, 1.0]]] * len(tokens)
-
-
-@pytest.mark.parametrize("name", ["uniform", "meteora", "svd", "soft", "smear", "arrow", "ties_ba"])
-def test_an_excluded_adapter_is_as_if_it_were_not_there(mole, small_model, folder, tmp_path, name):
-    """Left in by one method, the column of tasks without their own adapter would be of tasks with
-    it."""
-    seen = []
-    for excluded in ([], ["bee"]):
-        set_methods(mole, [name], exclude=excluded)
-        mole.prompt.mask = torch.ones(1, IDS.shape[1], dtype=torch.bool)
-        linears = attached(mole.model)
-        for linear in linears.values():
-            linear.trace = torch.zeros(IDS.shape[1], len(linear.A))
-        with torch.no_grad():
-            mole.model(IDS[:1])
-        mole.prompt.mask = None
-        slot = mole.pool.slot("bee")
-        seen.append(
-            sum(float(m.trace[:, slot].abs().sum()) for m in linears.values() if m.trace.shape[1] > 1)
-        )
-        for linear in linears.values():
-            linear.trace = None
-    assert seen[1] == 0
-    if name in ("svd", "ties_ba"):  # merged: what comes out is what the others give by themselves
-        others = load(
-            small_model, adapters={n: p for n, p in read_pool(folder).adapters.items() if n != "bee"}
-        )
-        set_methods(mole, [name], exclude=["bee"])
-        with torch.no_grad():
-            assert close(mole.model(IDS[:1]), logits_of(others, [name]))
-    else:
-        assert seen[0] > 0
-    with pytest.raises(InputError, match=f"method {name}: every adapter is excluded"):
-        set_methods(mole, [name], exclude=NAMES)
 
 
 def test_what_gates_exclude_stays_on_disk(small_model, folder):
