@@ -173,9 +173,9 @@ def _shards(index):
 
 @contextlib.contextmanager
 def without_init() -> Iterator[None]:
-    """Skips the initial weights of layers made inside.
+    """Layers made inside get no initial weights.
 
-    On the meta device torch imports sympy to make them, which takes a second of every start.
+    On the meta device torch imports sympy for them, which takes a second of every start.
     """
     kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     for kind in kept:

@@ -232,14 +232,14 @@ class TextStream:
         """One more token id -> the text that is now whole."""
         if index is not None:
             self.ids.append(index)
-        known = self.tokenizer.decode(self.ids[self.start : self.read])
+        returned = self.tokenizer.decode(self.ids[self.start : self.read])
         text = self.tokenizer.decode(self.ids[self.start :])
-        if not last and (text.endswith("\ufffd") or len(text) <= len(known)):
+        if not last and (text.endswith("\ufffd") or len(text) <= len(returned)):
             return ""
-        if text[len(known) :].strip("\ufffd"):  # this text is context for the next token
+        if text[len(returned) :].strip("\ufffd"):  # this text is context for the next token
             self.start = self.read
         self.read = len(self.ids)
-        return text[len(known) :]
+        return text[len(returned) :]
 
     def flush(self) -> str:
         """The text that is left at the end."""

@@ -146,7 +146,7 @@ def _pack(examples, rounds, tokenizer, template):
 def cut(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int]]:
     """(ids of the texts tokenized as one, where each text ends in the ids).
 
-    An end is the number of ids of all text before it: exact where no token spans the border.
+    An end is the number of ids of the text up to it: exact where no token spans the border.
     """
     ids = tokenizer.encode("".join(texts))
     prefix = ""

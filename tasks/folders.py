@@ -65,7 +65,7 @@ class Example:
     """Token ids of prompt and response, EOS at the end."""
 
     ids: list[int]
-    n_prompt: int  # the first ids, which are the prompt
+    n_prompt: int  # so many ids, from the first on, are the prompt
     task: str
     row: dict | None = None  # the task's row that was tokenized
 

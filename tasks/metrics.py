@@ -19,7 +19,7 @@ import numpy as np
 from common.files import InputError
 
 COUNTED = ("exact_match", "yes_no", "gsm8k")  # by these an answer is right or wrong
-ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}  # our name -> rouge-score's
+ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}  # -> rouge-score's name
 METRICS = (*COUNTED, "bleu", *ROUGE)
 NUMBER = re.compile(r"^[^\S\n]*([0-9]{1,3})[.)](?!\S)", re.MULTILINE)
 
@@ -163,7 +163,7 @@ def numbered(text: str, n: int) -> list[str | None]:
 
     - A number is "j." or "j)" at the beginning of a line, with a space or the line's end after it.
       Spaces may come before it. j has at most three digits. So "15", "3.5 km" and a year are none.
-    - A number larger than all before it begins answer j. Any other is part of the current answer:
+    - A number larger than the current answer's begins answer j. Any other is part of that answer:
       after "3." a "2. x" comes too late, and answer 2 is None.
     - An answer runs over lines to the next number, and is stripped. A number over n ends it and
       begins nothing. Text before the first number is ignored.

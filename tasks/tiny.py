@@ -44,7 +44,7 @@ class TinyTask:
     sentence: str  # states a pair {x}, {y}; for the corpus only
     make: Callable[[random.Random], tuple[str, str]]  # -> (x, answer)
     answers: dict[str, str] | None  # every x of a finite task, None where there are too many
-    share: int  # of the corpus: larger for functions that a small model learns slowly
+    share: int  # weight in the corpus, larger where a small model learns slowly
 
 
 # The functions ------------------------------------------------------------------------------------
@@ -135,8 +135,10 @@ def _tallest(rng):
 
 
 def _task(family, name, share, pairs, text):
-    """`pairs`: {x: answer}, or rng -> (x, answer) where there are too many to list; `text`: the
-    phrasings and, last, the sentence, with " | " between them."""
+    """A TinyTask. `pairs` is {x: answer}, or rng -> (x, answer) where there are too many to list.
+
+    `text` holds the phrasings and, last, the sentence, with " | " between them.
+    """
     *phrasings, sentence = " ".join(text.split()).split(" | ")
     if callable(pairs):
         return TinyTask(name, family, tuple(phrasings), sentence, pairs, None, share)
@@ -381,7 +383,7 @@ def _question(rng, task, shots, style, bare):
 
 
 def _round(rng, tasks, tag, style, bare):
-    """Questions, then answers. A sole answer begins with a space, as does one tokenized alone."""
+    """Questions, then answers. A sole answer begins with a space, as text tokenized alone does."""
     questions = []
     answers = []
     for task in tasks:
