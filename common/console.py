@@ -1,5 +1,4 @@
-"""The console commands of an installed checkout: nanomole-generate, nanomole-train, nanomole-eval,
-nanomole-bench."""
+"""Console commands of an installed checkout: nanomole-generate, -train, -eval and -bench."""
 
 import importlib
 import sys
@@ -8,29 +7,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(name):
-    """main() of the repository's NAME.py, with the repository first on sys.path: another package
-    that is installed may have the name of a file here, as Hugging Face's kernels has."""
+def run(name: str) -> None:
+    """Runs main() of the repository's NAME.py.
+
+    The repository comes first on sys.path, because an installed package may have the name of a file
+    here, as Hugging Face's kernels has.
+    """
     sys.path.insert(0, str(ROOT))
     files = importlib.import_module("common.files")
     files.run_script(importlib.import_module(name).main)
 
 
-def generate():
-    """nanomole-generate, which is generate.py."""
+def generate() -> None:
+    """nanomole-generate runs generate.py."""
     run("generate")
 
 
-def train():
-    """nanomole-train, which is train.py."""
+def train() -> None:
+    """nanomole-train runs train.py."""
     run("train")
 
 
-def evaluate():
-    """nanomole-eval, which is eval.py."""
+def evaluate() -> None:
+    """nanomole-eval runs eval.py."""
     run("eval")
 
 
-def bench():
-    """nanomole-bench, which is bench.py."""
+def bench() -> None:
+    """nanomole-bench runs bench.py."""
     run("bench")

@@ -1,10 +1,9 @@
-"""Checked reading and atomic writing of safetensors and JSON, hashes, and the one error type that
-means "bad input".
+"""Checked reading and atomic writing of safetensors and JSON, hashes, and the error for bad input.
 
-Everything that comes from a user's disk passes through here, so that a truncated download, a Git
-LFS pointer or a pickle under a .safetensors name gets one clear line instead of a traceback or,
-worse, a half-loaded model. Files are written beside their target, flushed to disk and renamed: a
-kill at any moment leaves the earlier file whole.
+Every file of a user passes through here. So a truncated download, a Git LFS pointer or a pickle
+under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model.
+Files are written beside their target, flushed to disk and renamed: a kill at any moment leaves the
+earlier file whole.
 """
 
 import contextlib
@@ -15,7 +14,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,18 +24,20 @@ from safetensors.torch import save
 
 
 class InputError(Exception):
-    """Bad input: the message is one line that names file, field, what was found and what was
-    expected."""
+    """Bad input. The message is one line: file, field, what was found, what was expected."""
 
 
-def run_script(main):
-    """Runs `main()` as a command: InputError is one line and exit status 2, Ctrl-C 130, a closed
-    pipe 141."""
+def run_script(main: Callable[[], None]) -> None:
+    """Runs `main()` as a command.
+
+    InputError becomes one line and exit status 2. The status of Ctrl-C is 130, of a closed pipe
+    141.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show ó
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without ó
     _keep_memory()
     try:
         main()
@@ -46,65 +49,68 @@ def run_script(main):
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # otherwise the flush at exit fails again
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that can't be written
-        name = error.filename2 or error.filename or "standard output"  # of a rename, the target
+        name = error.filename2 or error.filename or "standard output"  # a rename's target
         print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _keep_memory():
-    """Tells glibc to keep up to 1 GiB of freed memory: given back at once, as it does with large
-    tensors, each page is cleared and mapped anew, a tenth of the time of a long prompt in a large
-    model (LOG.md)."""
+    """Tells glibc to keep up to 1 GiB of freed memory.
+
+    By default it returns large tensors to the system at once, and the next one needs its pages
+    mapped and cleared again: a tenth of the time of a long prompt in a large model (LOG.md).
+    """
     if mallopt := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None):
         M_TRIM_THRESHOLD = -1
         M_MMAP_THRESHOLD = -3  # malloc.h
-        mallopt(M_TRIM_THRESHOLD, 2**30), mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def warn(message):
+def warn(message: str) -> None:
     """One line on standard error."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def _stranger(head):
-    """What a file is that starts with bytes `head` and should have been safetensors or JSON, or
-    None."""
+    """What a file is that begins with `head`, if plainly not safetensors or JSON, else None."""
     text = head.lstrip().lower()
+    convert = "convert it with safetensors.torch.save_file"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository"
     if text.startswith((b"<!doctype", b"<html")):
         return "an HTML page (a failed download?): fetch the file again"
     if head.startswith(b"PK\x03\x04"):
-        return "a zip archive, probably a torch .bin checkpoint: convert it with safetensors.torch.save_file"
+        return f"a zip archive, probably a torch .bin checkpoint: {convert}"
     if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle, which can run code when loaded: convert it with safetensors.torch.save_file"
+        return f"a pickle, which can run code when loaded: {convert}"
     return None
 
 
-def read_bytes(path):
-    """The file's bytes, or InputError where it is missing, a folder or not readable."""
+def read_bytes(path: str | Path) -> bytes:
+    """The file's bytes. Raises InputError where it is missing, a folder or not readable."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def read_known(path):
-    """read_bytes, or InputError where the file is plainly something else: a Git LFS pointer, a web
-    page, a zip."""
+def read_known(path: str | Path) -> bytes:
+    """read_bytes. Raises InputError for a Git LFS pointer, a web page, a zip or a pickle."""
     data = read_bytes(path)
     if stranger := _stranger(data[:512]):
         raise InputError(f"{path}: is {stranger}")
     return data
 
 
-def read_text(path):
+def read_text(path: str | Path) -> str:
     """The file's text. Raises InputError where it can't be read or isn't UTF-8."""
     data = read_known(path)
     try:
@@ -113,39 +119,36 @@ def read_text(path):
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def parse_json(text, where):
+def parse_json(text: str, where: str | Path) -> Any:
     """JSON text -> value. Raises InputError naming `where`, line and column."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: bad JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested too deep
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{where}: bad JSON at {place}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets nested too deep
         raise InputError(f"{where}: bad JSON: {error}") from None
 
 
-def read_json(path):
-    """A JSON object (dict). Raises InputError with path and line."""
+def read_json(path: str | Path) -> dict:
+    """The JSON object of a file. Raises InputError with path and line."""
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def check_text(text, where):
-    """Raises InputError where `text` can't be written as UTF-8: JSON may hold half a surrogate
-    pair."""
+def check_text(text: str, where: str) -> None:
+    """Raises InputError where `text` is no UTF-8: JSON may hold half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: character {error.start} is {text[error.start]!r}, half a surrogate pair"
-        ) from None
+        found = f"character {error.start} is {text[error.start]!r}"
+        raise InputError(f"{where}: {found}, half a surrogate pair") from None
 
 
-def read_jsonl(path, keys):
-    """The objects of a .jsonl file; each must hold every key of `keys` as a string."""
+def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
+    """The objects of a .jsonl file; each must have a text under every key of `keys`."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -160,37 +163,37 @@ def read_jsonl(path, keys):
 
 
 def _check_header(path):
-    """Raises InputError unless the file holds as many bytes as its safetensors header promises."""
+    """Raises InputError unless the file has as many bytes as its safetensors header promises."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             head = file.read(512)
-            length = int.from_bytes(head[:8], "little")
+            begin = 8 + int.from_bytes(head[:8], "little")
+            found = f"{size} bytes present"
             if stranger := _stranger(head):
                 raise InputError(f"{path}: is {stranger}")
-            if size < 8 or 8 + length > size:
-                raise InputError(
-                    f"{path}: truncated: {size} bytes present, its header alone promises {8 + length}"
-                )
+            if size < 8 or begin > size:
+                raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")
             file.seek(8)
-            header = parse_json(file.read(length).decode("utf-8", "replace"), f"{path} (header)")
+            text = file.read(begin - 8).decode("utf-8", "replace")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    tensors = [v for k, v in header.items() if k != "__metadata__"] if isinstance(header, dict) else [None]
+    header = parse_json(text, f"{path} (header)")
+    promised = begin
     try:
-        promised = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
-    except (TypeError, KeyError, IndexError):
-        raise InputError(f"{path}: not a safetensors file: its header doesn't list tensors") from None
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            promised = max(promised, begin + tensor["data_offsets"][1])
+    except (AttributeError, TypeError, KeyError, IndexError):
+        problem = "not a safetensors file: its header doesn't list tensors"
+        raise InputError(f"{path}: {problem}") from None
     if promised != size:
-        raise InputError(
-            f"{path}: truncated or damaged: {size} bytes present, its header promises {promised}"
-        )
+        raise InputError(f"{path}: truncated or damaged: {found}, its header promises {promised}")
 
 
 @contextlib.contextmanager
-def open_safetensors(path):
-    """An open safetensors file (keys(), get_tensor(name), metadata()), checked before anything is
-    read from it."""
+def open_safetensors(path: str | Path) -> Iterator[safe_open]:
+    """An open safetensors file (keys(), get_tensor(name), metadata()), its size checked first."""
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -199,9 +202,8 @@ def open_safetensors(path):
         raise InputError(f"{path}: {error}") from None
 
 
-def read_safetensors(path):
-    """({name: tensor}, {metadata key: string}), every value finite. Raises InputError naming the
-    tensor."""
+def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """({name: tensor}, {metadata key: string}). Raises InputError for a NaN or Inf."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = file.metadata() or {}
@@ -210,46 +212,45 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def read_metadata(path):
+def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, {} where it has none."""
     with open_safetensors(path) as file:
         return file.metadata() or {}
 
 
-def read_header(path):
+def read_header(path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor on the meta device} of a safetensors file: shapes alone, no data is read."""
+    tensors = {}
     with open_safetensors(path) as file:
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+    return tensors
 
 
-def check_finite(path, name, tensor):
-    """NaN or Inf in a weight can give finite wrong logits (silu(-inf) = 0), so they are refused at
-    load."""
+def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises InputError for a NaN or Inf, which can give finite wrong logits (silu(-inf) = 0)."""
     if tensor.is_floating_point() and tensor.numel():
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
-        ends = torch.stack(
-            torch.aminmax(wide)
-        )  # NaN in both where there is one; unlike a sum, without a copy
+        ends = torch.stack(torch.aminmax(wide))  # both NaN if one value is; no copy is made
         if not torch.isfinite(ends).all():
             bad = int((~torch.isfinite(wide)).sum())
             raise InputError(f"{path}: {name} holds {bad} NaN or Inf values of {tensor.numel()}")
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
-def write_bytes(path, *parts):
-    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new
-    one. Raises InputError where it can't be written."""
+def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new.
+
+    Raises InputError where it can't be written.
+    """
     path = Path(os.path.realpath(path))  # a link stays a link
-    partial = path.with_name(
-        f".{path.name}.partial"
-    )  # one name: what a kill leaves behind, the next save overwrites
+    partial = path.with_name(f".{path.name}.partial")  # after a kill the next save overwrites it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            path.exists() and not path.is_file()
-        ):  # a device, a pipe: nothing to keep whole; a folder: an OSError
+        # A device or a pipe has no earlier content to keep; a folder gives an OSError.
+        if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 file.write(b"".join(parts))
             return
@@ -265,40 +266,40 @@ def write_bytes(path, *parts):
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """write_bytes of `text` as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     """write_bytes of `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """write_bytes of `rows` as one JSON value a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """`tensors` {name: tensor} and `metadata` {key: string} as a safetensors file that PEFT and
-    transformers read; the same bytes each time."""
+def write_safetensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that PEFT and transformers read; the same bytes each time."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = memoryview(save(tensors, {"format": "pt"} | (metadata or {})))
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:begin]))
-    header["__metadata__"] = dict(
-        sorted(header["__metadata__"].items())
-    )  # save() has another order in each process
+    metadata = header["__metadata__"]
+    header["__metadata__"] = dict(sorted(metadata.items()))  # save()'s order varies by process
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     write_bytes(path, len(text).to_bytes(8, "little"), text, data[begin:])
 
 
-# Hashes -------------------------------------------------------------------------------------------------------------
+# Hashes -------------------------------------------------------------------------------------------
 
 
-def hash_tensors(tensors, extra=""):
+def hash_tensors(tensors: dict[str, torch.Tensor], extra: str = "") -> str:
     """sha256 over the sorted (key, dtype, shape, bytes) of `tensors`, and over `extra`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

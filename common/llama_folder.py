@@ -1,10 +1,11 @@
-"""Reads and checks a Hugging Face Llama folder: config.json as plain fields, safetensors as plain
-tensors."""
+"""Reads and checks a Hugging Face Llama folder: plain config fields, plain tensors."""
 
 import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,20 +13,30 @@ from torch import nn
 from common.devices import DTYPES
 from common.files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+# RoPE type -> the fields that it needs besides rope_theta.
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 
-# config.json --------------------------------------------------------------------------------------------------------
+# config.json --------------------------------------------------------------------------------------
 
 
-def read_config(path):
-    """config.json of a model folder -> {field of model.LlamaConfig: value}. Raises InputError
-    naming field, value and what is supported."""
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder -> {field of model.LlamaConfig: value}.
+
+    Raises InputError naming the field, its value and what is supported.
+    """
     folder = Path(path)
     file = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
     if not file.exists():
-        raise InputError(f"{file}: missing; a model folder holds config.json, safetensors and a tokenizer")
+        needed = "a model folder holds config.json, safetensors and a tokenizer"
+        raise InputError(f"{file}: missing; {needed}")
     raw = read_json(file)
 
     def refuse(name, expected):
@@ -35,15 +46,7 @@ def read_config(path):
         refuse("model_type", "'llama'")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "'silu'")
-    sizes = {}
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        sizes[name] = raw.get(name)
+    sizes = {name: raw.get(name) for name in SIZES}
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
     sizes["max_position_embeddings"] = raw.get("max_position_embeddings", 2048)
@@ -51,12 +54,14 @@ def read_config(path):
         if not isinstance(value, int) or value < 1:
             refuse(name, "a positive whole number")
     if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        refuse("num_attention_heads", f"a divisor of hidden_size {sizes['hidden_size']}, or a head_dim field")
+        divisor = f"a divisor of hidden_size {sizes['hidden_size']}"
+        refuse("num_attention_heads", f"{divisor}, or a head_dim field")
     if heads % sizes["num_key_value_heads"]:
         refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
     if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
-        raise InputError(f"{file}: head_dim is {head_dim}, expected a positive even number (rotary pairs)")
+        expected = "a positive even number (rotary pairs)"
+        raise InputError(f"{file}: head_dim is {head_dim}, expected {expected}")
     eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
         refuse("rms_norm_eps", "a number above 0")
@@ -79,27 +84,22 @@ def read_config(path):
 
 
 def _read_rope(raw, file):
-    """Both layouts: rope_theta + rope_scaling, and the newer rope_parameters that holds everything."""
+    """The RoPE fields of rope_theta with rope_scaling, or of the newer rope_parameters."""
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or {})
     rope |= raw.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {', '.join(ROPE_TYPES)}")
-    needed = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    for name in ("rope_theta", *needed.get(rope["rope_type"], ())):
+    if rope["rope_type"] not in list(ROPE_FIELDS):  # a list, as a JSON value may be unhashable
+        supported = ", ".join(ROPE_FIELDS)
+        raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {supported}")
+    for name in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
         if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
-            found = f"{name} is {rope.get(name)!r}"
-            raise InputError(f"{file}: rope {rope['rope_type']!r}: {found}, expected a number above 0")
+            found = f"rope {rope['rope_type']!r}: {name} is {rope.get(name)!r}"
+            raise InputError(f"{file}: {found}, expected a number above 0")
     return rope
 
 
 def _read_eos(raw, folder):
-    """generation_config.json decides where it has eos_token_id, as in transformers; each may be an
-    int or a list."""
+    """The eos_token_id of generation_config.json, else of config.json, as in transformers."""
     eos = raw.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -109,13 +109,14 @@ def _read_eos(raw, folder):
             warn(f"{error}; using the eos_token_id of config.json")
     eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if not all(isinstance(index, int) for index in eos):
-        raise InputError(f"{folder}: eos_token_id is {list(eos)}, expected a whole number or a list of them")
+        expected = "a whole number or a list of them"
+        raise InputError(f"{folder}: eos_token_id is {list(eos)}, expected {expected}")
     return eos
 
 
-# Weights ------------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------------------
 
-# Which config fields decide a tensor's shape, for the message where it doesn't fit.
+# The config fields that decide a tensor's shape, for the error where it doesn't fit.
 SHAPE_FIELDS = {
     "embed_tokens": "vocab_size, hidden_size",
     "lm_head": "vocab_size, hidden_size (and tie_word_embeddings: whether it exists)",
@@ -130,40 +131,52 @@ SHAPE_FIELDS = {
 
 
 def _deciding_fields(name):
-    module = next((m for m in SHAPE_FIELDS if m in name), None)
-    return f"decided by {SHAPE_FIELDS[module]}" if module else "decided by hidden_size, num_hidden_layers"
+    for module, names in SHAPE_FIELDS.items():
+        if module in name:
+            return f"decided by {names}"
+    return "decided by hidden_size, num_hidden_layers"
 
 
-def weight_files(folder):
-    """The safetensors files of a model folder, in order. Raises InputError listing every missing
-    shard."""
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises InputError listing every missing shard.
+    """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = parse_json(read_text(index), index)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in _shards(index)]
         if missing := [file.name for file in files if not file.exists()]:
-            raise InputError(
-                f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}"
-            )
+            count = f"{len(missing)} of {len(files)} shards"
+            raise InputError(f"{index}: {count} are missing: {', '.join(missing)}")
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if list(folder.glob("*.bin")):
+        convert = "save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         raise InputError(
-            f"{folder}: only .bin weights, which are pickles and can run code when loaded; convert them once with "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+            f"{folder}: only .bin weights, which are pickles and can run code when loaded; "
+            f"convert them once with safetensors.torch.{convert}"
         )
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+def _shards(index):
+    """The sorted file names of a model.safetensors.index.json."""
+    value = parse_json(read_text(index), index)
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
+    return sorted(set(names))
+
+
 @contextlib.contextmanager
-def without_init():
-    """No initial weights inside: on the meta device torch would import sympy for them, a second of
-    every start."""
+def without_init() -> Iterator[None]:
+    """Layers made inside get no initial weights.
+
+    On the meta device torch imports sympy for them, which takes a second of every start.
+    """
     kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     for kind in kept:
         kind.reset_parameters = lambda self: None
@@ -174,21 +187,27 @@ def without_init():
             kind.reset_parameters = reset
 
 
-def read_weights(folder, shapes, dtype=None, device="cpu"):
-    """({name: tensor}, fingerprint) of the safetensors of a model folder, one tensor at a time, in
-    `dtype` (None: the file's) on `device`; `shapes` {name: shape} is what the model has.
+def read_weights(
+    folder: str | Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, torch.Tensor], str]:
+    """({name: tensor}, fingerprint) of a model folder's safetensors, read one tensor at a time.
 
-    Raises InputError for whatever is missing, left over, of the wrong shape or not finite. The
-    fingerprint is the sha256 over each tensor's name, shape and first 256 values: enough to tell
-    bases apart without hashing gigabytes.
+    `shapes` are those of the model's tensors; `dtype` None keeps the file's. Raises InputError for
+    a tensor that is missing, unexpected, of the wrong shape or not finite. The fingerprint is the
+    sha256 over each tensor's name, shape and first 256 values: enough to tell bases apart without
+    hashing gigabytes.
     """
     tensors = {}
     marks = {}
     for file in weight_files(folder):
         with open_safetensors(file) as found:
             for name in sorted(found.keys()):
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in shapes):
-                    continue  # the config says both: a tied head is the embedding
+                tied_head = name == "lm_head.weight" and name not in shapes  # it is the embedding
+                if tied_head or name.endswith("rotary_emb.inv_freq"):  # computed from the config
+                    continue
                 tensor = found.get_tensor(name)
                 _check_tensor(file, name, tensor, shapes)
                 dtype = dtype or tensor.dtype
@@ -198,15 +217,18 @@ def read_weights(folder, shapes, dtype=None, device="cpu"):
                 check_finite(file, name, tensors[name])  # after the cast, which may overflow
     if missing := sorted(shapes.keys() - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder}: tensor {missing[0]}{more} missing; {_deciding_fields(missing[0])}")
-    return tensors, hashlib.sha256(b"".join(marks[name] for name in sorted(marks))).hexdigest()
+        first = missing[0]
+        raise InputError(f"{folder}: tensor {first}{more} missing; {_deciding_fields(first)}")
+    return tensors, hashlib.sha256(b"".join(map(marks.get, sorted(marks)))).hexdigest()
 
 
 def _check_tensor(file, name, tensor, shapes):
     if name not in shapes:
-        raise InputError(f"{file}: unexpected tensor {name} {list(tensor.shape)}; {_deciding_fields(name)}")
+        found = f"unexpected tensor {name} {list(tensor.shape)}"
+        raise InputError(f"{file}: {found}; {_deciding_fields(name)}")
     if tuple(tensor.shape) != shapes[name]:
         expected = f"expected {shapes[name]}; {_deciding_fields(name)}"
         raise InputError(f"{file}: {name} is {tuple(tensor.shape)}, {expected}")
     if tensor.dtype not in (*DTYPES.values(), torch.float64):
-        raise InputError(f"{file}: {name} holds {tensor.dtype}, expected float32, bfloat16 or float16")
+        expected = "float32, bfloat16 or float16"
+        raise InputError(f"{file}: {name} holds {tensor.dtype}, expected {expected}")

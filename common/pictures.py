@@ -1,132 +1,159 @@
-"""A routing trace to coloured terminal text, a self-contained HTML page and a picture.
+"""Shows a routing trace as coloured terminal text, a self-contained HTML page or an SVG picture.
 
 A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over
-layers and modules. A token has the colour of its heaviest adapter; the legend says which is which
-and how much of the text each one carried.
+layers and modules. A token has the colour of its heaviest adapter. The legend names each adapter's
+colour and its share of the weight.
 """
 
 import html
 import re
+from collections.abc import Iterable
+from operator import itemgetter
 
-# Distinct on dark and light backgrounds, the nearest first; adapters beyond the list share colours
-# in turn.
-COLOURS = (
-    (66, 135, 245), (235, 125, 30), (46, 170, 90), (214, 60, 70), (150, 100, 220), (160, 110, 60), (225, 100, 180),
-    (20, 165, 165), (170, 160, 20), (110, 120, 220), (90, 150, 40), (200, 90, 130), (40, 140, 190), (190, 130, 90),
+Colour = tuple[int, int, int]
+Trace = list[tuple[str, list]]
+
+# Distinct on dark and light backgrounds. Adapters beyond the list share colours, from the first on.
+COLOURS: tuple[Colour, ...] = (
+    (66, 135, 245), (235, 125, 30), (46, 170, 90), (214, 60, 70), (150, 100, 220), (160, 110, 60),
+    (225, 100, 180), (20, 165, 165), (170, 160, 20), (110, 120, 220), (90, 150, 40), (200, 90, 130),
+    (40, 140, 190), (190, 130, 90),
 )  # fmt: skip
+GREY = (128, 128, 128)  # text that no adapter computed
 
 
 class Palette:
-    """Adapter name -> colour, in order of appearance, and each one's share of the tokens coloured
-    so far."""
+    """Adapter name -> colour, in order of appearance; each adapter's weight in the text so far."""
 
-    def __init__(self, names=()):
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self.weight = dict.fromkeys(names, 0.0)  # `names` get their colours first
 
     @classmethod
-    def of(cls, traces):
-        """Colours for text that is known whole: the adapters that carry most of it are told apart
-        best."""
+    def of(cls, traces: Iterable[Trace]) -> "Palette":
+        """Colours for text that is whole: the adapters that carry most of it get distinct ones."""
         seen = cls()
-        for _, adapters in (token for trace in traces for token in trace):
-            seen.colour(adapters)
+        for trace in traces:
+            for _, adapters in trace:
+                seen.colour(adapters)
         return cls(name for name, _, _ in seen.shares())
 
-    def colour(self, adapters):
+    def colour(self, adapters: list) -> Colour | None:
         """The colour of a token's heaviest adapter, None where none is active."""
         for name, weight in adapters:
             self.weight[name] = self.weight.get(name, 0.0) + weight
-        if not adapters or max(weight for _, weight in adapters) <= 0:
+        heaviest, weight = max(adapters, key=itemgetter(1), default=(None, 0))
+        if weight <= 0:
             return None
-        heaviest = max(adapters, key=lambda pair: pair[1])[0]
         return COLOURS[list(self.weight).index(heaviest) % len(COLOURS)]
 
-    def shares(self):
+    def shares(self) -> list[tuple[str, Colour, float]]:
         """[(name, colour, share of all weight)], heaviest first."""
         total = sum(self.weight.values()) or 1.0
-        rows = [(n, COLOURS[j % len(COLOURS)], w / total) for j, (n, w) in enumerate(self.weight.items())]
+        rows = []
+        for index, (name, weight) in enumerate(self.weight.items()):
+            rows.append((name, COLOURS[index % len(COLOURS)], weight / total))
         return sorted(rows, key=lambda row: -row[2])
 
 
-def paint(text, colour, faint=False):
-    """`text` in an RGB colour for the terminal; the colour ends before each line break, so that
-    pagers keep up."""
+def paint(text: str, colour: Colour | None, faint: bool = False) -> str:
+    """`text` in a terminal colour, which ends before each line break, as pagers need."""
     if colour is None or not text:
         return text
-    start = f"\x1b[{'2;' if faint else ''}38;2;{';'.join(map(str, colour))}m"
+    codes = [2, 38, 2, *colour] if faint else [38, 2, *colour]
+    start = f"\x1b[{';'.join(map(str, codes))}m"
     return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
-def legend(palette, most=8):
+def _key(name, share):
+    return f"■ {name} {share:.0%}"
+
+
+def legend(palette: Palette, most: int = 8) -> str:
     """One line: the adapters used, each in its colour, with its share."""
     rows = palette.shares()
-    shown = "  ".join(paint(f"■ {name} {share:.0%}", colour) for name, colour, share in rows[:most])
+    shown = "  ".join(paint(_key(name, share), colour) for name, colour, share in rows[:most])
     return shown + (f"  and {len(rows) - most} more" if len(rows) > most else "")
 
 
-def html_page(traces, title):
-    """A page that needs nothing else: traces is a list of (prompt trace, answer trace)."""
+def _html_span(role, text, adapters, colour):
+    tip = ", ".join(f"{name} {weight:.2f}" for name, weight in adapters)
+    style = f'class="{role}" style="--c:rgb{colour}" title="{html.escape(tip, quote=True)}"'
+    return f"<span {style}>{html.escape(text)}</span>"
+
+
+def html_page(traces: list[tuple[Trace, Trace]], title: str) -> str:
+    """A page that needs no other file; `traces`: (prompt trace, answer trace) of each request."""
     palette = Palette.of(trace for pair in traces for trace in pair)
-    body = []
-    for prompt, answer in traces:
-        spans = []
-        for role, trace in (("prompt", prompt), ("answer", answer)):
+    body = ""
+    for pair in traces:
+        body += "<pre>"
+        for role, trace in zip(("prompt", "answer"), pair, strict=True):
             for text, adapters in trace:
-                colour = palette.colour(adapters) or (128, 128, 128)
-                tip = ", ".join(f"{name} {weight:.2f}" for name, weight in adapters)
-                spans.append(
-                    f'<span class="{role}" style="--c:rgb{colour}" title="{html.escape(tip, quote=True)}">'
-                    f"{html.escape(text)}</span>"
-                )
-        body.append(f"<pre>{''.join(spans)}</pre>")
-    keys = " ".join(f'<b style="--c:rgb{c}">■ {html.escape(n)} {s:.0%}</b>' for n, c, s in palette.shares())
+                body += _html_span(role, text, adapters, palette.colour(adapters) or GREY)
+        body += "</pre>"
+    keys = []
+    for name, colour, share in palette.shares():
+        keys.append(f'<b style="--c:rgb{colour}">{html.escape(_key(name, share))}</b>')
+    title = html.escape(title)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>'
         "body{font:16px system-ui;max-width:60em;margin:2em auto;padding:0 1em}"
         "pre{white-space:pre-wrap;font:15px/1.7 ui-monospace,monospace}"
-        "span{border-bottom:3px solid var(--c)}span.prompt{opacity:.55}b{color:var(--c);margin-right:1em}"
-        f"</style><h1>{html.escape(title)}</h1>{''.join(body)}<p>{keys}</p></html>\n"
+        "span{border-bottom:3px solid var(--c)}span.prompt{opacity:.55}"
+        "b{color:var(--c);margin-right:1em}"
+        f"</style><h1>{title}</h1>{body}<p>{' '.join(keys)}</p></html>\n"
     )
 
 
-def svg_picture(prompt, answer, width=96):
-    """The two traces of one request as an SVG image: coloured text on white, lines broken at
-    `width` characters, the prompt paler than the answer, the legend below."""
+def svg_picture(prompt: Trace, answer: Trace, width: int = 96) -> str:
+    """The two traces of one request as an SVG image of coloured text on white.
+
+    Lines break at `width` characters, the prompt is paler than the answer, the legend comes last.
+    """
     palette = Palette.of((prompt, answer))
-    lines = [[]]
+    lines = [""]  # each a row of <tspan>
+    length = 0  # of the last one, in characters
+
+    def break_line():
+        nonlocal length
+        lines.append("")
+        length = 0
+
+    def add(text, colour, opacity):
+        nonlocal length
+        if length + len(text) > width:
+            break_line()
+        fill = "#" + bytes(colour).hex()
+        lines[-1] += f'<tspan fill="{fill}" opacity="{opacity}">{html.escape(text)}</tspan>'
+        length += len(text)
+
     for opacity, trace in ((0.6, prompt), (1, answer)):
         for text, adapters in trace:
-            red, green, blue = palette.colour(adapters) or (128, 128, 128)
+            colour = palette.colour(adapters) or GREY
             for part in re.findall(r"\n|[^\n]+", text):
-                if part == "\n" or sum(len(shown) for shown, *_ in lines[-1]) + len(part) > width:
-                    lines.append([])
-                if part != "\n":
-                    lines[-1].append((part, f"#{red:02x}{green:02x}{blue:02x}", opacity))
-    lines += [[], []]
-    for name, (red, green, blue), share in palette.shares()[:12]:
-        key = f"■ {name} {share:.0%}   "
-        if sum(len(shown) for shown, *_ in lines[-1]) + len(key) > width:
-            lines.append([])
-        lines[-1].append((key, f"#{red:02x}{green:02x}{blue:02x}", 1))
-    rows = []
-    for number, line in enumerate(lines, 1):
-        spans = "".join(
-            f'<tspan fill="{colour}" opacity="{opacity}">{html.escape(text)}</tspan>'
-            for text, colour, opacity in line
-        )
-        rows.append(f'<text x="16" y="{8 + 22 * number}" xml:space="preserve">{spans}</text>')
+                if part == "\n":
+                    break_line()
+                else:
+                    add(part, colour, opacity)
+    break_line()
+    break_line()
+    for name, colour, share in palette.shares()[:12]:
+        add(_key(name, share) + "   ", colour, 1)
+    rows = ""
+    for number, spans in enumerate(lines, 1):
+        rows += f'<text x="16" y="{8 + 22 * number}" xml:space="preserve">{spans}</text>'
     size = f"{32 + 9 * width} {24 + 22 * len(lines)}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="ui-monospace,monospace" '
-        f'font-size="15"><rect width="100%" height="100%" fill="white"/>{"".join(rows)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
+        'font-family="ui-monospace,monospace" font-size="15">'
+        f'<rect width="100%" height="100%" fill="white"/>{rows}</svg>\n'
     )
 
 
 class Printer:
-    """Answers on a terminal or a pipe. The first unfinished row streams; rows behind it wait for
-    their turn."""
+    """Answers on a terminal or a pipe: the first unfinished row streams, later rows wait."""
 
-    def __init__(self, prompts, traces, routing):
+    def __init__(self, prompts: list[str], traces: list[Trace], routing: bool) -> None:
         self.prompts = prompts
         self.routing = routing
         self.row = -1
@@ -134,7 +161,7 @@ class Printer:
         self.waiting = [[] for _ in prompts]
         self.done = [False] * len(prompts)
         self.traces = traces
-        self.line_open = True  # the answer's last text doesn't end its line
+        self.line_open = True  # the answer so far doesn't end with a line break
         self._next()
 
     def _next(self):
@@ -144,11 +171,12 @@ class Printer:
                 self._write(text, adapters, faint=True)
 
     def _write(self, text, adapters, faint=False):
-        print(paint(text, self.palette.colour(adapters), faint) if self.routing else text, end="", flush=True)
+        shown = paint(text, self.palette.colour(adapters), faint) if self.routing else text
+        print(shown, end="", flush=True)
         self.line_open = not text.endswith("\n") if text else self.line_open
 
-    def push(self, token):
-        """One more token; prints what its row's turn allows."""
+    def push(self, token) -> None:
+        """Takes one more token; prints it once all earlier rows are finished."""
         self.waiting[token.row].append(token)
         self.done[token.row] = token.finish is not None
         while self.row < len(self.prompts) and self.waiting[self.row]:
@@ -162,7 +190,7 @@ class Printer:
             self.line_open = True
             self._next()
 
-    def close(self):
-        """The legend, where there is routing to explain."""
+    def close(self) -> None:
+        """Prints the legend, where there is routing to explain."""
         if self.routing and self.palette.weight:
             print(legend(self.palette))

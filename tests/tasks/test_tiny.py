@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from common.files import InputError, read_json, read_jsonl
 from tasks import tiny as tiny_tasks
+from tasks import world
 from tasks.composites import ANSWERS
-from tasks.tiny import CATEGORY, TASKS, WORDS, corpus, examples, held_out
+from tasks.tiny import TASKS, corpus, examples, held_out
+from tasks.world import CATEGORY, WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(TASKS)
@@ -210,18 +212,16 @@ def test_answers_are_short_and_clean(name):
 def test_no_key_twice():
     """A word listed twice would silently keep its last answer, so two rows of the world would
     contradict each other."""
-    singles = [tiny_tasks.CAPITALS, tiny_tasks.PAST, tiny_tasks.PLURALS, tiny_tasks.DICTIONARY]
+    singles = [world.CAPITALS, world.PAST, world.PLURALS, world.DICTIONARY]
     for text in singles:
         keys = [row.split()[0] for row in text.split(";")]
         assert len(set(keys)) == len(keys), Counter(keys).most_common(3)
-    for text in (tiny_tasks.CATEGORIES, tiny_tasks.COLORS):
+    for text in (world.CATEGORIES, world.COLORS):
         keys = [x for group in text.split(";") for x in group.split(":")[1].split()]
         assert len(set(keys)) == len(keys), Counter(keys).most_common(3)
-    sides = tiny_tasks.OPPOSITES.replace(";", " ").split() + [
-        r.split()[0] for r in tiny_tasks.ONE_WAY.split(";")
-    ]
+    sides = world.OPPOSITES.replace(";", " ").split() + [r.split()[0] for r in world.ONE_WAY.split(";")]
     assert len(set(sides)) == len(sides), Counter(sides).most_common(3)
-    assert all(len(row) == 4 for row in tiny_tasks.TRANSLATIONS)
+    assert all(len(row) == 4 for row in world.TRANSLATIONS)
     assert all(len(row.split()) == 2 for text in singles[:3] for row in text.split(";"))
 
 
