@@ -314,5 +314,8 @@ def load_llama(folder, dtype: torch.dtype | None = None, device="cpu") -> Llama:
         model = Llama(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors, model.fingerprint = read_weights(folder, shapes, dtype, device)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # stored apart
+        config.tie_word_embeddings = False
+        model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ def _read_eos(raw, folder):
 
 # Weights ------------------------------------------------------------------------------------------
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # The config fields that decide a tensor's shape, for the error where it doesn't fit.
 SHAPE_FIELDS = {
     "embed_tokens": "vocab_size, hidden_size",
@@ -137,21 +139,27 @@ def _deciding_fields(name):
     return "decided by hidden_size, num_hidden_layers"
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
+def weight_map(folder: str | Path) -> dict[str, Path]:
+    """{tensor name: the safetensors file that it counts from} of a model folder.
 
-    Raises InputError listing every missing shard.
+    The index says so, and what it doesn't list isn't there. As in transformers, a model.safetensors
+    that it doesn't name is the whole model. Raises InputError listing every missing shard.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    listed = _read_index(index) if index.exists() else {}
+    if whole.exists() and whole not in listed.values():
+        if index.exists():
+            warn(f"{index}: ignored, as it doesn't name {whole.name}, which is the whole model")
+        with open_safetensors(whole) as found:
+            return dict.fromkeys(found.keys(), whole)
     if index.exists():
-        files = [folder / name for name in _shards(index)]
+        files = sorted(set(listed.values()))
         if missing := [file.name for file in files if not file.exists()]:
             count = f"{len(missing)} of {len(files)} shards"
             raise InputError(f"{index}: {count} are missing: {', '.join(missing)}")
-        return files
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        return listed
     if list(folder.glob("*.bin")):
         convert = "save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         raise InputError(
@@ -161,14 +169,18 @@ def weight_files(folder: str | Path) -> list[Path]:
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def _shards(index):
-    """The sorted file names of a model.safetensors.index.json."""
+def _read_index(index):
+    """{tensor name: file} of a model.safetensors.index.json; all files lie in its folder."""
     value = parse_json(read_text(index), index)
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
+    names = value.get("weight_map") if isinstance(value, dict) else None
+    values = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(name, str) for name in values):
         raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
-    return sorted(set(names))
+    for name in values:
+        path = PureWindowsPath(name)  # knows the separators and drives of every system
+        if path.anchor or ".." in path.parts:
+            raise InputError(f"{index}: weight_map names {name!r}, expected a file in this folder")
+    return {tensor: index.parent / name for tensor, name in names.items()}
 
 
 @contextlib.contextmanager
@@ -195,30 +207,39 @@ def read_weights(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """({name: tensor}, fingerprint) of a model folder's safetensors, read one tensor at a time.
 
-    `shapes` are those of the model's tensors; `dtype` None keeps the file's. Raises InputError for
-    a tensor that is missing, unexpected, of the wrong shape or not finite. The fingerprint is the
-    sha256 over each tensor's name, shape and first 256 values: enough to tell bases apart without
-    hashing gigabytes.
+    `shapes` are those of the model's tensors; `dtype` None keeps the file's. Where they have no
+    lm_head, as it is tied to the embedding, either one may be stored alone, and as in transformers
+    a head of other values is returned too. Raises InputError for a tensor that is missing,
+    unexpected, of the wrong shape or not finite. The fingerprint is the sha256 over each tensor's
+    name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
     """
+    sources = weight_map(folder)
+    tied = HEAD not in shapes
+    head_name = EMBEDDING if tied and EMBEDDING not in sources else HEAD
+    allowed = shapes | {HEAD: shapes[EMBEDDING]} if tied else shapes
     tensors = {}
     marks = {}
-    for file in weight_files(folder):
+    for file in sorted(set(sources.values())):
         with open_safetensors(file) as found:
-            for name in sorted(found.keys()):
-                tied_head = name == "lm_head.weight" and name not in shapes  # it is the embedding
-                if tied_head or name.endswith("rotary_emb.inv_freq"):  # computed from the config
+            for stored in sorted(name for name, source in sources.items() if source == file):
+                if stored.endswith("rotary_emb.inv_freq"):  # computed from the config
                     continue
-                tensor = found.get_tensor(name)
-                _check_tensor(file, name, tensor, shapes)
+                if stored not in found.keys():  # noqa: SIM118 (not a dict)
+                    raise InputError(f"{file}: no tensor {stored}, which the index says is here")
+                tensor = found.get_tensor(stored)
+                _check_tensor(file, stored, tensor, allowed)
                 dtype = dtype or tensor.dtype
                 head = tensor.flatten()[:256].float().numpy().tobytes()
+                name = head_name if stored == HEAD else stored
                 marks[name] = f"{name} {tuple(tensor.shape)}".encode() + head
                 tensors[name] = tensor.to(device, dtype)
-                check_finite(file, name, tensors[name])  # after the cast, which may overflow
+                check_finite(file, stored, tensors[name])  # after the cast, which may overflow
     if missing := sorted(shapes.keys() - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         first = missing[0]
         raise InputError(f"{folder}: tensor {first}{more} missing; {_deciding_fields(first)}")
+    if tied and HEAD in tensors and torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        del tensors[HEAD], marks[HEAD]
     return tensors, hashlib.sha256(b"".join(map(marks.get, sorted(marks)))).hexdigest()
 
 

@@ -1,0 +1,183 @@
+"""Reading a Llama folder: which file a tensor counts from, and which head a tied model has."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_model
+
+from common.files import InputError, read_safetensors, write_safetensors
+from helpers_models import write_llama
+from model import load_llama
+
+INDEX = "model.safetensors.index.json"
+PARTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def transformers_model(folder):
+    from helpers_oracles import LlamaForCausalLM
+
+    oracle, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    return oracle.eval()
+
+
+def assert_equals_transformers(folder):
+    with torch.no_grad():
+        want = transformers_model(folder)(IDS).logits
+    torch.testing.assert_close(load_llama(folder)(IDS), want, rtol=1e-5, atol=1e-5)
+
+
+def edit(folder, change):
+    """`change` edits the dict of the folder's tensors in place."""
+    tensors, _ = read_safetensors(folder / "model.safetensors")
+    change(tensors)
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+# The index ------------------------------------------------------------------------------------------
+
+
+def halves(folder, strays=(), listed=None):
+    """A Llama in two shards, and its tensors. Each of `strays` (part, {name: tensor}) is added to a
+    shard without being listed; `listed` is merged into the weight_map."""
+    tensors, _ = read_safetensors(write_llama(folder) / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: PARTS[j % 2] for j, name in enumerate(sorted(tensors))}
+    for part in PARTS:
+        held = {name: tensor for name, tensor in tensors.items() if weight_map[name] == part}
+        for where, more in strays:
+            held |= more if where == part else {}
+        write_safetensors(folder / part, held)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map | (listed or {})}))
+    return tensors, weight_map
+
+
+@pytest.mark.parametrize("wrong", ["of other values", "of another shape"])
+def test_the_index_says_which_copy_counts(tmp_path, wrong):
+    """Without it the last file's copy is the weight, whatever the index says: another model."""
+    shape = (44,) if wrong == "of other values" else (45,)
+    tensors, weight_map = halves(tmp_path / "clean")
+    names = sorted(name for name in tensors if "norm" in name)
+    assert {weight_map[name] for name in names} == set(PARTS)
+    strays = []
+    for name in names:
+        strays.append((PARTS[1 - PARTS.index(weight_map[name])], {name: torch.full(shape, 7.0)}))
+    strays.append((PARTS[0], {"a.leftover": torch.ones(3, dtype=torch.int8)}))
+    halves(tmp_path / "strays", strays)
+    want = load_llama(tmp_path / "clean")
+    got = load_llama(tmp_path / "strays")
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+    assert got.fingerprint == want.fingerprint
+
+
+def test_what_the_index_promises_is_there(tmp_path):
+    """Without it a tensor that no shard holds is a traceback, or one that the index leaves out
+    counts from whichever file has it."""
+    norm = "model.norm.weight"
+    _, weight_map = halves(tmp_path / "a")
+    other = PARTS[1 - PARTS.index(weight_map[norm])]
+    halves(tmp_path / "b", listed={norm: other})
+    with pytest.raises(InputError, match=f"{other}: no tensor {norm}, which the index says is here"):
+        load_llama(tmp_path / "b")
+    del weight_map[norm]
+    (tmp_path / "a" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=f"a: tensor {norm} missing"):
+        load_llama(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_stale_index_hides_no_whole_model(tmp_path, kept, capsys):
+    """Without it a model that was merged into one file isn't found, or its old shards are read."""
+    folder = tmp_path / "m"
+    halves(folder)
+    for part in PARTS[kept:]:
+        (folder / part).unlink()
+    whole = write_llama(tmp_path / "whole", seed=1) / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(whole.read_bytes())
+    assert load_llama(folder).fingerprint == load_llama(tmp_path / "whole").fingerprint
+    assert_equals_transformers(folder)
+    assert f"warning: {folder / INDEX}: ignored" in capsys.readouterr().err
+
+
+def test_a_whole_model_may_be_named_by_its_index(tmp_path, capsys):
+    """Without it model.safetensors beside a second file, both listed, would be read alone."""
+    folder = tmp_path / "m"
+    tensors, weight_map = halves(folder)
+    (folder / PARTS[0]).rename(folder / "model.safetensors")
+    named = {PARTS[0]: "model.safetensors", PARTS[1]: PARTS[1]}
+    weight_map = {name: named[part] for name, part in weight_map.items()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    got = load_llama(folder).state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "sub/../../x", "/etc/x", "..\\x", "C:\\x", "C:x"])
+def test_shards_lie_in_the_folder(tmp_path, name):
+    """Without it somebody's index has any file of this machine opened and its contents reported."""
+    halves(tmp_path / "m", listed={"model.norm.weight": name})
+    with pytest.raises(InputError) as caught:
+        load_llama(tmp_path / "m")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'm' / INDEX}: weight_map names {name!r}, expected")
+
+
+# Tied embeddings --------------------------------------------------------------------------------------
+
+
+def test_a_stored_head_counts_though_the_config_ties_it(tmp_path):
+    """Without it a head that was trained apart is dropped: other logits, and no word."""
+    folder = write_llama(tmp_path / "m")
+    tied = load_llama(folder)
+    edit(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].flip(0)}))
+    model = load_llama(folder)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.head_weight, tied.head_weight.flip(0))
+    assert not model.lm_head.weight.requires_grad and not model.lm_head.training
+    assert_equals_transformers(folder)
+
+
+def test_an_equal_head_stays_tied(tmp_path):
+    """Without it a model that stores both, as .bin files did, takes the memory of two."""
+    folder = write_llama(tmp_path / "m")
+    want = load_llama(folder)
+    edit(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    model = load_llama(folder)
+    assert model.config.tie_word_embeddings and model.state_dict().keys() == want.state_dict().keys()
+    assert model.fingerprint == want.fingerprint
+    assert_equals_transformers(folder)
+
+
+def test_the_head_alone_is_the_embedding(tmp_path):
+    """Without it what safetensors' save_model writes of a tied model, lm_head alone, is refused."""
+    folder = write_llama(tmp_path / "m")
+    want = load_llama(folder)
+    save_model(transformers_model(folder), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tensors, _ = read_safetensors(folder / "model.safetensors")
+    assert HEAD in tensors and EMBEDDING not in tensors
+    model = load_llama(folder)
+    assert model.config.tie_word_embeddings and torch.equal(model.head_weight, want.head_weight)
+    assert model.fingerprint == want.fingerprint
+    assert_equals_transformers(folder)
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path):
+    """Without it a tied model's head of another vocabulary is dropped, or fails in a comparison."""
+    folder = write_llama(tmp_path / "m")
+    edit(folder, lambda tensors: tensors.update({HEAD: torch.ones(347, 44)}))
+    with pytest.raises(InputError, match=r"lm_head.weight is \(347, 44\), expected \(331, 44\)"):
+        load_llama(folder)
+
+
+def test_an_untied_model_needs_both(tmp_path):
+    """Without it a checkpoint that lost one of the two gets the other's values."""
+    for name in (HEAD, EMBEDDING):
+        folder = write_llama(tmp_path / name, tie_word_embeddings=False)
+        edit(folder, lambda tensors, name=name: tensors.pop(name))
+        with pytest.raises(InputError, match=f"tensor {name} missing"):
+            load_llama(folder)
