@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.llama_folder import read_config, read_weights, without_init
+from common.llama_folder import read_config, read_weights, rope_context, without_init
 
 LayerCache = tuple[Tensor, Tensor]  # one layer's keys and values (b, kv heads, capacity, d)
 
@@ -39,6 +39,11 @@ class LlamaConfig:
     mlp_bias: bool = False
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     eos_token_ids: tuple = ()
+
+    @property
+    def context(self) -> int:
+        """How many positions a sequence may have: some kinds of RoPE stretch them."""
+        return rope_context(self.max_position_embeddings, self.rope)
 
 
 class RMSNorm(nn.Module):
@@ -121,10 +126,9 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids: Tensor, cache=None, counts=None, depth=None, lengths=None) -> Tensor:
-        """ids (b, t) -> (b, t, h). With a KVCache, row j's ids follow its cached tokens; the first
-        counts[j] are real (default: all) and join it; ValueError where it is too small. Without
-        one, `lengths` are those of the packed sequences in ids (1, n), and `depth` is how many
-        blocks run (default: all)."""
+        """ids (b, t) -> (b, t, h), through `depth` blocks (default: all). With a KVCache, row j's ids
+        follow its cached tokens, and the first counts[j] (default: all) join it; ValueError where
+        it is full. Without one, `lengths` are those of the packed sequences in ids (1, n)."""
         if cache is not None and counts is None:
             counts = torch.full_like(cache.lengths, ids.shape[1])
         x = self.embed_tokens(ids.flatten())  # (n, h)
@@ -198,7 +202,6 @@ def lay_out(config: LlamaConfig, ids: Tensor, cache, counts, lengths, dtype: tor
     b, t = ids.shape
     device = ids.device
     step = torch.arange(max(lengths or [t]), device=device)
-    longest = len(step)  # of positions + 1, for 'dynamic' rope alone
     if lengths:
         positions = torch.cat([step[:length] for length in lengths])[None]
         repeats = torch.tensor(lengths, device=device)
@@ -210,9 +213,8 @@ def lay_out(config: LlamaConfig, ids: Tensor, cache, counts, lengths, dtype: tor
         if cache.end + t > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} positions is full: {cache.end} + {t}")
         positions = cache.lengths[:, None] + positions
-        if config.rope["rope_type"] == "dynamic":  # only then: reading a value waits for the GPU
-            longest = int((cache.lengths + counts).max())
-    angle = positions.reshape(-1, 1, 1) * rope_frequencies(config, longest, device)  # (n, 1, d/2)
+    ends = repeats if cache is None else cache.lengths + counts  # (b,)
+    angle = positions.reshape(-1, 1, 1) * rope_frequencies(config, ends[sample])  # (n, 1, d/2)
     cos = torch.cat((angle.cos(), angle.cos()), -1)
     sin = torch.cat((-angle.sin(), angle.sin()), -1)
     return Layout(positions, sample, lengths, cos.to(dtype), sin.to(dtype))
@@ -224,15 +226,16 @@ def visible(positions: Tensor, cached: int) -> Tensor:
     return keys <= positions[:, None, :, None]
 
 
-def rope_frequencies(config: LlamaConfig, length: int, device=None) -> Tensor:
-    """Inverse frequencies (d/2,), float32; 'dynamic' depends on `length`, longest position + 1."""
+def rope_frequencies(config: LlamaConfig, lengths: Tensor) -> Tensor:
+    """Inverse frequencies (d/2,), float32. With 'dynamic' (n, 1, d/2), as they follow `lengths`
+    (n,): how long each token's sequence is by now."""
     rope = config.rope
     d = config.head_dim
     theta = rope["rope_theta"]
-    if rope["rope_type"] == "dynamic" and length > config.max_position_embeddings:
-        stretch = rope["factor"] * length / config.max_position_embeddings - (rope["factor"] - 1)
-        theta = theta * stretch ** (d / (d - 2))
-    frequency = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
+    if rope["rope_type"] == "dynamic":
+        beyond = (lengths[:, None, None] / config.max_position_embeddings - 1).clamp(min=0)
+        theta = theta * (1 + rope["factor"] * beyond) ** (d / (d - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, d, 2, device=lengths.device).float() / d)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
     if rope["rope_type"] == "llama3":  # stretch long waves, keep short ones, interpolate
@@ -254,8 +257,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, stored=None) -> Tens
     sequence up to itself. New keys and values are written into `stored`, see Attention."""
     if layout.lengths:
         sequences = zip(*(y.split(layout.lengths) for y in (q, k, v)), strict=True)
-        ys = [softmax_attention(q[None], k[None], v[None])[0] for q, k, v in sequences]
-        return torch.cat(ys)
+        return torch.cat([softmax_attention(q[None], k[None], v[None])[0] for q, k, v in sequences])
     b = len(layout.positions)
     q, k, v = (y.unflatten(0, (b, -1)) for y in (q, k, v))  # (b, t, heads, d)
     if stored is not None:
@@ -284,10 +286,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 class KVCache:
-    """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d), and lengths (b,)
-    int64, how many tokens each row holds, at most `end`. What is cached is never computed again,
-    whatever changes in the model. `replayable` is for fast/: while the caller leaves it equal, and
-    not None, only the tokens change."""
+    """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d). Row j holds
+    lengths[j], at most `end`; none is computed again, whatever changes in the model. `replayable`
+    is for fast/: while the caller leaves it equal, and not None, only the tokens change."""
 
     replayable = None
 
@@ -306,14 +307,12 @@ class KVCache:
 
 
 def load_llama(folder, dtype: torch.dtype | None = None, device="cpu") -> Llama:
-    """A Llama from a Hugging Face folder, frozen, in eval mode; `dtype` None: as stored. Filled
-    tensor by tensor, so that no second copy of the weights ever exists. Raises InputError
-    (common/files.py) for what is missing, left over, misshapen or not finite."""
+    """A Llama from a Hugging Face folder, frozen, in eval mode; `dtype` None: as stored. No second
+    copy of the weights ever exists. Raises InputError (common/files.py) for a folder that is bad."""
     config = LlamaConfig(**read_config(folder))
     with torch.device("meta"), without_init():
         model = Llama(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors, model.fingerprint = read_weights(folder, shapes, dtype, device)
+    tensors, model.fingerprint = read_weights(folder, model.state_dict(), dtype, device)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:  # stored apart
         config.tie_word_embeddings = False
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False, device="meta")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -13,14 +14,35 @@ from torch import nn
 from common.devices import DTYPES
 from common.files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
 
-# RoPE type -> the fields that it needs besides rope_theta.
+# RoPE type -> the fields that it needs besides rope_theta. 'linear' and 'dynamic' stretch the
+# context by their factor; the max_position_embeddings of 'llama3' is the stretched one.
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+STRETCHED = ("linear", "dynamic")
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+# Fields of Llama's relatives that change the arithmetic and aren't implemented -> the values that
+# leave it as it is, as null does. _check_variants has those that depend on the sizes.
+SWITCHES = """alibi attn_temperature_tuning parallel_attn qk_layernorm qk_norm rope_interleave
+    scale_embedding use_bidirectional_attention use_parallel_residual use_qk_norm"""
+FACTORS = """attention_factor embedding_multiplier lm_head_multiplier logit_scale logits_scaling
+    partial_rotary_factor residual_multiplier rotary_pct scale_emb"""
+ANY = """attention_chunk_size attn_logit_softcapping clip_qkv final_logit_softcapping
+    original_max_position_embeddings quantization_config scale_depth"""
+NEUTRAL = {
+    **dict.fromkeys(SWITCHES.split(), [False]),
+    **dict.fromkeys(FACTORS.split(), [1]),
+    **dict.fromkeys(ANY.split(), []),  # original_max_... is read inside rope_scaling only
+    "hidden_activation": ["silu"],
+    "is_causal": [True],
+    "norm_type": ["rms_norm", "rmsnorm"],
+    "num_experts": [0],
+    "num_local_experts": [0],
+    "position_embedding_type": ["rope", "rotary"],
+}
 
 # config.json --------------------------------------------------------------------------------------
 
@@ -71,7 +93,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), (dict, type(None))):
             refuse(name, "an object or null")
-    return dict(
+    fields = dict(
         **sizes,
         head_dim=head_dim,
         rms_norm_eps=eps,
@@ -81,20 +103,62 @@ def read_config(path: str | Path) -> dict[str, Any]:
         rope=_read_rope(raw, file),
         eos_token_ids=_read_eos(raw, folder),
     )
+    _check_variants(raw, fields, file)
+    return fields
+
+
+def _check_variants(raw, fields, file):
+    """Refuses a config.json whose arithmetic is another one; `fields` are LlamaConfig's."""
+    layers = fields["num_hidden_layers"]
+    neutral = NEUTRAL | {
+        "attention_multiplier": [fields["head_dim"] ** -0.5],
+        "dim_model_base": [fields["hidden_size"]],
+        "layer_norm_eps": [fields["rms_norm_eps"]],
+        "layer_types": [["full_attention"] * layers],
+        "no_rope_layers": [[1] * layers],  # 1 where a layer has RoPE
+        "query_pre_attn_scalar": [fields["head_dim"]],
+        "rotary_dim": [fields["head_dim"]],
+    }
+    for name, values in neutral.items():
+        if raw.get(name) not in (None, *values):
+            expected = " or ".join(json.dumps(value) for value in (None, *values))
+            found = f"{name} is {raw[name]!r}, which isn't implemented"
+            raise InputError(f"{file}: {found}: expected {expected}")
+    window = raw.get("sliding_window")
+    if window is None or raw.get("use_sliding_window") is False:
+        return
+    context = rope_context(fields["max_position_embeddings"], fields["rope"])
+    if not isinstance(window, int) or window < context:
+        found = f"sliding_window is {window!r}, which isn't implemented"
+        raise InputError(f"{file}: {found}: expected null or at least the context, {context}")
+
+
+def rope_context(max_position_embeddings: int, rope: dict[str, Any]) -> int:
+    """How many positions a sequence may have."""
+    stretch = rope["factor"] if rope["rope_type"] in STRETCHED else 1
+    return int(max_position_embeddings * stretch)
 
 
 def _read_rope(raw, file):
     """The RoPE fields of rope_theta with rope_scaling, or of the newer rope_parameters."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or {})
-    rope |= raw.get("rope_parameters") or {}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in list(ROPE_FIELDS):  # a list, as a JSON value may be unhashable
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as in transformers
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in list(ROPE_FIELDS):  # a list, as a JSON value may be unhashable
         supported = ", ".join(ROPE_FIELDS)
-        raise InputError(f"{file}: rope type is {rope['rope_type']!r}, supported: {supported}")
-    for name in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
+        raise InputError(f"{file}: rope type is {kind!r}, supported: {supported}")
+    for name in ("rope_theta", *ROPE_FIELDS[kind]):
         if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
-            found = f"rope {rope['rope_type']!r}: {name} is {rope.get(name)!r}"
+            found = f"rope {kind!r}: {name} is {rope.get(name)!r}"
             raise InputError(f"{file}: {found}, expected a number above 0")
+    if "factor" in ROPE_FIELDS[kind] and not 1 <= rope["factor"] <= 1e6:
+        found = f"rope {kind!r}: factor is {rope['factor']!r}"
+        raise InputError(f"{file}: {found}, expected a number from 1 to 1,000,000")
+    known = {"rope_type", "type", "rope_theta", *ROPE_FIELDS["llama3"]}
+    for name in sorted(rope.keys() - known):
+        if rope[name] not in (None, *NEUTRAL.get(name, [])):
+            found = f"rope {kind!r}: {name} is {rope[name]!r}"
+            raise InputError(f"{file}: {found}, which isn't implemented")
     return rope
 
 
@@ -201,18 +265,19 @@ def without_init() -> Iterator[None]:
 
 def read_weights(
     folder: str | Path,
-    shapes: dict[str, tuple[int, ...]],
+    expected: dict[str, torch.Tensor],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[dict[str, torch.Tensor], str]:
     """({name: tensor}, fingerprint) of a model folder's safetensors, read one tensor at a time.
 
-    `shapes` are those of the model's tensors; `dtype` None keeps the file's. Where they have no
-    lm_head, as it is tied to the embedding, either one may be stored alone, and as in transformers
-    a head of other values is returned too. Raises InputError for a tensor that is missing,
-    unexpected, of the wrong shape or not finite. The fingerprint is the sha256 over each tensor's
-    name, shape and first 256 values: enough to tell bases apart without hashing gigabytes.
+    `expected` is the model's state_dict; `dtype` None keeps the file's. Without an lm_head in it,
+    which is then tied to the embedding, either may be stored alone, and as in transformers a head
+    of other values is returned too. Raises InputError for a tensor that is missing, unexpected, of
+    the wrong shape or not finite. The fingerprint is the sha256 over each tensor's name, shape and
+    first 256 values: enough to tell bases apart without hashing gigabytes.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     sources = weight_map(folder)
     tied = HEAD not in shapes
     head_name = EMBEDDING if tied and EMBEDDING not in sources else HEAD

@@ -281,7 +281,12 @@ def only_bin(kit, side):
 
 @table(
     "shards",
-    {"two missing": ("",), "bad json": ('{\n"weight_map"',), "no map": ('{"weight_map": {"a": 1}}',)},
+    {
+        "two missing": ("",),
+        "bad json": ('{\n"weight_map"',),
+        "no map": ('{"weight_map": {"a": 1}}',),
+        "outside": ('{"weight_map": {"a": "../a.safetensors"}}',),
+    },
     shards,
 )
 def test_shards(outcomes, row):
@@ -313,6 +318,8 @@ BASE_CONFIG = {
     "rope field": ({"rope_scaling": LLAMA3}, ["llama3", "low_freq_factor", "None"]),
     "rope text": ({"rope_scaling": "linear"}, ["rope_scaling", "linear"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+    "softcap": ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0", "null"]),
+    "window": ({"sliding_window": 48}, ["sliding_window", "48", "97"]),
     "size missing": ({"hidden_size": None}, ["hidden_size", "None"]),
     "size text": ({"num_hidden_layers": "3"}, ["num_hidden_layers", "'3'"]),
     "head_dim": ({"head_dim": 7}, ["head_dim", "7", "even"]),

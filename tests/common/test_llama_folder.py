@@ -1,4 +1,5 @@
-"""Reading a Llama folder: which file a tensor counts from, and which head a tied model has."""
+"""Reading a Llama folder: configs of another arithmetic, which file a tensor counts from, and which
+head a tied model has."""
 
 import json
 
@@ -36,6 +37,106 @@ def edit(folder, change):
     tensors, _ = read_safetensors(folder / "model.safetensors")
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
+
+
+# config.json -----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "alibi": True,
+    "attention_chunk_size": 8192,
+    "attention_multiplier": 0.5,
+    "attn_logit_softcapping": 50.0,
+    "clip_qkv": 8.0,
+    "dim_model_base": 256,
+    "embedding_multiplier": 12.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "is_causal": False,
+    "layer_norm_eps": 1e-3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "logit_scale": 0.0625,
+    "logits_scaling": 8.0,
+    "no_rope_layers": [1, 1, 0],
+    "norm_type": "layer_norm",
+    "num_local_experts": 8,
+    "original_max_position_embeddings": 37,
+    "partial_rotary_factor": 0.5,
+    "position_embedding_type": "absolute",
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+    "query_pre_attn_scalar": 256,
+    "residual_multiplier": 0.22,
+    "rope_interleave": True,
+    "rotary_dim": 2,
+    "rotary_pct": 0.25,
+    "scale_depth": 1.4,
+    "scale_emb": 12,
+    "sliding_window": 96,
+    "use_parallel_residual": True,
+    "use_qk_norm": True,
+}
+NEUTRAL = {
+    "attention_multiplier": 6**-0.5,
+    "attn_logit_softcapping": None,
+    "dim_model_base": 44,
+    "embedding_multiplier": 1.0,
+    "hidden_activation": "silu",
+    "is_causal": True,
+    "layer_norm_eps": 1e-5,
+    "layer_types": ["full_attention"] * 3,
+    "logits_scaling": 1,
+    "no_rope_layers": [1, 1, 1],
+    "norm_type": "rms_norm",
+    "num_experts": 0,
+    "partial_rotary_factor": 1.0,
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 97,
+    "use_qk_norm": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_arithmetic_is_refused_by_name(tmp_path, name):
+    """Without it Granite's multipliers, Gemma's softcaps or a sliding window in a Llama's config
+    are ignored: a model of the right shapes answers with other numbers."""
+    with pytest.raises(InputError) as caught:
+        write_llama(tmp_path / "m", **{name: REFUSED[name]})
+    found = f"{tmp_path / 'm' / 'config.json'}: {name} is {REFUSED[name]!r}, which isn't implemented"
+    assert str(caught.value).startswith(f"{found}: expected null")
+
+
+def test_neutral_values_are_accepted(tmp_path):
+    """Without it a config that names such a field only to say that it is off is refused."""
+    folder = write_llama(tmp_path / "m", **NEUTRAL, rope_scaling={"type": "default", "mscale": None})
+    want = load_llama(write_llama(tmp_path / "plain"))(IDS)
+    assert torch.equal(load_llama(folder)(IDS), want)
+    write_llama(tmp_path / "off", sliding_window=7, use_sliding_window=False)
+    stretched = {"type": "linear", "factor": 2.0}
+    write_llama(tmp_path / "long", sliding_window=194, rope_scaling=stretched)
+    with pytest.raises(InputError, match="at least the context, 194"):
+        write_llama(tmp_path / "short", sliding_window=193, rope_scaling=stretched)
+
+
+ROPES = {
+    "a part of the head": ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "another scaling's": ({"type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "alpha is 1000.0"),
+    "a layer type's": ({"full_attention": {"rope_theta": 523.0}}, "full_attention is {"),
+    "shrunk": ({"type": "linear", "factor": 0.5}, "factor is 0.5, expected a number from 1"),
+    "endless": ({"type": "dynamic", "factor": 1e308}, "factor is 1e+308, expected a number from 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROPES)
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_another_rope_is_refused_by_name(tmp_path, case, field):
+    """Without it a field of RoPE that isn't read turns every position by another angle."""
+    rope, said = ROPES[case]
+    with pytest.raises(InputError) as caught:
+        write_llama(tmp_path / "m", **{field: rope})
+    assert said in str(caught.value) and str(caught.value).startswith(
+        f"{tmp_path / 'm' / 'config.json'}: rope"
+    )
 
 
 # The index ------------------------------------------------------------------------------------------

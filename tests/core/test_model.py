@@ -165,6 +165,75 @@ def test_bfloat16_equals_transformers(tmp_path):
     assert (ours.float() - theirs.float()).abs().max() < 1e-2 * theirs.float().abs().max()
 
 
+BEYOND = {
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.3}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.7}},
+    "dynamic, new layout": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 523.0},
+    },
+    "llama3": {"head_dim": 10, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+    "default": {},
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+@pytest.mark.parametrize("start", [5, 17])
+def test_greedy_tokens_equal_transformers_beyond_the_trained_length(tmp_path, case, start):
+    """Without it 'dynamic' never acts, or turns keys that it rotated before: the frequencies follow
+    the length at each step, and what is cached stays. In a batch each row has its own length."""
+    from helpers_oracles import LlamaForCausalLM
+
+    folder = llama_folder(tmp_path / "m", max_position_embeddings=13, **BEYOND[case])
+    steps = 29
+    model = make_fast(load_llama(folder))
+    rows = [random_ids(1, n, seed=n) for n in (start, start + 3, 2)]
+    want = []
+    for row in rows:  # each by an oracle of its own: it keeps the longest length that it saw
+        oracle = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        want.append(oracle.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :])
+    counts = torch.tensor([row.shape[1] for row in rows])
+    padded = torch.zeros(3, int(counts.max()), dtype=torch.int64)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: ids.shape[1]] = ids[0]
+    cache = model.new_cache(3, padded.shape[1] + steps)
+    logits = model(padded, cache, counts)[torch.arange(3), counts - 1]
+    got = [logits.argmax(-1)]
+    while len(got) < steps:
+        got.append(model(got[-1][:, None], cache)[:, 0].argmax(-1))
+    assert torch.stack(got, 1).tolist() == torch.stack(want).tolist()
+
+
+@pytest.mark.parametrize("case", ["dynamic", "linear"])
+def test_packed_sequences_beyond_the_trained_length_equal_each_alone(tmp_path, case):
+    """Without it a short sequence is trained with the frequencies of the longest beside it."""
+    model = load_llama(llama_folder(tmp_path / "m", max_position_embeddings=13, **BEYOND[case]))
+    rows = [random_ids(1, n, seed=n) for n in (7, 31, 19)]
+    hidden = model.model(torch.cat(rows, 1), lengths=[7, 31, 19])
+    close(hidden, torch.cat([model.model(row) for row in rows], 1))
+
+
+def test_the_context_follows_the_rope(tmp_path):
+    """Without it 'linear' and 'dynamic' end where their work begins, or 'llama3', whose config
+    counts the stretched positions, is stretched twice."""
+    for case, want in {"linear": 29, "dynamic": 48, "llama3": 13, "default": 13}.items():
+        folder = llama_folder(tmp_path / case, max_position_embeddings=13, **BEYOND[case])
+        assert load_llama(folder).config.context == want  # 13 * 2.3 = 29.9, 13 * 3.7 = 48.1
+
+
+def test_rope_scaling_counts_before_rope_parameters(tmp_path):
+    """Without it a config with both, of a model that was edited after it was saved, gets a mixture
+    of the two that nobody wrote."""
+    folder = llama_folder(
+        tmp_path / "m",
+        rope_scaling={"rope_type": "linear", "factor": 2.3},
+        rope_parameters={"rope_type": "dynamic", "factor": 5.0, "rope_theta": 71.0},
+    )
+    ids = random_ids(2, 29)
+    close(load_llama(folder)(ids), transformers_logits(folder, ids))
+
+
 # Loading ------------------------------------------------------------------------------------------------------------
 
 
