@@ -1,14 +1,15 @@
 """Exact match, yes/no, final number, BLEU, ROUGE: strings in, numbers from 0 to 100 out.
 
 An empty answer is a wrong answer, never dropped. BLEU is sacrebleu's corpus BLEU; the other scores
-are means over examples. Intervals are 95 % percentile bootstraps over the examples, seeded. Where
-all examples score alike, as at 0 or 100 %, a bootstrap has no width and says nothing about other
-examples. This file also has the scores that MeteoRA's released code would give, and reads the
-numbered answers to a composite prompt.
+are means over examples. For BLEU and ROUGE a letter of a script without spaces is a word. Intervals
+are 95 % percentile bootstraps over the examples, seeded. Where all examples score alike, as at 0 or
+100 %, a bootstrap has no width and says nothing about other examples. This file also has the scores
+that MeteoRA's released code would give, and reads the numbered answers to a composite prompt.
 """
 
 import importlib.metadata
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,6 +23,13 @@ COUNTED = ("exact_match", "yes_no", "gsm8k")  # by these an answer is right or w
 ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}  # -> rouge-score's name
 METRICS = (*COUNTED, "bleu", *ROUGE)
 NUMBER = re.compile(r"^[^\S\n]*([0-9]{1,3})[.)](?!\S)", re.MULTILINE)
+
+SIGNED = re.compile(r"((?<!\d)(?P<minus>[-\u2212])\\?[$€£¥]?)?(?P<digits>\d[\d,]*\.?\d*|\.\d+)")
+# Scripts written without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 @dataclass
@@ -57,12 +65,22 @@ def yes_no(answer: str, target: str) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after '####', GSM8K's mark of an answer, else the last number, if any."""
-    _, mark, marked = text.partition("####")
-    numbers = re.findall(r"(?:(?<!\d)-)?(?:\d[\d,]*\.?\d*|\.\d+)", marked if mark else text)
-    if not numbers:
-        return None
-    return Decimal(numbers[0 if mark else -1].replace(",", ""))  # exact at any length
+    """The number after the last '####', GSM8K's mark of an answer, that has one; None where no mark
+    has one, and without a mark the last number, if any.
+
+    Commas between digits, LaTeX's {,} among them, and a currency sign after the minus are ignored.
+    """
+    before, *marked = text.replace("{,}", ",").split("####")
+    for part in reversed(marked):
+        if found := SIGNED.search(part):
+            return _number(found)
+    numbers = [] if marked else list(SIGNED.finditer(before))
+    return _number(numbers[-1]) if numbers else None
+
+
+def _number(found):
+    sign = -1 if found["minus"] else 1
+    return sign * Decimal(found["digits"].replace(",", ""))  # exact at any length
 
 
 def gsm8k(answer: str, target: str) -> float:
@@ -80,11 +98,48 @@ def right(metric: str, answer: str | None, target: str) -> bool:
     return bool(one(answer or "", target))
 
 
+def space_out(text: str) -> str:
+    """Puts spaces around each letter, with its marks, of a script that is written without them."""
+    spaced = ""
+    for character in text:
+        if not UNSPACED.match(character):
+            spaced += character
+        elif unicodedata.category(character)[0] == "M":  # it belongs to the letter before it
+            spaced = f"{spaced.rstrip(' ')}{character} "
+        else:
+            spaced += f" {character} "
+    return spaced
+
+
+class EveryScript:
+    """rouge-score's tokens, and the words that it drops: it keeps a-z and 0-9 alone, so that a
+    Russian text has no tokens, and a Japanese one only its numbers. A word in which it finds
+    nothing is one token; of a script without spaces each letter is."""
+
+    def __init__(self):
+        tokenizers = _optional("rouge_score.tokenizers", "rouge-score")
+        self.english = tokenizers.DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Text -> its tokens, in order; those of an English text are rouge-score's."""
+        kept = ""
+        for character in space_out(text.lower()):
+            kind = unicodedata.category(character)
+            keep = kind[0] in "LM" or kind in ("Nd", "Nl")  # letters, their marks, digits, 〇
+            kept += character if keep else " "
+        tokens = []
+        for word in kept.split():
+            whole = [unicodedata.normalize("NFC", word)] if any(map(str.isalnum, word)) else []
+            tokens += self.english.tokenize(word) or whole
+        return tokens
+
+
 def rouge(metric: str, answers: list[str], targets: list[str]) -> list[float]:
-    """F1 of each answer by rouge_1, rouge_2 or rouge_l (rouge-score, with stemming), 0 to 1."""
+    """F1 of each answer by rouge_1, rouge_2 or rouge_l, 0 to 1: rouge-score's with stemming, for
+    the tokens of EveryScript."""
     name = ROUGE[metric]
     scorers = _optional("rouge_score.rouge_scorer", "rouge-score")
-    scorer = scorers.RougeScorer([name], use_stemmer=True)
+    scorer = scorers.RougeScorer([name], tokenizer=EveryScript())
     return [scorer.score(t, a)[name].fmeasure for a, t in zip(answers, targets, strict=True)]
 
 
@@ -98,6 +153,8 @@ def score(metric: str, answers: list[str], targets: list[str], seed: int = 0, re
         values = [right(metric, answer, target) for answer, target in pairs]
         return mean_score(metric, values, seed, resamples)
     bleu = _optional("sacrebleu").BLEU()
+    pairs = [(space_out(answer), space_out(target)) for answer, target in pairs]
+    answers, targets = map(list, zip(*pairs, strict=True))
     value = bleu.corpus_score(answers, [targets]).score
     # Corpus BLEU is a function of summed n-gram counts: resample the counts, not the texts.
     counts = np.array([_bleu_counts(bleu, answer, target) for answer, target in pairs])
@@ -149,12 +206,12 @@ def signature(metric: str) -> str:
     if metric in ROUGE:
         _optional("rouge_score", "rouge-score")
         version = importlib.metadata.version("rouge-score")
-        options = "measure:f1|stemmer:porter|mean:examples"
+        options = "measure:f1|stemmer:porter|other scripts:words or letters|mean:examples"
         return f"{ROUGE[metric]}|{options}|version:rouge-score {version}"
     return {
         "exact_match": "equal but for surrounding space, runs of space and one final full stop; case counts",
         "yes_no": "the first word is the target's yes or no; case and marks before it are ignored",
-        "gsm8k": "the first number after '####', else the last one, equals the target's; commas are ignored",
+        "gsm8k": "the number after the last '####' that has one, else the last, is the target's; commas are ignored",
     }[metric]
 
 

@@ -72,6 +72,17 @@ def test_bleu_is_sacrebleu(count):
     assert (found.n, found.metric) == (count, "bleu")
 
 
+def test_bleu_of_chinese_is_sacrebleus_with_its_chinese_tokenizer():
+    """Without it a sentence without spaces is one word, and the BLEU of a right answer is 0."""
+    targets = ["東京是日本的首都。", "我喜歡吃蘋果，也喜歡吃梨。"]
+    answers = ["東京是中國的首都。", "我喜歡吃蘋果，不喜歡吃梨。"]
+    expected = corpus_bleu(answers, [targets], tokenize="zh").score
+    assert 10 < expected < 90
+    assert score("bleu", answers, targets, resamples=3).score == pytest.approx(expected, abs=0.005)
+    for text in ("東京は日本の首都です", "กรุงเทพเป็นเมืองหลวง", "Москва это столица России"):
+        assert score("bleu", [text], [text], resamples=3).score == 100
+
+
 def test_bleu_has_the_default_signature():
     """Without it another tokenizer or smoothing makes the numbers incomparable: 'don't' and 'don '
     t' differ."""
@@ -108,6 +119,60 @@ def test_rouge_is_rouge_score(metric, name):
     found = score(metric, answers, targets, resamples=10)
     assert found.score == pytest.approx(100 * np.mean(expected), abs=0.005)
     assert (found.n, found.metric) == (9, metric)
+
+
+ENGLISH = st.text(
+    st.characters(max_codepoint=127) | st.sampled_from("\u2019\u201c\u2014éïöﬁ€²°❤\ufe0f 😀"), max_size=40
+)
+
+
+@given(ENGLISH.map(lambda text: f"the café {text}"), ENGLISH)
+def test_rouge_of_english_is_rouge_scores(answer, target):
+    """Without it tokens for other scripts change the scores that papers report: an accent, a curly
+    quote or an emoji within English makes no other token."""
+    target = re.sub(r"(?<![a-zA-Z0-9])[éïöﬁ]+(?![a-zA-Z0-9])", "", target)
+    answer = re.sub(r"(?<![a-zA-Z0-9])[éïöﬁ]+(?![a-zA-Z0-9])", "", answer)
+    for metric, name in ROUGE.items():
+        expected = RougeScorer([name], use_stemmer=True).score(target, answer)[name].fmeasure
+        assert rouge(metric, [answer], [target]) == [expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "東京は日本の首都です。",
+        "我喜歡吃蘋果",
+        "Привет, мир!",
+        "กรุงเทพเป็นเมืองหลวง",
+        "ພາສາລາວ",
+        "हिन्दी भाषा",
+        "한국어 문장",
+        "اللغة العربية",
+        "Ελληνική γλώσσα",
+        "à é",
+    ],
+)
+def test_rouge_of_a_text_with_itself_is_1(text):
+    """Without it every right answer in another script scores 0."""
+    assert [rouge(metric, [text], [text]) for metric in ROUGE] == [[1.0]] * 3
+    assert [rouge(metric, ["English words"], [text]) for metric in ROUGE] == [[0.0]] * 3
+
+
+@pytest.mark.parametrize(
+    "answer, target, one, two, longest",
+    [
+        ("Привет, МИР", "мир привет", 1, 0, 1 / 2),  # 2 words, no pair in order
+        ("2024年は夏", "2024年は冬", 3 / 4, 2 / 3, 3 / 4),  # 4 tokens; without 年は夏 it would be 1
+        ("iPhone を買う", "iPhone を売る", 2 / 4, 1 / 3, 2 / 4),
+        ("จำได้", "จำได", 3 / 4, 2 / 3, 3 / 4),  # จ ำ ไ ด้: a tone mark belongs to its letter
+        ("हिन्दी", "हिन्दू", 0, 0, 0),  # the vowel signs count
+        ("\u0438\u0306", "\u0439", 1, 0, 1),  # й in two characters and in one
+    ],
+)
+def test_rouge_of_other_scripts_by_hand(answer, target, one, two, longest):
+    """Without it a Japanese answer is scored by its numbers alone, or Hindi by its consonants."""
+    for metric, expected in (("rouge_1", one), ("rouge_2", two), ("rouge_l", longest)):
+        assert rouge(metric, [answer], [target]) == [pytest.approx(expected)]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +259,17 @@ def test_yes_no(answer, target, right):
         ("it is 12.", 12),
         ("-5", -5),
         ("#### -17", -17),
-        ("5 #### 6 #### 7", 6),
+        ("5 #### 6 #### 7", 7),
+        ("#### Step 1: 3 + 4 = 7 #### Step 2 #### 10", 10),
+        ("#### Step 1 ... #### 10", 10),
+        ("so #### 10\n#### Done", 10),
+        ("#### 10 dollars for 3", 10),
+        ("8{,}000", 8000),
+        ("#### 1{,}234{,}567", 1234567),
+        ("#### -$3", -3),
+        ("#### -\\$3{,}000.50", -3000.5),
+        ("he lost \u221217", -17),
+        ("it cost $5-$3", 3),
         ("#### 42\n\nQ: There are 7 apples", 42),
         ("5-3", 3),
         ("first 3, then 4", 4),
@@ -208,8 +283,8 @@ def test_yes_no(answer, target, right):
     ],
 )
 def test_final_number(text, number):
-    """Without it thousands, signs, full stops or the working before '####' change the answer that
-    is scored."""
+    """Without it thousands, signs, full stops, steps with a mark of their own or the working before
+    '####' change the answer that is scored."""
     assert final_number(text) == number
 
 
