@@ -49,7 +49,7 @@ class Options(Sampling):
     truncate: Literal["no", "left", "right"] = "no"  # where to cut a prompt that is longer than the context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the weights' dtype, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    compile: bool | None = None  # torch.compile the blocks; default where many tokens repay it
+    compile: bool | None = None  # torch.compile the blocks; default where that saves time
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write the routing as a web page to this file
     json: bool = False  # one JSON object a prompt on standard output
