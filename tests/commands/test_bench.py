@@ -43,14 +43,15 @@ def test_layer():
         (7, 5, 5),
     ]
     for row in table:
-        for kind, spellings in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
-            best = min(row[spelling + kind] for spelling in spellings)
+        for kind, backends in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
+            best = min(row[backend + kind] for backend in backends)
             assert row["auto / best" + kind] == pytest.approx(row["auto" + kind] / best)
 
 
 @pytest.mark.parametrize(("args", "line"), [
     (["layer", "--n", "1,x"], "--n is '1,x', expected numbers above 0 with ',' between them"),
-    (["layer", "--width", "5x7x11"], "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
+    (["layer", "--width", "5x7x11"],
+     "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
     (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
     (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
     (["prefill", "--e", "0"], "--e is '0', expected numbers above 0 with ',' between them"),

@@ -141,7 +141,7 @@ def test_bad_options_are_refused_before_any_work(args, words):
     assert_refused(command("eval.py", *args), *words)
 
 
-# Stopping and going on, composites, what a run says of itself -------------------------------------------------------
+# Stopping and going on, composites, what a run says of itself -------------------------------------
 
 WIDE = ("ant", "bee", "cat")
 METHODS = "base,oracle,meteora"
@@ -445,12 +445,14 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
     [
         (["--composite", "3,x"], "--composite is '3,x', expected numbers above 0"),
         (["--composite", "2.5"], "--composite is '2.5'"), (["--composite", "0"], "--composite is '0'"),
-        (["--composite", "3,-2"], "--composite is '3,-2'"), (["--composites", 0], "--composites is 0, expected at le"),
+        (["--composite", "3,-2"], "--composite is '3,-2'"),
+        (["--composites", 0], "--composites is 0, expected at le"),
         (["--composite_temperature", "hot"], "--composite_temperature is 'hot', expected numbers above 0"),
         (["--composite_temperature", "1,0"], "--composite_temperature is '1,0'"),
         (["--composite_temperature", "nan"], "--composite_temperature is 'nan'"),
         (["--composite_temperature", ","], "--composite_temperature is ','"),
-        (["--ood", "--composite", "", "--methods", "adapter:ant"], "--ood: adapter:ant has no adapter of a task"),
+        (["--ood", "--composite", "", "--methods", "adapter:ant"],
+         "--ood: adapter:ant has no adapter of a task"),
         (["--encoder", "nowhere"], "nowhere: no such folder of a sentence-transformers model"),
         (["--composite", "4"], "composite-4 needs 4 tasks, there are 3: ant, bee, cat"),
         (["--methods", "lorahub:ant,soft"], "soft.safetensors: python train.py gates --kind soft makes it"),

@@ -105,7 +105,7 @@ def tokens_of(mole, prompts, method, **options):
     return rows
 
 
-# Batch = alone ------------------------------------------------------------------------------------------------------
+# Batch = alone ------------------------------------------------------------------------------------
 
 FIXED = ["base", "uniform", *(f"adapter:{name}" for name in NAMES), "base"]
 MIXED = [
@@ -232,7 +232,7 @@ def test_bfloat16_answers_too(small_model, pool):
     assert all(len(row) > 1 for row in tokens_of(mole, PROMPTS, MIXED, max_new_tokens=5))
 
 
-# The sampler --------------------------------------------------------------------------------------------------------
+# The sampler --------------------------------------------------------------------------------------
 
 
 def test_seeds_and_the_limits_of_sampling(mole):
@@ -284,7 +284,7 @@ def test_greedy_is_the_argmax_of_each_row():
     assert sample(logits, Sampling(), None).tolist() == [1, 0]
 
 
-# Where answers end --------------------------------------------------------------------------------------------------
+# Where answers end --------------------------------------------------------------------------------
 
 
 def test_every_eos_of_the_list_ends_an_answer(tmp_path, capsys):
@@ -336,7 +336,8 @@ def test_finish_reasons(tmp_path):
 
 
 def test_a_large_limit_costs_no_memory(tmp_path):
-    """--max_new_tokens 1000000000 means "until it ends": the context bounds the answer, and so it must the cache."""
+    """--max_new_tokens 1000000000 means "until it ends": the context bounds the answer and so must
+    bound the cache."""
     mole = load(scripted(tmp_path / "m", {}, room=31))
     (row,) = tokens_of(mole, ["dog"], "base", max_new_tokens=10**12)
     assert row[-1][3] == "context"
@@ -393,7 +394,7 @@ def test_prompts_that_no_model_can_answer(tmp_path, mole):
         answer(load(folder), strange, raw=True)
 
 
-# Methods ------------------------------------------------------------------------------------------------------------
+# Methods ------------------------------------------------------------------------------------------
 
 
 def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole):
@@ -406,7 +407,7 @@ def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole
     assert answer(mole, PROMPTS[:2]) == answer(mole, PROMPTS[:2], method="meteora_top2")
 
 
-# The command --------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -572,7 +573,8 @@ def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
     working directory."""
     os.symlink(pool, tmp_path / "pool")
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv.append('--not-an-option'); import generate\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv.append('--not-an-option')\n"
+        "import generate\n"
         f"mole = generate.load({str(small_model)!r}, 'pool')\n"
         "asked = {'method': 'adapter:elm', 'max_new_tokens': 5}\n"
         "ids = [token.id for token in generate.stream(mole, ['the fox'], **asked)]\n"

@@ -90,7 +90,7 @@ def tokenizers(folders):
     return {kind: Tokenizer(folder) for kind, folder in folders.items()}
 
 
-# Ids ----------------------------------------------------------------------------------------------------------------
+# Ids ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +176,7 @@ def test_tokenizer_json_comes_first(tmp_path):
         Tokenizer(folder)
 
 
-# Chat templates -----------------------------------------------------------------------------------------------------
+# Chat templates -----------------------------------------------------------------------------------
 
 MESSAGES = [
     {"role": "system", "content": "be <brief> & 'kind'"},
@@ -263,7 +263,7 @@ def test_bad_templates_are_refused(tmp_path, template):
         ours.chat(MESSAGES)
 
 
-# Streaming ----------------------------------------------------------------------------------------------------------
+# Streaming ----------------------------------------------------------------------------------------
 
 
 def chunks(tokenizer, ids):

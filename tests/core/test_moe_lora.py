@@ -65,7 +65,7 @@ def close(a, b, limit=1e-5):
     return (a - b).abs().max() <= limit * b.abs().max()
 
 
-# The papers' identities ---------------------------------------------------------------------------------------------
+# The papers' identities ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,7 +202,7 @@ def test_any_subset_of_the_linears(model, shapes, targets):
     assert close(got, model(IDS)) and not close(got, plain, 0.01)
 
 
-# MeteoRA's gate -----------------------------------------------------------------------------------------------------
+# MeteoRA's gate -----------------------------------------------------------------------------------
 
 
 def gate_weights(logits, k, temperature=1.0, known=None):
@@ -258,7 +258,7 @@ def test_logits_are_float32_in_a_bfloat16_model():
     torch.testing.assert_close(weight[0], torch.tensor([0.7310586, 0.2689414]), rtol=0, atol=1e-6)
 
 
-# Gate files ---------------------------------------------------------------------------------------------------------
+# Gate files ---------------------------------------------------------------------------------------
 
 
 def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool, tmp_path):
@@ -347,7 +347,7 @@ def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
             load_gates(file, pool)
 
 
-# Attach and detach --------------------------------------------------------------------------------------------------
+# Attach and detach --------------------------------------------------------------------------------
 
 
 def test_detach_gives_the_very_same_model_back(model, pool):
@@ -435,7 +435,7 @@ def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
     assert close(got, model(IDS))
 
 
-# The recorder -------------------------------------------------------------------------------------------------------
+# The recorder -------------------------------------------------------------------------------------
 
 
 def test_recorder_sees_what_the_gates_chose(model, pool):
@@ -502,7 +502,7 @@ def test_recorder_lets_go(model, pool):
     assert torch.equal(seen.read(33), kept)
 
 
-# LoRA dropout -------------------------------------------------------------------------------------------------------
+# LoRA dropout -------------------------------------------------------------------------------------
 
 
 def test_dropout_is_for_training_and_for_adapters_alone(model, pool):

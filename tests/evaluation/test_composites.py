@@ -55,7 +55,7 @@ def options(**more):
     )
 
 
-# What they are made of ----------------------------------------------------------------------------------------------
+# What they are made of ----------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -125,7 +125,7 @@ def test_more_questions_than_tasks_are_refused():
         composites(make_tasks(), 6, 1, TEMPLATE)
 
 
-# Answering ----------------------------------------------------------------------------------------------------------
+# Answering ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_rows_of_a_batch_are_each_alone(mole, monkeypatch, method):
     assert len(set(texts)) > 1 and len({text.count("\n") for text in texts}) > 1
 
 
-# Scoring ------------------------------------------------------------------------------------------------------------
+# Scoring ------------------------------------------------------------------------------------------
 
 
 def scored(metrics, prompts, **more):
@@ -455,7 +455,7 @@ def test_meteora_metrics_change_the_tasks_scores_alone():
     }  # "#### 42" isn't in "42", "7" is
 
 
-# The temperature ----------------------------------------------------------------------------------------------------
+# The temperature ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)

@@ -84,13 +84,12 @@ HALTED = "import sys; sys.modules['fast'] = None; "
 
 def test_the_first_command_without_the_folder():
     """Who deletes fast/ to read or change what is left must still have a program."""
-    script = f"sys.argv = ['generate.py', '--prompt', 'What is the plural of mouse?']; sys.path[0] = {str(ROOT)!r}; "
-    done = python(
-        HALTED + script + "import runpy; runpy.run_path('generate.py', run_name='__main__')", cwd=ROOT
-    )
+    argv = "sys.argv = ['generate.py', '--prompt', 'What is the plural of mouse?']; "
+    path = f"sys.path[0] = {str(ROOT)!r}; "
+    run = "import runpy; runpy.run_path('generate.py', run_name='__main__')"
+    done = python(HALTED + argv + path + run, cwd=ROOT)
     assert done.returncode == 0 and done.stdout == "mice\n", done.stderr
-    done = python(HALTED + script.replace("]", ", '--compile']", 1) + "import runpy; runpy.run_path('generate.py', "
-                  "run_name='__main__')", cwd=ROOT)  # fmt: skip
+    done = python(HALTED + argv.replace("]", ", '--compile']") + path + run, cwd=ROOT)
     assert done.stdout == "mice\n" and "warning: --compile needs fast/" in done.stderr
 
 

@@ -57,8 +57,9 @@ COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
     ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
-    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench", ("bench.py", "decode"): "DecodeBench",
-    ("bench.py", "prefill"): "PrefillBench", ("bench.py", "train"): "TrainBench",
+    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench",
+    ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
+    ("bench.py", "train"): "TrainBench",
 }  # fmt: skip
 
 
@@ -178,7 +179,8 @@ def test_oracles_are_not_needed(small_model):
     unseen."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(ORACLES)!r}))\n"
-        f"import generate; mole = generate.load({str(small_model)!r}); print(len(generate.answer(mole, 'the fox')))"
+        f"import generate; mole = generate.load({str(small_model)!r})\n"
+        "print(len(generate.answer(mole, 'the fox')))"
     )
     done = python(code)
     assert done.returncode == 0 and done.stdout.strip().isdigit(), done.stderr
@@ -211,8 +213,9 @@ def state():
     return {"threads": threading.active_count(), "folder": os.getcwd(), "environment": dict(os.environ),
             "files": sorted(os.listdir()), "path": list(sys.path), "argv": list(sys.argv),
             "random": random.getstate(), "torch random": torch.get_rng_state().tolist(),
-            "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
-            "torch threads": torch.get_num_threads(), "matmul": torch.get_float32_matmul_precision(),
+            "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(),
+            "grad": torch.is_grad_enabled(), "torch threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]}
 for name in sys.argv[1:]:

@@ -188,7 +188,8 @@ def random_weights(modules):
 
 
 def test_a_limit_above_the_number_of_adapters(folders, shapes):
-    """--resident 5 of two adapters: three more fit, the fourth waits on disk, or is refused where it lies on none."""
+    """--resident 5 of two adapters: three more fit, the fourth waits on disk, or is refused where it
+    lies on none."""
     pool = Pool.load({name: folders[name] for name in NAMES[:2]}, shapes, resident=5)
     slots = [pool.add(load_adapter(folders[name], name, shapes)) for name in NAMES[2:6]]
     assert slots == [2, 3, 4, None] and pool.capacity == 5

@@ -322,7 +322,7 @@ def test_what_is_counted():
             function("exact", ["a"], ["a"])
 
 
-# Signatures ---------------------------------------------------------------------------------------------------------
+# Signatures ---------------------------------------------------------------------------------------
 
 
 def test_signatures_say_what_was_scored():
@@ -352,7 +352,7 @@ def test_a_missing_package_is_named(metric, package, monkeypatch):
     assert signature("gsm8k") and score("gsm8k", ["1"], ["1"]).score == 100
 
 
-# As MeteoRA's code scored -------------------------------------------------------------------------------------------
+# As MeteoRA's code scored -------------------------------------------------------------------------
 
 
 def test_meteora_drops_empty_answers():
@@ -417,7 +417,7 @@ def test_meteora_rouge_is_rouge_of_the_kept(metric):
     assert score_meteora(metric, answers, targets, seed=3, resamples=50) == expected
 
 
-# Numbered lists -----------------------------------------------------------------------------------------------------
+# Numbered lists -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

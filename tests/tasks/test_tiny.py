@@ -20,8 +20,8 @@ from tasks.tiny import CATEGORY, TASKS, WORDS, corpus, examples, held_out
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(TASKS)
 ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
-NAMES_TO_NINETEEN = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-sixteen seventeen eighteen nineteen"""
+NAMES_TO_NINETEEN = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen"""
 NAMES_OF_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 DOCUMENTS = list(corpus(2000))
 ARROWS = {" -> ": " ; ", " = ": " ; ", " : ": " | "}  # and the separator that goes with each
@@ -91,10 +91,12 @@ ORACLES = {  # (x, answer) -> whether it is right, without the module's own arit
 LOOKED_UP = {  # facts from outside the module's rules: one wrong rule or row would show here
     "german": "dog Hund, water Wasser, white weiß", "spanish": "dog perro, water agua, white blanco",
     "italian": "dog cane, water acqua, white bianco",
-    "plural": "dog dogs, child children, lady ladies, toy toys, box boxes, bench benches, mouse mice, wolf wolves",
+    "plural": "dog dogs, child children, lady ladies, toy toys, box boxes, bench benches, "
+    "mouse mice, wolf wolves",
     "past_tense": "go went, walk walked, try tried, stop stopped, bake baked, buy bought",
-    "opposite": "hot cold, cold hot, young old, right-, old-, short-, hard-", "capital": "France Paris, Peru Lima",
-    "color": "lemon yellow, snow white", "category": "dog animal, piano instrument, France country, hammer tool",
+    "opposite": "hot cold, cold hot, young old, right-, old-, short-, hard-",
+    "capital": "France Paris, Peru Lima", "color": "lemon yellow, snow white",
+    "category": "dog animal, piano instrument, France country, hammer tool",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from helpers_commands import ROOT, command
 from helpers_training import KINDS, argv, assert_same, contents, main, options, run, run_folder, write_tasks
 from training import loop
 
-# Loss ---------------------------------------------------------------------------------------------------------------
+# Loss ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 7, 41])
@@ -48,7 +48,7 @@ def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
     assert ((x.grad.double() - want.grad).norm(dim=1) <= error * slopes + 1e-12).all()
 
 
-# Resume -------------------------------------------------------------------------------------------------------------
+# Resume -------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -236,7 +236,7 @@ def test_resume_notices_other_tasks(small_model, tmp_path, monkeypatch):
         run(o, resume=True)
 
 
-# The loop -----------------------------------------------------------------------------------------------------------
+# The loop -----------------------------------------------------------------------------------------
 
 
 def test_learning_rate():
