@@ -104,19 +104,8 @@ def generate(model, *more, prompt="the fox"):
 
 
 def train(kit, tasks, *more):
-    return [
-        "train.py",
-        "adapters",
-        "--model",
-        kit.model,
-        "--tasks",
-        tasks,
-        "--pool",
-        kit.folder(),
-        "--steps",
-        "1",
-        *more,
-    ]
+    line = ["train.py", "adapters", "--model", kit.model, "--tasks", tasks, "--pool", kit.folder()]
+    return [*line, "--steps", "1", *more]
 
 
 def run_row(kit, row, cold):

@@ -72,13 +72,8 @@ def scripted(folder, follow, room=97, **fields):
     """A Llama that says what it is told: after token j comes follow[j], or j again. `room` is its
     context."""
     v = SMALL["vocab_size"]
-    sizes = {
-        "hidden_size": v,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "intermediate_size": 3,
-        "head_dim": 2,
-    }
+    sizes = {"hidden_size": v, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"intermediate_size": 3, "head_dim": 2}
     sizes |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "max_position_embeddings": room}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL | sizes | fields))
@@ -108,16 +103,8 @@ def tokens_of(mole, prompts, method, **options):
 # Batch = alone ------------------------------------------------------------------------------------
 
 FIXED = ["base", "uniform", *(f"adapter:{name}" for name in NAMES), "base"]
-MIXED = [
-    "meteora",
-    "adapter:elm",
-    "base",
-    "meteora",
-    "uniform",
-    "adapter:aspen",
-    "meteora_top2",
-    "adapter:cedar",
-]
+MIXED = ["meteora", "adapter:elm", "base", "meteora", "uniform", "adapter:aspen"]
+MIXED += ["meteora_top2", "adapter:cedar"]
 
 
 @pytest.mark.parametrize("methods", [FIXED, MIXED], ids=["fixed", "with gates"])
@@ -134,9 +121,8 @@ def test_batch_equals_each_prompt_alone(mole, methods):
             assert dict(got) == pytest.approx(dict(want), abs=0.0011), (prompt, method)  # rounded to 0.001
     first = {method: tokens_of(mole, PROMPTS[:1], method, max_new_tokens=17)[0] for method in set(methods)}
     said = {tuple(t[0] for t in row) for row in first.values()}
-    assert len(said) >= len(first) - 1, (
-        "methods that all answer alike prove nothing (meteora is meteora_top2)"
-    )
+    # Methods that all answer alike prove nothing; meteora is meteora_top2.
+    assert len(said) >= len(first) - 1
 
 
 def test_two_streams_on_one_model_are_refused(mole):
@@ -153,14 +139,8 @@ def test_values_are_checked_for_importers_too(mole):
     """Importers meet the same bad values as the command line; unchecked, they sample from NaN
     without a word."""
     assert answer(mole, []) == []
-    bad = (
-        {"temperature": -1.0},
-        {"top_k": 0},
-        {"gate_temperature": 0.0},
-        {"top_p": 0.0},
-        {"method": ["base"] * 2},
-    )
-    for options in bad:
+    bad = [{"temperature": -1.0}, {"top_k": 0}, {"gate_temperature": 0.0}, {"top_p": 0.0}]
+    for options in [*bad, {"method": ["base"] * 2}]:
         with pytest.raises(InputError):
             answer(mole, "the fox", **options)
     for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-40, "method": "meteora"}):
@@ -246,9 +226,8 @@ def test_seeds_and_the_limits_of_sampling(mole):
     assert say(temperature=2.0, seed=7, top_p=1e-9) == say(temperature=2.0, sample_top_k=1) == greedy
     twice = answer(mole, [PROMPTS[0]] * 2, method="base", temperature=2.0, seed=7)
     assert twice[0] != twice[1]  # rows draw for themselves
-    assert (
-        twice[1] == answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)[0]
-    )  # row j with seed + j
+    alone = answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)
+    assert twice[1] == alone[0]  # row j with seed + j
 
 
 @pytest.mark.parametrize(
@@ -372,9 +351,8 @@ def test_truncation_keeps_bos_and_the_asked_for_end(mole):
         *ids[len(ids) - room + 1 :],
     ]
     for end in ("no", "left", "right"):  # what fits stays as it is, and gets the template once
-        assert encode_prompt(mole, "fox {prompt}", truncate=end) == tokenizer.encode(
-            "[INST] fox {prompt} [/INST]\n"
-        )
+        want = tokenizer.encode("[INST] fox {prompt} [/INST]\n")
+        assert encode_prompt(mole, "fox {prompt}", truncate=end) == want
 
 
 def test_prompts_that_no_model_can_answer(tmp_path, mole):
@@ -491,9 +469,8 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     status, out, _ = run(*args, "--routing", "--html", page)
     assert status == 0 and "\x1b[38;2;" in out and "\x1b[2;38;2;" in out
     bare = re.sub(r"\x1b\[[\d;]*m", "", out)
-    assert bare.startswith(
-        "".join(TEMPLATE.replace("{prompt}", p) + f"{t}\n" for p, t in zip(prompts, said, strict=True))
-    )
+    want = [TEMPLATE.replace("{prompt}", p) + f"{t}\n" for p, t in zip(prompts, said, strict=True)]
+    assert bare.startswith("".join(want))
     shares = dict(re.findall(r"■ (\w+) (\d+)%", bare.splitlines()[-1]))
     assert shares.keys() == set(NAMES) and abs(sum(map(int, shares.values())) - 100) <= 3
     html = page.read_text(encoding="utf-8")
@@ -591,19 +568,10 @@ def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
 def test_closed_pipe_and_interrupt_end_quietly(tmp_path):
     """`| head` and Ctrl-C are how people stop a long answer: neither is worth a traceback."""
     folder = scripted(tmp_path / "m", {}, room=99991)
-    args = [
-        sys.executable,
-        ROOT / "generate.py",
-        "--model",
-        folder,
-        "--prompt",
-        "dog",
-        "--max_new_tokens",
-        "90001",
-    ]
-    heard = {
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    }  # nohup's children would ignore it
+    args = [sys.executable, ROOT / "generate.py", "--model", folder, "--prompt", "dog"]
+    args += ["--max_new_tokens", "90001"]
+    # nohup's children would ignore it
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     piped, stopped = (subprocess.Popen(args, **pipes, **heard) for _ in range(2))
     try:

@@ -69,21 +69,10 @@ def test_a_new_method_is_a_file_and_a_line(tmp_path):
     run("-m", "tasks.tiny", "--out", "tasks28", "--train", 20, "--test", 5, "--documents", 3)
     asked = ["--kind", "loudest", "--steps", 2, "--batch_size", 28, "--tasks", "tasks28", "--model", "tiny"]
     run("train.py", "gates", *asked, "--pool", "tiny")
-    assert run(
-        "generate.py", "--method", "loudest", "--max_new_tokens", 3, "--prompt", "Reverse the word: star"
-    )
-    some = [
-        "--methods",
-        "oracle,loudest",
-        "--only",
-        "german",
-        "--only",
-        "roman",
-        "--limit",
-        2,
-        "--max_new_tokens",
-        9,
-    ]
+    prompt = ["--prompt", "Reverse the word: star"]
+    assert run("generate.py", "--method", "loudest", "--max_new_tokens", 3, *prompt)
+    some = ["--methods", "oracle,loudest", "--only", "german", "--only", "roman"]
+    some += ["--limit", 2, "--max_new_tokens", 9]
     run("eval.py", *some, "--composite", 2, "--composites", 2, "--out", "one")
     run("eval.py", *some, "--ood", "--out", "two")
     for name in ("one", "two"):

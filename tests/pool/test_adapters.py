@@ -446,12 +446,8 @@ def test_unknown_fields_warn_by_name(spoil, shapes, capsys):
         spoil({"use_hydra_lora": True, "use_future_lora": False, "future_config": None}), shapes=shapes
     )
     lines = capsys.readouterr().err.splitlines()
-    assert (
-        len(lines) == 1
-        and lines[0].startswith("warning: ")
-        and "use_hydra_lora" in lines[0]
-        and "True" in lines[0]
-    )
+    assert len(lines) == 1 and lines[0].startswith("warning: ")
+    assert "use_hydra_lora" in lines[0] and "True" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -554,9 +550,8 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
     pool.add(two)
     pool.add(three)
     assert pool.capacity >= 3 and pool.rank == 7
-    assert all(
-        linear.A is pool.A[path] and len(linear.A) == pool.capacity for path, linear in linears.items()
-    )
+    for path, linear in linears.items():
+        assert linear.A is pool.A[path] and len(linear.A) == pool.capacity
     for name, logits in want.items():
         gate.set(*fixed_rows(pool, [{name: 1.0}] * 2))
         with torch.no_grad():
@@ -567,10 +562,8 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
 def test_a_slot_used_again_keeps_nothing(shapes, model):
     """Left-over rows of a removed adapter of larger rank or more modules would be added to its
     successor's answers."""
-    large, small = (
-        random_adapter("large", shapes, 7),
-        random_adapter("small", shapes, 2, targets=["q_proj"], seed=1),
-    )
+    large = random_adapter("large", shapes, 7)
+    small = random_adapter("small", shapes, 2, targets=["q_proj"], seed=1)
     other = random_adapter("other", shapes, 3, seed=2)
     pool = Pool.of([other, large], shapes)
     pool.remove("large")
