@@ -13,13 +13,13 @@ class Sampling:
     """How tokens are chosen and when they end; temperature 0 is greedy."""
 
     max_new_tokens: Count = 64  # tokens to generate at most
-    temperature: NotNegative = 0.0  # of the sampler, 0 = greedy
+    temperature: NotNegative = 0.0  # the sampler's temperature, 0 = greedy
     sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
-    seed: int = 0  # of the sampler; prompt j of a batch draws with seed + j
+    seed: int = 0  # seed for the sampler; prompt j of a batch uses seed + j
 
 
-def check_values(sampling, top_k, gate_temperature):
+def check_values(sampling: Sampling, top_k: int, gate_temperature: float) -> None:
     """Raises InputError for values that no sampler or gate can use."""
     check_bounds(sampling)
     if not -(2**63) <= sampling.seed < 2**63:
@@ -32,12 +32,13 @@ def check_values(sampling, top_k, gate_temperature):
         raise InputError(f"--gate_temperature is {gate_temperature}, expected more than 0")
 
 
-def sample(logits, sampling, generators):
+def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
     """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row
-    by its generator."""
+    with its own generator."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # The largest is 0 at any temperature, of which float32 knows none smaller.
+    # The largest becomes 0, which no temperature makes infinite; the bound keeps the divisor from
+    # being rounded to 0 in float32.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.sample_top_k < logits.shape[-1]:
         least = logits.topk(sampling.sample_top_k).values[:, -1:]
@@ -47,5 +48,7 @@ def sample(logits, sampling, generators):
         ordered, order = probability.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token always stays
         probability = probability.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
-    rows = zip(probability, generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    ids = []
+    for row, generator in zip(probability, generators, strict=True):
+        ids.append(torch.multinomial(row, 1, generator=generator))
+    return torch.cat(ids)

@@ -113,7 +113,7 @@ def model(tmp_path_factory, request):
     return make_fast(model) if request.param == "fast" else model
 
 
-# Against transformers -----------------------------------------------------------------------------------------------
+# Against transformers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,7 +165,7 @@ def test_bfloat16_equals_transformers(tmp_path):
     assert (ours.float() - theirs.float()).abs().max() < 1e-2 * theirs.float().abs().max()
 
 
-# Loading ------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def shard(folder, source, count=3):
@@ -231,7 +231,7 @@ def test_what_follows_from_the_config_is_ignored_in_the_file(tmp_path):
     close(load_llama(folder)(random_ids(1, 5)), want)
 
 
-# The KV cache -------------------------------------------------------------------------------------------------------
+# The KV cache -------------------------------------------------------------------------------------
 
 
 def test_cached_equals_uncached_for_every_split(model):
@@ -301,7 +301,7 @@ def test_a_full_cache_is_an_error(model):
         model(ids[:, 7:8], cache)
 
 
-# Long proofs --------------------------------------------------------------------------------------------------------
+# Long proofs --------------------------------------------------------------------------------------
 
 # VmHWM and not getrusage's ru_maxrss, which a child inherits from a parent that was larger once.
 MEASURE = """
