@@ -44,6 +44,7 @@ and bench.py, which times it. A test holds that every method gives the same answ
 """
 
 import itertools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ class FastLlama(Llama):
             if not compiled.can_compile(self.head_weight.device):
                 warn("no C++ compiler here, which torch.compile needs: going on without")
                 return
+            print("compiling the model's blocks, which takes seconds to minutes once", file=sys.stderr)
             self.model.compiled = CompiledBlock(
                 pre_attention=compiled.compile_for_any_length(pre_attention),
                 post_attention=compiled.compile_for_any_length(post_attention),
