@@ -33,15 +33,15 @@ class GatesRun(Run):
 
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters
-    share: float = 1.0  # share of the tasks to use: the other adapters are never seen, nor chosen
+    share: float = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # kind of gate; each is a file of methods/
     top_k: int = 2  # adapters a token uses (meteora, moe)
     gate_temperature: Above0 = 1.0  # temperature of the softmax over the k
     lm_weight: NotNegative = 1.0  # weight of the LM loss, which gives top-1 gates no gradient
     beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs); meteora only
-    fit: Literal["", "own", "routed"] = ""  # fit to features: own adapters, or as gates route
+    fit: Literal["", "own", "routed"] = ""  # fit to features, with a task's own adapter or routed
     l2: NotNegative = 1e-4  # weight penalty of the fit
-    adapters_too: str = ""  # also train the adapters (MeteoRA's released script); write this pool
+    adapters_too: str = ""  # also train the adapters, as MeteoRA's script does, and write this pool
     adapter_lr: NotNegative = 1e-4  # peak learning rate of the adapters
     composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
     max_length: int = 512  # longer examples are left out; at most the model's context
