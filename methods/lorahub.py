@@ -16,16 +16,15 @@ from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
 from common.options import Count, NotNegative, Seed, nearest
-from common.tokenizer import Tokenizer
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
-from pool.adapters import Adapter, linear_shapes
-from pool.folder import check_pool, read_pool
-from pool.load import load_base
-from pool.slots import Pool, alloc_B_of
+from pool.adapters import Adapter
+from pool.folder import read_pool
+from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
+from training.inputs import load_with_pool
 from training.loop import lm_losses, required
 
 
@@ -140,15 +139,8 @@ def train_lorahub(args: LorahubRun) -> None:
     section 2.2)."""
     known = read_pool(required(args, "pool"))
     tasks = load_tasks(required(args, "tasks"), args.only or None)
-    model = load_base(args.model, args.dtype, args.device)
-    tokenizer = Tokenizer(args.model)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, args, known.template)
-    shapes = linear_shapes(model)
+    model, tokenizer, pool = load_with_pool(args, known, sorted(known.adapters), torch.float32)
     like = model.head_weight
-    pool = Pool.load(
-        dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model)
-    )
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
     names = sorted(pool.names)

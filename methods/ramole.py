@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
 from common.options import Count, NotNegative
-from common.tokenizer import Tokenizer
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
 from pool.adapters import linear_shapes
-from pool.folder import check_pool, read_pool
-from pool.load import load_base
-from pool.slots import Pool, alloc_B_of
+from pool.folder import read_pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
+from training.inputs import bound_to, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 
@@ -241,26 +239,13 @@ def train_router(args: RouterRun) -> None:
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
     tasks = load_tasks(required(args, "tasks"), names)
-    model = load_base(args.model, args.dtype, args.device)
-    tokenizer = Tokenizer(args.model)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, args, known.template)
+    # Without the other tasks' adapters: they would never be right, and the router would learn to
+    # avoid them.
+    model, tokenizer, pool = load_with_pool(args, known, names)
     shapes = linear_shapes(model)
-    # Without the other tasks' adapters: as candidates that are never right they would be learnt to
-    # be avoided.
-    like = model.head_weight
-    pool = Pool.load(
-        {name: known.adapters[name] for name in names},
-        shapes,
-        like.dtype,
-        like.device,
-        alloc_B=alloc_B_of(model),
-    )
-    bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
     file = Path(known.path) / "router.safetensors"
-    checkpoint = Checkpoint(
-        file.parent / "runs" / "router", args, [*names, *bound, f"base {model.fingerprint}"]
-    )
+    run = file.parent / "runs" / "router"
+    checkpoint = Checkpoint(run, args, [*names, *bound_to(model, pool)])
     if checkpoint.finished:
         return finished(checkpoint)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
@@ -322,8 +307,7 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
             pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device
         )
         set_candidates(routers.values(), *rows)
-        nothing = torch.zeros(len(some), 1, device=device)
-        set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0)
+        set_gates(gates, None, None, torch.ones(len(some), dtype=torch.bool, device=device))
         loss = lm_losses(model, batch).sum() / n
         loss.backward()
         total += loss.item()
