@@ -25,9 +25,9 @@ import torch
 from common.devices import DTYPES, find_device
 from common.files import InputError, run_script
 from common.options import numbers, parse_command
+from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
-from evaluation.tables import markdown
 from evaluation.timed import (
     Decoder,
     adapters_trainer,

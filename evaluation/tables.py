@@ -3,14 +3,7 @@
 import math
 from collections.abc import Iterable
 
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+from common.tables import markdown
 
 
 def mean_of(scores: dict[str, dict]) -> dict[str, float]:

@@ -26,8 +26,8 @@ from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
-from pool.adapters import linear_shapes
 from pool.folder import read_pool
+from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.inputs import bound_to, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
@@ -242,7 +242,6 @@ def train_router(args: RouterRun) -> None:
     # Without the other tasks' adapters: they would never be right, and the router would learn to
     # avoid them.
     model, tokenizer, pool = load_with_pool(args, known, names)
-    shapes = linear_shapes(model)
     file = Path(known.path) / "router.safetensors"
     run = file.parent / "runs" / "router"
     checkpoint = Checkpoint(run, args, [*names, *bound_to(model, pool)])
@@ -251,20 +250,21 @@ def train_router(args: RouterRun) -> None:
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     scores = None
     if args.candidates == "retrieved" or args.prior:
-        retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
-        rows = list(
-            {id(row): row for step in range(args.steps) for row in pick(examples, step, args)}.values()
-        )
+        retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))
         if silent := [name for name in names if name not in retriever.vectors]:
-            raise InputError(
-                f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random"
-            )
-        found = retriever([row.row["prompt"] for row in rows], len(names))
-        scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
+            found = f"adapter {silent[0]}: no samples.jsonl"
+            raise InputError(f"{found}, so it can't be retrieved: --candidates random")
+        rows = {}
+        for step in range(args.steps):
+            rows |= {id(row): row for row in pick(examples, step, args)}
+        rankings = retriever([row.row["prompt"] for row in rows.values()], len(names))
+        scores = dict(zip(rows, map(dict, rankings), strict=True))
     routers = router_loras(pool, args.r, args.seed, args.divisor, args.scaled, args.prior)
     attach(model, pool, {path: SampleGate(router) for path, router in routers.items()})
-    params = {f"{path}.{n}": getattr(router, n) for path, router in routers.items() for n in "AB"}
-    gates = [linear.gate for linear in (model.get_submodule(path) for path in routers)]
+    params = {}
+    for path, router in routers.items():
+        params |= {f"{path}.A": router.A, f"{path}.B": router.B}
+    gates = [model.get_submodule(path).gate for path in routers]
     compile_for(model, args, pick(examples, 0, args))
 
     def step_loss(step):
@@ -303,9 +303,8 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
     for some in micro_batches(picked, args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)
-        rows = candidate_rows(
-            pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device
-        )
+        rankings = [drawn[id(example)] for example in some]
+        rows = candidate_rows(pool, rankings, args.retrieve, args.prior, device)
         set_candidates(routers.values(), *rows)
         set_gates(gates, None, None, torch.ones(len(some), dtype=torch.bool, device=device))
         loss = lm_losses(model, batch).sum() / n
