@@ -1,7 +1,7 @@
 """The main command: prompts in, answers out, each token choosing its adapters.
 
-    python generate.py --prompt "..."                     the embedded default, tiny/
-    python generate.py --model DIR --pool DIR --prompt "..." --prompt "..." --method adapter:NAME --method meteora
+    python generate.py --prompt "..."                                  the embedded model, tiny/
+    python generate.py --model DIR --pool DIR --prompt "..." --method meteora      your own model
 
 For people who import it: load() gives a model with its adapters, stream() yields tokens as they
 come, answer() waits for whole answers.
@@ -30,36 +30,26 @@ __all__ = ["answer", "load", "stream"]
 class Options(Sampling):
     """Options of generate.py."""
 
-    prompt: list[str] = field(
-        default_factory=list
-    )  # what to answer, - reads standard input; repeatable: one batch
+    prompt: list[str] = field(default_factory=list)  # - is standard input; repeatable: one batch
     model: str = ""  # model folder, default tiny/
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
-    prompts: str = (
-        ""  # FILE.jsonl of {"prompt"} lines, and "method" where it is another; answered as one batch
-    )
+    prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
-    method: list[str] = field(
-        default_factory=list
-    )  # base, adapter:NAME, meteora, ... (README); once, or one a prompt
+    method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
-    gate_temperature: float = 1.0  # of MeteoRA's softmax over the k chosen adapters
+    gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
-    encoder: str = ""  # sentence-transformers folder that finds them, instead of the base's hidden states
-    resident: Whole = 0  # adapters in memory at most, the others wait on disk; 0 = all
+    encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
+    resident: Whole = 0  # adapters in memory at most, the others stay on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
-    truncate: Literal["no", "left", "right"] = (
-        "no"  # which end of a prompt longer than the context is cut off
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights, auto = the file's
+    truncate: Literal["no", "left", "right"] = "no"  # where to cut a prompt that is longer than the context
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the weights' dtype, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    compile: bool | None = (
-        None  # the blocks, by torch.compile; default where many tokens of a large model pay for it
-    )
+    compile: bool | None = None  # torch.compile the blocks; default where that saves time
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write the routing as a web page to this file
     json: bool = False  # one JSON object a prompt on standard output
@@ -73,32 +63,44 @@ START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among t
   python generate.py --model DIR --adapter NAME=DIR ...   your own Llama, your own PEFT adapters"""
 
 
-def check_options(args, asked):
-    """Raises InputError for options that exclude each other, and for values that nothing can use."""
+@dataclass
+class Request:
+    """One prompt to answer."""
+
+    prompt: str
+    method: str = ""  # "" is --method's
+    stop: list[str] | None = None  # None is --stop's
+
+
+def check_options(args: Options, asked: list[Request]) -> None:
+    """Raises InputError for options that exclude each other and for values out of range."""
     if args.raw and args.chat:
         raise InputError("--raw and --chat exclude each other")
     if len(args.method) > 1 and len(args.method) != len(asked):
-        raise InputError(
-            f"{len(args.method)} times --method for {len(asked)} prompts: give it once, or once a prompt"
-        )
+        count = len(args.method)
+        raise InputError(f"{count} times --method for {len(asked)} prompts: give it once, or once a prompt")
     check_values(args, args.top_k, args.gate_temperature)
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")
 
 
-def read_requests(args):
-    """[(prompt, its own method or "")] of --prompt and --prompts. Raises InputError."""
-    asked = [(read_prompt(prompt), "") for prompt in args.prompt]
-    for row in read_jsonl(args.prompts, ("prompt",)) if args.prompts else []:
-        if not isinstance(row.get("method", ""), str):
-            raise InputError(f"{args.prompts}: method is {row['method']!r}, expected the name of one")
-        asked.append((row["prompt"], row.get("method", "")))
+def read_requests(args: Options) -> list[Request]:
+    """The requests of --prompt and --prompts. Raises InputError."""
+    asked = [Request(read_prompt(prompt)) for prompt in args.prompt]
+    if args.prompts:
+        for row in read_jsonl(args.prompts, ("prompt",)):
+            request = Request(row["prompt"], row.get("method", ""), row.get("stop"))
+            if not isinstance(request.method, str):
+                raise InputError(f"{args.prompts}: method is {request.method!r}, expected the name of one")
+            stop = [] if request.stop is None else request.stop
+            if not (isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)):
+                raise InputError(f"{args.prompts}: stop is {stop!r}, expected a list of texts")
+            asked.append(request)
     return asked
 
 
-def read_prompt(prompt):
-    """The prompt, or standard input for "-". Raises InputError where it is not UTF-8: no tokenizer
-    could encode it."""
+def read_prompt(prompt: str) -> str:
+    """The prompt, or standard input for "-". Raises InputError where it is not UTF-8."""
     name = "--prompt"
     data = prompt.encode("utf-8", "surrogateescape")
     if prompt == "-":
@@ -110,11 +112,10 @@ def read_prompt(prompt):
         raise InputError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def main():
+def main() -> None:
     """The command: answers prompts, lists the pool, or prompts for more."""
-    args = parse_args(
-        Options, description="Answer prompts with a Llama that chooses among its LoRA adapters."
-    )
+    about = "Answer prompts with a Llama that chooses among its LoRA adapters."
+    args = parse_args(Options, description=about)
     asked = read_requests(args)
     if not (args.prompt or args.prompts or args.list_ or args.interactive):
         print(START)
@@ -132,15 +133,17 @@ def main():
             raise InputError(f"--exclude {name}: there are no adapters")
         mole.pool.member(name)
     name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
-    chosen = [check_method(mole, m, args.top_k) for m in (args.method or [name])]
+    chosen = args.method or [name]
+    for method in chosen:
+        check_method(mole, method, args.top_k)
     print(f"method: {', '.join(chosen)}" + ("" if args.method else f" ({why})"), file=sys.stderr)
     if asked:
-        chosen = chosen if len(chosen) == len(asked) else chosen * len(asked)
-        methods = [
-            check_method(mole, own, args.top_k) if own else m
-            for (_, own), m in zip(asked, chosen, strict=True)
-        ]
-        respond(mole, [prompt for prompt, _ in asked], methods, args)
+        defaults = chosen if len(chosen) == len(asked) else chosen * len(asked)
+        methods = []
+        for request, default in zip(asked, defaults, strict=True):
+            methods.append(check_method(mole, request.method or default, args.top_k))
+        stops = [args.stop if request.stop is None else request.stop for request in asked]
+        respond(mole, [request.prompt for request in asked], methods, args, stops)
     if args.interactive:
         interact(mole, chosen[0], args)
 

@@ -1,15 +1,15 @@
 """Trains what the pool needs: base, adapters, gates. Task folders in, a pool folder out.
 
-    python train.py base --text FILE --model DIR                        a small Llama from nothing, with its tokenizer
-    python train.py adapters --model DIR --tasks DIR --pool DIR         a LoRA for each task, all in one run
-    python train.py gates --model DIR --tasks DIR --pool DIR --top_k 2  MeteoRA's gates over the pool
-    python train.py retriever --model DIR --tasks DIR --pool DIR        LoraRetriever's encoder
-    python train.py router --model DIR --tasks DIR --pool DIR           RAMoLE's router over what is retrieved
-    python train.py lorahub --model DIR --tasks DIR --pool DIR          LoraHub's weights for each task
+    python train.py base --text FILE --model DIR                  a small Llama with its tokenizer
+    python train.py adapters --model DIR --tasks DIR --pool DIR   a LoRA for each task, in one run
+    python train.py gates --model DIR --tasks DIR --pool DIR      MeteoRA's gates over the pool
+    python train.py retriever --model DIR --tasks DIR --pool DIR  LoraRetriever's encoder
+    python train.py router --model DIR --tasks DIR --pool DIR     RAMoLE's router over the retrieved
+    python train.py lorahub --model DIR --tasks DIR --pool DIR    LoraHub's weights for each task
 
-The base stays in its dtype and frozen (but in `base`), what trains is float32. `--resume` goes on
-bit for bit where a killed run stopped. A run's options, log and checkpoint are in MODEL/runs/base,
-POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
+The base stays frozen and in its dtype (except in `base`); trained weights are float32. `--resume`
+continues a killed run, bit for bit as if it had not stopped. A run's options, log and checkpoint
+are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
 """
 
 import json
@@ -28,9 +28,9 @@ from training.adapters import AdaptersRun, check_adapter_options, train_adapters
 from training.base import BaseRun, check_heads, train_base
 from training.gates import GatesRun, train_gates
 
-KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", "")}  # of gates
+KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", "")}  # kinds of gates
 
-# {command: (its options, what trains, what else is checked of the options)}
+# {command: (the class of its options, the function that trains, another check of the options)}
 COMMANDS = {
     "base": (BaseRun, train_base, check_heads),
     "adapters": (AdaptersRun, partial(train_adapters, sampling=SAMPLING), check_adapter_options),
@@ -41,13 +41,12 @@ COMMANDS = {
 }
 
 
-def main():
+def main() -> None:
     """The command: reads and checks a run's options, and trains."""
     commands = {name: cls for name, (cls, *_) in COMMANDS.items()}
     about = "Train a base, adapters, and what chooses among them."
-    command, args = parse_command(
-        commands, description=about, choices={"kind": KINDS, "joint": ("", *SAMPLING)}
-    )
+    choices = {"kind": KINDS, "joint": ("", *SAMPLING)}
+    command, args = parse_command(commands, description=about, choices=choices)
     _, train, check = COMMANDS[command]
     check_bounds(args)
     if check:

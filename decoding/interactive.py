@@ -1,25 +1,23 @@
-"""The prompt loop of generate.py --interactive, between whose prompts the pool and the method may
-change."""
+"""The prompt loop of generate.py --interactive; between prompts, pool and method may change."""
 
 import sys
 
 from common.files import InputError
 from decoding.respond import respond
 from methods.batch import check_method
-from methods.session import add_adapter
+from methods.session import Mole, add_adapter
 from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
-/remove NAME     one less                 /method M     how to choose from now on (ramole, meteora, adapter:NAME, ...)
+/remove NAME     one less                 /method M     how to choose from now on (ramole, adapter:NAME, ...)
 /quit, Ctrl-D    leave                    anything else is a prompt"""
 
 
-def interact(mole, method, args):
-    """A prompt loop; between prompts the pool and the method may change. Ctrl-C stops an answer."""
+def interact(mole: Mole, method: str, args) -> None:
+    """Answers each line with `method`, or follows its command. Ctrl-C stops an answer."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(
-            errors="surrogateescape"
-        )  # bytes of another encoding: an error of that prompt alone
+        # Bytes that aren't UTF-8 are an error of that prompt alone, not the end of the loop.
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -51,7 +49,7 @@ def interact(mole, method, args):
             print("\nstopped", file=sys.stderr)
 
 
-def print_pool(mole):
+def print_pool(mole: Mole) -> None:
     """One line an adapter: name, rank, alpha, hash, Linears, a prompt that it was trained on."""
     if not (mole.pool and mole.pool.members):
         print("no adapters")
@@ -59,10 +57,12 @@ def print_pool(mole):
     width = max(map(len, mole.pool.names))
     for name in mole.pool.names:
         member = mole.pool.members[name]
-        modules = " ".join(sorted({path.rpartition(".")[2] for path in member.adapter.scale}))
-        r = member.adapter.config["r"]
-        alpha = member.adapter.config["lora_alpha"]
-        modules = "all Linears" if len(member.adapter.scale) == len(mole.shapes) else modules
-        sample = "  ".join(member.adapter.samples[:1]).partition("\n")[0]  # a prompt that it was trained on
-        where = member.hash[:12] if member.slot is not None else "on disk     "
-        print(f"{name:<{width}}  r {r}  alpha {alpha}  {where}  {modules}  {sample}".rstrip())
+        adapter = member.adapter
+        r = adapter.config["r"]
+        alpha = adapter.config["lora_alpha"]
+        where = "on disk     " if member.slot is None else member.hash[:12]
+        modules = " ".join(sorted({path.rpartition(".")[2] for path in adapter.scale}))
+        if len(adapter.scale) == len(mole.shapes):
+            modules = "all Linears"
+        prompt = adapter.samples[0].partition("\n")[0] if adapter.samples else ""
+        print(f"{name:<{width}}  r {r}  alpha {alpha}  {where}  {modules}  {prompt}".rstrip())

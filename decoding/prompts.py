@@ -2,13 +2,15 @@
 
 from common.files import InputError
 from common.tokenizer import check_ids
+from methods.session import Mole
 from tasks.folders import fill
 
 
-def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
+def encode_prompt(mole: Mole, prompt: str, raw: bool = False, chat: bool = False,
+                  truncate: str = "no") -> list[int]:  # fmt: skip
     """Prompt -> token ids, through the pool's template, the chat template or neither. Raises
-    InputError for a prompt that is too long, empty where there is no BOS, or tokenized to ids that
-    the model doesn't have."""
+    InputError for a prompt that is too long, that is empty where there is no BOS, or whose ids the
+    model doesn't have."""
     tokenizer = mole.tokenizer
     config = mole.model.config
     if chat:
@@ -20,17 +22,18 @@ def encode_prompt(mole, prompt, raw=False, chat=False, truncate="no"):
             raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")
         ids = [tokenizer.bos_id]
     check_ids(ids, config.vocab_size)
-    room = config.max_position_embeddings
-    if len(ids) > room:
+    context = config.max_position_embeddings
+    if len(ids) > context:
         if truncate == "no":
             cuts = "generate.py --truncate left or right cuts it"
-            raise InputError(f"the prompt has {len(ids)} tokens, the context {room}: {cuts}")
+            raise InputError(f"the prompt has {len(ids)} tokens, the context {context}: {cuts}")
         start = ids[:1] if ids[0] == tokenizer.bos_id else []
-        ids = ids[:room] if truncate == "right" else start + ids[len(ids) - room + len(start) :]
+        tail = ids[len(ids) - context + len(start) :]
+        ids = ids[:context] if truncate == "right" else start + tail
     return ids
 
 
-def by_length(ids, size):
+def by_length(ids: list[list[int]], size: int) -> list[list[int]]:
     """Batches of `size` prompts, the shortest first: lists of their positions in `ids`."""
     order = sorted(range(len(ids)), key=lambda j: len(ids[j]))
     return [order[start : start + size] for start in range(0, len(order), size)]

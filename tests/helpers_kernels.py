@@ -38,14 +38,10 @@ def problem(n=5, e=7, k=3, r=5, i=13, o=11, routing="uniform", seed=0, dtype=tor
     normal = {"generator": g, "dtype": torch.float64}
     rank = torch.randint(1, r + 1, (e,), generator=g)
     keep = (torch.arange(r) < rank[:, None]).double()  # (e, r)
-    A, B = (
-        torch.randn(e, r, i, **normal) * keep[:, :, None],
-        torch.randn(e, o, r, **normal) * keep[:, None, :],
-    )
+    A = torch.randn(e, r, i, **normal) * keep[:, :, None]
+    B = torch.randn(e, o, r, **normal) * keep[:, None, :]
     scale, weight = torch.rand(e, **normal) + 0.5, torch.rand(n, k, **normal).softmax(-1)
-    low = (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )  # weights and scales are never below float32
+    low = torch.float64 if dtype == torch.float64 else torch.float32  # for weights and scales
     x, idx = torch.randn(n, i, **normal), route(routing, n, e, k, g)
     return x.to(dtype), A.to(dtype), B.to(dtype), scale.to(low), idx, weight.to(low)
 
@@ -87,9 +83,8 @@ def operations(lora_mix, backend, **sizes):
 
 def check_any_size(lora_mix, data):
     """assert_same for sizes, k and routing drawn by hypothesis."""
-    n, r, i, o = (
-        data.draw(st.integers(1, top), label) for label, top in zip("nrio", (7, 5, 11, 13), strict=True)
-    )
+    largest = {"n": 7, "r": 5, "i": 11, "o": 13}
+    n, r, i, o = (data.draw(st.integers(1, top), label) for label, top in largest.items())
     e = data.draw(st.integers(1, 31), "e")
     k = data.draw(st.integers(1, e), "k")
     routing, seed = data.draw(st.sampled_from(ROUTINGS)), data.draw(st.integers(0, 2**31))
@@ -156,13 +151,7 @@ class KernelTests:
         x, A, B, scale, idx, weight = problem(dtype=torch.float32)
         got = with_gradients(self.lora_mix, x.bfloat16(), A, B, scale, idx, weight, backend=backend)
         want = with_gradients(by_hand, x.bfloat16().float(), A, B, scale, idx, weight)
-        assert [y.dtype for y in got] == [
-            torch.bfloat16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float32,
-            torch.float32,
-        ]
+        assert [y.dtype for y in got] == [torch.bfloat16] * 2 + [torch.float32] * 3
         assert (got[0].float() - want[0]).norm() <= 1e-2 * want[0].norm()
 
     @pytest.mark.parametrize("backend", ["loop", "bmm"])
@@ -173,36 +162,25 @@ class KernelTests:
         want = by_hand(x, A, B, scale, idx, weight)
         unused = sorted(set(range(31)) - set(idx.flatten().tolist()))
         A[unused], B[unused] = float("nan"), float("nan")
-        torch.testing.assert_close(
-            self.lora_mix(x, A, B, scale, idx, weight, backend), want, rtol=0, atol=1e-10
-        )
+        got = self.lora_mix(x, A, B, scale, idx, weight, backend)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
     @pytest.mark.parametrize("backend", ["bmm", "dense"])
     def test_no_loop_over_adapters(self, backend):
         """A loop over adapters in Python makes 28 adapters 28 times as slow, and nothing but the
         clock would tell."""
-        small, large = (
-            operations(self.lora_mix, backend, n=5, e=3, k=2),
-            operations(self.lora_mix, backend, n=29, e=31, k=23),
-        )
-        assert small == large
-        assert len(operations(self.lora_mix, "loop", n=5, e=3, k=2)) < len(
-            operations(self.lora_mix, "loop", n=29, e=31, k=23)
-        )  # and that it'd be seen
+        small, large = {"n": 5, "e": 3, "k": 2}, {"n": 29, "e": 31, "k": 23}
+        assert operations(self.lora_mix, backend, **small) == operations(self.lora_mix, backend, **large)
+        loops = [len(operations(self.lora_mix, "loop", **sizes)) for sizes in (small, large)]
+        assert loops[0] < loops[1]  # so a loop would be seen
 
     def test_auto_takes_the_backend_that_reads_fewer_adapters(self):
         """auto's choice is its whole content: reversed, decoding one token would read all the pool."""
         few, many = {"n": 2, "e": 31, "k": 2}, {"n": 29, "e": 31, "k": 3}
-        assert (
-            operations(self.lora_mix, "auto", **few)
-            == operations(self.lora_mix, "bmm", **few)
-            != operations(self.lora_mix, "dense", **few)
-        )
-        assert (
-            operations(self.lora_mix, "auto", **many)
-            == operations(self.lora_mix, "dense", **many)
-            != operations(self.lora_mix, "bmm", **many)
-        )
+        for sizes, best, other in ((few, "bmm", "dense"), (many, "dense", "bmm")):
+            auto = operations(self.lora_mix, "auto", **sizes)
+            assert auto == operations(self.lora_mix, best, **sizes)
+            assert auto != operations(self.lora_mix, other, **sizes)
 
     def test_unknown_backend(self):
         """A typo that falls through to some default would time and test the wrong code."""

@@ -20,8 +20,9 @@ RANKS = {"ant": 2, "bee": 7, "cat": 3, "dog": 5, "eel": 1}
 # A small Llama: every size another number, so that a wrong axis can't pass. h = 44 = 4 heads of 11
 # is no multiple of head_dim 6, 4 query heads share 2 key heads.
 SMALL = {
-    "model_type": "llama", "hidden_act": "silu", "vocab_size": 331, "hidden_size": 44, "intermediate_size": 67,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+    "model_type": "llama", "hidden_act": "silu", "vocab_size": 331, "hidden_size": 44,
+    "intermediate_size": 67, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 6,
     "max_position_embeddings": 97, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
 }  # fmt: skip
@@ -52,8 +53,9 @@ def tokenizer_bytes(vocab_size=331):
     ] * 9
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=out, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
+        sentence_iterator=iter(text), model_writer=out, model_type="bpe", vocab_size=vocab_size,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2, num_threads=1,
     )  # fmt: skip
     return out.getvalue()
 

@@ -71,13 +71,8 @@ def options(kind, model, out, **more):
     if kind == "base":
         (out.parent / "text.txt").write_text(TEXT)
         sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
-        sizes |= {
-            "num_key_value_heads": 2,
-            "vocab_size": 307,
-            "block_size": 13,
-            "batch_size": 5,
-            "compile": False,
-        }
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 307, "block_size": 13}
+        sizes |= {"batch_size": 5, "compile": False}
         paths = {"model": str(out), "text": str(out.parent / "text.txt")}
         return BaseRun(**paths | sizes | {"steps": 5, "save_every": 2} | more)
     write_random_pool(out, model)

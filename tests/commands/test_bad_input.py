@@ -104,19 +104,8 @@ def generate(model, *more, prompt="the fox"):
 
 
 def train(kit, tasks, *more):
-    return [
-        "train.py",
-        "adapters",
-        "--model",
-        kit.model,
-        "--tasks",
-        tasks,
-        "--pool",
-        kit.folder(),
-        "--steps",
-        "1",
-        *more,
-    ]
+    line = ["train.py", "adapters", "--model", kit.model, "--tasks", tasks, "--pool", kit.folder()]
+    return [*line, "--steps", "1", *more]
 
 
 def run_row(kit, row, cold):
@@ -160,7 +149,7 @@ def refused(outcomes, row):
     return done
 
 
-# Weight files -------------------------------------------------------------------------------------------------------
+# Weight files -------------------------------------------------------------------------------------
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 99\n"
@@ -300,7 +289,7 @@ def test_only_bin(outcomes, row):
     refused(outcomes, row)
 
 
-# The base's config and tokenizer ------------------------------------------------------------------------------------
+# The base's config and tokenizer ------------------------------------------------------------------
 
 
 def base_file(kit, name, change, words):
@@ -378,10 +367,12 @@ FOLDERS = {
     "no tokenizer": (model_without, "tokenizer.model", ["tokenizer.json", "tokenizer.model"]),
     "config a folder": (config_a_folder,),
     "no model": (lambda kit: (generate(kit.root / "nowhere"), [kit.root / "nowhere", "no such"]),),
-    "no pool": (lambda kit: (generate(kit.model, "--pool", kit.root / "nowhere"), [kit.root / "nowhere", "no such"]),),
+    "no pool": (lambda kit: (generate(kit.model, "--pool", kit.root / "nowhere"),
+                            [kit.root / "nowhere", "no such"]),),
     "no adapter": (lambda kit: (generate(kit.model, "--adapter", "a=nowhere"), ["nowhere", "no such"]),),
     "pool of nothing": (lambda kit: (generate(kit.model, "--pool", kit.model), [kit.model, "not a pool"]),),
-    "adapter of nothing": (lambda kit: (generate(kit.model, "--adapter", f"a={kit.model}"), [kit.model, "config"]),),
+    "adapter of nothing": (lambda kit: (generate(kit.model, "--adapter", f"a={kit.model}"),
+                                       [kit.model, "config"]),),
 }  # fmt: skip
 
 
@@ -399,7 +390,8 @@ TOKENIZERS = {
     "pointer": ("tokenizer__model", POINTER, ["Git LFS pointer"]),
     "bad json": ("tokenizer__json", '{\n"model":', ["line 2"]),
     "another json": ("tokenizer__json", '{"version": "1.0"}', []),
-    "too many pieces": ("tokenizer__model", lambda: tokenizer_bytes(347), ["token id 34", "331", "wrong tokenizer"]),
+    "too many pieces": ("tokenizer__model", lambda: tokenizer_bytes(347),
+                        ["token id 34", "331", "wrong tokenizer"]),
 }  # fmt: skip
 
 
@@ -417,7 +409,7 @@ def test_tokenizers(outcomes, row):
     refused(outcomes, row)
 
 
-# Adapters -----------------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------
 
 
 def adapter_config(kit, fields, words):
@@ -453,8 +445,8 @@ ADAPTER_CONFIG = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights", "pissa_niter_4", "convert"]),
 }
 ANOTHER_MATHEMATICS = {
-    "use_qalora": True, "alora_invocation_tokens": [1, 2], "layer_replication": [[0, 2]], "target_parameters": ["w"],
-    "trainable_token_indices": [3], "use_bdlora": True,
+    "use_qalora": True, "alora_invocation_tokens": [1, 2], "layer_replication": [[0, 2]],
+    "target_parameters": ["w"], "trainable_token_indices": [3], "use_bdlora": True,
 }  # fmt: skip
 
 
@@ -550,7 +542,7 @@ def test_adapter_files(outcomes, row):
         assert f"samples.jsonl:{2 if 'bad' in row else 1}:" in outcomes[row].result()[0].stderr
 
 
-# The pool, names and gates ------------------------------------------------------------------------------------------
+# The pool, names and gates ------------------------------------------------------------------------
 
 
 def pool_json(kit, text, words):
@@ -671,7 +663,7 @@ def test_gates(outcomes, row):
     refused(outcomes, row)
 
 
-# Options and prompts ------------------------------------------------------------------------------------------------
+# Options and prompts ------------------------------------------------------------------------------
 
 OPTIONS = {
     "temperature": (["--temperature", "-1"], ["--temperature", "-1"]),
@@ -753,7 +745,7 @@ def test_written_over_a_folder(outcomes, row):
     assert_refused(done, *words)
 
 
-# Training -----------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 LINES = '{"prompt": "a", "response": "b"}\n\n'
 
@@ -834,7 +826,7 @@ def test_training(outcomes, row):
     assert "100%" not in done.stderr, "trained before it refused"
 
 
-# What is odd and works ----------------------------------------------------------------------------------------------
+# What is odd and works ----------------------------------------------------------------------------
 
 WORKS = {
     "truncate left": (lambda kit: long_prompt(kit, "--truncate", "left", "--json"),),
@@ -842,7 +834,8 @@ WORKS = {
     "empty prompt": (lambda kit: (generate(kit.model, "--raw", "--json", prompt=""), []),),
     "generation_config": (lambda kit: (generate(kit.a_model(generation_config__json='{\n"eos'), "--json"),
                                        ["generation_config.json", "line 2", "config.json"]),),
-    "another base's adapter": (lambda kit: adapter_config(kit, {"base_model_name_or_path": "Llama-9"}, ["Llama-9"]),),
+    "another base's adapter": (lambda kit: adapter_config(
+        kit, {"base_model_name_or_path": "Llama-9"}, ["Llama-9"]),),
     "unknown field": (lambda kit: adapter_config(kit, {"use_quantum": True}, ["use_quantum"]),),
 }  # fmt: skip
 
@@ -889,7 +882,7 @@ def test_warnings(outcomes, row):
         assert str(word) in warnings[0]
 
 
-# Killed -------------------------------------------------------------------------------------------------------------
+# Killed -------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, random, signal, sys, time
@@ -921,8 +914,8 @@ print(metadata["version"], left)
 def test_killed_save(tmp_path):
     """Without it a run killed half-way through a save loses the checkpoint that it had."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "w.safetensors")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=200,
+        [sys.executable, "-c", KILLED, str(tmp_path / "w.safetensors")], cwd=ROOT, capture_output=True,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     versions, left = map(int, done.stdout.split())

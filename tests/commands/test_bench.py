@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import TrainBench, in_turn, spread
+from bench import TrainBench
 from common.files import InputError
-from evaluation.timed import InSubprocess, adapters_trainer, examples, steps_of, with_requests
+from evaluation.measure import InSubprocess, in_turn, spread
+from evaluation.timed import adapters_trainer, examples, steps_of, with_requests
 from helpers_commands import command
 from helpers_training import write_tasks
 from moe_lora import attached
@@ -32,25 +33,20 @@ def run(*args):
 
 @pytest.mark.slow
 def test_layer():
-    """auto's distance from the best spelling is what the cost model is judged by."""
+    """auto's distance from the best backend is what the cost model is judged by."""
     table = run("layer", "--n", "1,5", "--width", "13x17", "--e", "3,7", "--k", "2,5")
-    assert [(row["e"], row["n"], row["k"]) for row in table] == [
-        (3, 1, 2),
-        (3, 5, 2),
-        (7, 1, 2),
-        (7, 1, 5),
-        (7, 5, 2),
-        (7, 5, 5),
-    ]
+    sizes = [(3, 1, 2), (3, 5, 2), (7, 1, 2), (7, 1, 5), (7, 5, 2), (7, 5, 5)]
+    assert [(row["e"], row["n"], row["k"]) for row in table] == sizes
     for row in table:
-        for kind, spellings in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
-            best = min(row[spelling + kind] for spelling in spellings)
+        for kind, backends in (("", ("loop", "bmm", "dense")), (", compiled", ("bmm", "dense"))):
+            best = min(row[backend + kind] for backend in backends)
             assert row["auto / best" + kind] == pytest.approx(row["auto" + kind] / best)
 
 
 @pytest.mark.parametrize(("args", "line"), [
     (["layer", "--n", "1,x"], "--n is '1,x', expected numbers above 0 with ',' between them"),
-    (["layer", "--width", "5x7x11"], "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
+    (["layer", "--width", "5x7x11"],
+     "--width is '5x7x11', expected pairs of in and out features as 576x1536"),
     (["decode", "--repeats", "0"], "--repeats: expected 1 or more, found 0"),
     (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
     (["prefill", "--e", "0"], "--e is '0', expected numbers above 0 with ',' between them"),
@@ -109,10 +105,8 @@ def test_a_model(small_model, what, rows):
     assert [row["row"] for row in table] == rows
     for row in table:
         tokens = row["batch"] if what == "decode" else 7
-        assert (
-            row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"])
-            and row["low"] <= row["ms"] <= row["high"]
-        )
+        assert row["tokens/s"] == pytest.approx(1e3 * tokens / row["ms"])
+        assert row["low"] <= row["ms"] <= row["high"]
 
 
 @pytest.mark.slow

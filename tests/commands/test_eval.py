@@ -78,19 +78,8 @@ def test_results_are_the_scores_of_the_answers_the_same_each_time(setting, tmp_p
     """A mean over the wrong things, or an oracle that uses another adapter, would be published as
     it is."""
     model, pool, tasks, _ = setting
-    args = [
-        "eval.py",
-        "--model",
-        model,
-        "--pool",
-        pool,
-        "--tasks",
-        tasks,
-        "--max_new_tokens",
-        5,
-        "--batch_size",
-        2,
-    ]
+    args = ["eval.py", "--model", model, "--pool", pool, "--tasks", tasks]
+    args += ["--max_new_tokens", 5, "--batch_size", 2]
     args += ["--methods", "base,oracle,adapter:ant,meteora_top1"]
     runs = [command(*args, "--out", tmp_path / name) for name in ("one", "two")]
     assert [done.returncode for done in runs] == [0, 0], runs[0].stderr
@@ -119,8 +108,8 @@ def test_the_table_shows_what_the_results_hold():
         "| task | n | base | oracle |",
         "|---|---|---|---|",
         "| t (bleu) | 7 | 12.3 [1.0, 31.0] | 50.0 [20.0, 80.0] |",
-        "| mean | | 12.3 ± 15.0 | 50.0 ± 30.0 |",
-        "| of the oracle | | 24.7 % | 100.0 % |",
+        "| mean |  | 12.3 ± 15.0 | 50.0 ± 30.0 |",
+        "| of the oracle |  | 24.7 % | 100.0 % |",
     ]
 
 
@@ -141,7 +130,7 @@ def test_bad_options_are_refused_before_any_work(args, words):
     assert_refused(command("eval.py", *args), *words)
 
 
-# Stopping and going on, composites, what a run says of itself -------------------------------------------------------
+# Stopping and going on, composites, what a run says of itself -------------------------------------
 
 WIDE = ("ant", "bee", "cat")
 METHODS = "base,oracle,meteora"
@@ -172,19 +161,8 @@ def wide(tmp_path_factory):
             ]
             write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
     args = ["--model", folder / "small", "--pool", folder / "pool", "--tasks", folder / "tasks"]
-    return [
-        *args,
-        "--max_new_tokens",
-        3,
-        "--batch_size",
-        2,
-        "--composite",
-        2,
-        "--composites",
-        3,
-        "--methods",
-        METHODS,
-    ]
+    args += ["--max_new_tokens", 3, "--batch_size", 2, "--composite", 2, "--composites", 3]
+    return [*args, "--methods", METHODS]
 
 
 def run_eval(*args, **replaced):
@@ -317,9 +295,8 @@ def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whol
     mole = load(wide[1], wide[3])
     for method, found in results["composite"]["2"].items():
         own = [row for row in rows if row["method"] == method and "composite" in row]
-        assert [row["prompt"] for row in own] == [c.prompt for c in asked] and {
-            row["composite"] for row in own
-        } == {2}
+        assert [row["prompt"] for row in own] == [c.prompt for c in asked]
+        assert {row["composite"] for row in own} == {2}
         want = [[[name, question["response"]] for name, question in c.questions] for c in asked]
         assert [row["responses"] for row in own] == want
         o = evaluation.Options(max_new_tokens=3)
@@ -328,11 +305,8 @@ def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whol
         for row in own if method != "oracle" else []:
             said = answer(mole, row["prompt"], raw=True, method=method, max_new_tokens=6)
             assert row["answer"] == said[0]
-    assert (
-        (whole / "results.md")
-        .read_text()
-        .endswith(f"\n\n{evaluation.composite_table(results['methods'], results['composite'])}")
-    )
+    shown = evaluation.composite_table(results["methods"], results["composite"])
+    assert (whole / "results.md").read_text().endswith(f"\n\n{shown}")
 
 
 def test_the_composite_table_shows_what_the_results_hold():
@@ -399,17 +373,8 @@ def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path
     """LoraHub's weights are a task's; a composite has several. Sizes keep their order and have
     their own prompts."""
     seen = []
-    args = [
-        *wide,
-        "--composite",
-        "3,2",
-        "--composite_temperature",
-        7,
-        "--methods",
-        "lorahub,meteora",
-        "--out",
-        tmp_path,
-    ]
+    args = [*wide, "--composite", "3,2", "--composite_temperature", 7]
+    args += ["--methods", "lorahub,meteora", "--out", tmp_path]
     assert run_eval(*args, **faked(seen))[0] == 0
     assert [(method, t, {len(c.questions) for c in asked}) for method, t, asked in seen] == [
         ("meteora", 7.0, {3}), ("meteora", 7.0, {2}),
@@ -417,9 +382,8 @@ def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path
     results = results_of(tmp_path)
     assert list(results["methods"]) == ["lorahub", "meteora"]
     assert [list(table) for table in results["composite"].values()] == [["meteora"]] * 2
-    assert (
-        list(results["composite"]) == ["3", "2"] and "temperature" not in results["composite"]["3"]["meteora"]
-    )
+    assert list(results["composite"]) == ["3", "2"]
+    assert "temperature" not in results["composite"]["3"]["meteora"]
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -445,12 +409,14 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
     [
         (["--composite", "3,x"], "--composite is '3,x', expected numbers above 0"),
         (["--composite", "2.5"], "--composite is '2.5'"), (["--composite", "0"], "--composite is '0'"),
-        (["--composite", "3,-2"], "--composite is '3,-2'"), (["--composites", 0], "--composites is 0, expected at le"),
+        (["--composite", "3,-2"], "--composite is '3,-2'"),
+        (["--composites", 0], "--composites is 0, expected at le"),
         (["--composite_temperature", "hot"], "--composite_temperature is 'hot', expected numbers above 0"),
         (["--composite_temperature", "1,0"], "--composite_temperature is '1,0'"),
         (["--composite_temperature", "nan"], "--composite_temperature is 'nan'"),
         (["--composite_temperature", ","], "--composite_temperature is ','"),
-        (["--ood", "--composite", "", "--methods", "adapter:ant"], "--ood: adapter:ant has no adapter of a task"),
+        (["--ood", "--composite", "", "--methods", "adapter:ant"],
+         "--ood: adapter:ant has no adapter of a task"),
         (["--encoder", "nowhere"], "nowhere: no such folder of a sentence-transformers model"),
         (["--composite", "4"], "composite-4 needs 4 tasks, there are 3: ant, bee, cat"),
         (["--methods", "lorahub:ant,soft"], "soft.safetensors: python train.py gates --kind soft makes it"),

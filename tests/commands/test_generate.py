@@ -3,6 +3,7 @@ command's face."""
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -72,13 +73,8 @@ def scripted(folder, follow, room=97, **fields):
     """A Llama that says what it is told: after token j comes follow[j], or j again. `room` is its
     context."""
     v = SMALL["vocab_size"]
-    sizes = {
-        "hidden_size": v,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "intermediate_size": 3,
-        "head_dim": 2,
-    }
+    sizes = {"hidden_size": v, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"intermediate_size": 3, "head_dim": 2}
     sizes |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "max_position_embeddings": room}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL | sizes | fields))
@@ -105,19 +101,11 @@ def tokens_of(mole, prompts, method, **options):
     return rows
 
 
-# Batch = alone ------------------------------------------------------------------------------------------------------
+# Batch = alone ------------------------------------------------------------------------------------
 
 FIXED = ["base", "uniform", *(f"adapter:{name}" for name in NAMES), "base"]
-MIXED = [
-    "meteora",
-    "adapter:elm",
-    "base",
-    "meteora",
-    "uniform",
-    "adapter:aspen",
-    "meteora_top2",
-    "adapter:cedar",
-]
+MIXED = ["meteora", "adapter:elm", "base", "meteora", "uniform", "adapter:aspen"]
+MIXED += ["meteora_top2", "adapter:cedar"]
 
 
 @pytest.mark.parametrize("methods", [FIXED, MIXED], ids=["fixed", "with gates"])
@@ -134,9 +122,8 @@ def test_batch_equals_each_prompt_alone(mole, methods):
             assert dict(got) == pytest.approx(dict(want), abs=0.0011), (prompt, method)  # rounded to 0.001
     first = {method: tokens_of(mole, PROMPTS[:1], method, max_new_tokens=17)[0] for method in set(methods)}
     said = {tuple(t[0] for t in row) for row in first.values()}
-    assert len(said) >= len(first) - 1, (
-        "methods that all answer alike prove nothing (meteora is meteora_top2)"
-    )
+    # Methods that all answer alike prove nothing; meteora is meteora_top2.
+    assert len(said) >= len(first) - 1
 
 
 def test_two_streams_on_one_model_are_refused(mole):
@@ -153,20 +140,13 @@ def test_values_are_checked_for_importers_too(mole):
     """Importers meet the same bad values as the command line; unchecked, they sample from NaN
     without a word."""
     assert answer(mole, []) == []
-    bad = (
-        {"temperature": -1.0},
-        {"top_k": 0},
-        {"gate_temperature": 0.0},
-        {"top_p": 0.0},
-        {"method": ["base"] * 2},
-    )
-    for options in bad:
+    bad = [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"stop": [""]}, {"method": ["base"] * 2}]
+    for options in [*bad, {"gate_temperature": 1e-46}, {"gate_temperature": math.inf}]:
         with pytest.raises(InputError):
             answer(mole, "the fox", **options)
-    for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-40, "method": "meteora"}):
-        greedy = answer(
-            mole, "the fox", max_new_tokens=5, **options
-        )  # the limit of both is the largest alone
+    for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-6, "method": "meteora"}):
+        # The limit of both is the largest alone.
+        greedy = answer(mole, "the fox", max_new_tokens=5, **options)
         assert greedy == answer(mole, "the fox", max_new_tokens=5, **options | {"temperature": 0.0})
 
 
@@ -232,7 +212,7 @@ def test_bfloat16_answers_too(small_model, pool):
     assert all(len(row) > 1 for row in tokens_of(mole, PROMPTS, MIXED, max_new_tokens=5))
 
 
-# The sampler --------------------------------------------------------------------------------------------------------
+# The sampler --------------------------------------------------------------------------------------
 
 
 def test_seeds_and_the_limits_of_sampling(mole):
@@ -246,9 +226,8 @@ def test_seeds_and_the_limits_of_sampling(mole):
     assert say(temperature=2.0, seed=7, top_p=1e-9) == say(temperature=2.0, sample_top_k=1) == greedy
     twice = answer(mole, [PROMPTS[0]] * 2, method="base", temperature=2.0, seed=7)
     assert twice[0] != twice[1]  # rows draw for themselves
-    assert (
-        twice[1] == answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)[0]
-    )  # row j with seed + j
+    alone = answer(mole, PROMPTS[0], method="base", temperature=2.0, seed=8)
+    assert twice[1] == alone[0]  # row j with seed + j
 
 
 @pytest.mark.parametrize(
@@ -284,7 +263,7 @@ def test_greedy_is_the_argmax_of_each_row():
     assert sample(logits, Sampling(), None).tolist() == [1, 0]
 
 
-# Where answers end --------------------------------------------------------------------------------------------------
+# Where answers end --------------------------------------------------------------------------------
 
 
 def test_every_eos_of_the_list_ends_an_answer(tmp_path, capsys):
@@ -336,7 +315,8 @@ def test_finish_reasons(tmp_path):
 
 
 def test_a_large_limit_costs_no_memory(tmp_path):
-    """--max_new_tokens 1000000000 means "until it ends": the context bounds the answer, and so it must the cache."""
+    """--max_new_tokens 1000000000 means "until it ends": the context bounds the answer and so must
+    bound the cache."""
     mole = load(scripted(tmp_path / "m", {}, room=31))
     (row,) = tokens_of(mole, ["dog"], "base", max_new_tokens=10**12)
     assert row[-1][3] == "context"
@@ -371,9 +351,8 @@ def test_truncation_keeps_bos_and_the_asked_for_end(mole):
         *ids[len(ids) - room + 1 :],
     ]
     for end in ("no", "left", "right"):  # what fits stays as it is, and gets the template once
-        assert encode_prompt(mole, "fox {prompt}", truncate=end) == tokenizer.encode(
-            "[INST] fox {prompt} [/INST]\n"
-        )
+        want = tokenizer.encode("[INST] fox {prompt} [/INST]\n")
+        assert encode_prompt(mole, "fox {prompt}", truncate=end) == want
 
 
 def test_prompts_that_no_model_can_answer(tmp_path, mole):
@@ -393,7 +372,7 @@ def test_prompts_that_no_model_can_answer(tmp_path, mole):
         answer(load(folder), strange, raw=True)
 
 
-# Methods ------------------------------------------------------------------------------------------------------------
+# Methods ------------------------------------------------------------------------------------------
 
 
 def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole):
@@ -406,7 +385,7 @@ def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole
     assert answer(mole, PROMPTS[:2]) == answer(mole, PROMPTS[:2], method="meteora_top2")
 
 
-# The command --------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -490,9 +469,8 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     status, out, _ = run(*args, "--routing", "--html", page)
     assert status == 0 and "\x1b[38;2;" in out and "\x1b[2;38;2;" in out
     bare = re.sub(r"\x1b\[[\d;]*m", "", out)
-    assert bare.startswith(
-        "".join(TEMPLATE.replace("{prompt}", p) + f"{t}\n" for p, t in zip(prompts, said, strict=True))
-    )
+    want = [TEMPLATE.replace("{prompt}", p) + f"{t}\n" for p, t in zip(prompts, said, strict=True)]
+    assert bare.startswith("".join(want))
     shares = dict(re.findall(r"■ (\w+) (\d+)%", bare.splitlines()[-1]))
     assert shares.keys() == set(NAMES) and abs(sum(map(int, shares.values())) - 100) <= 3
     html = page.read_text(encoding="utf-8")
@@ -572,7 +550,8 @@ def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
     working directory."""
     os.symlink(pool, tmp_path / "pool")
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv.append('--not-an-option'); import generate\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv.append('--not-an-option')\n"
+        "import generate\n"
         f"mole = generate.load({str(small_model)!r}, 'pool')\n"
         "asked = {'method': 'adapter:elm', 'max_new_tokens': 5}\n"
         "ids = [token.id for token in generate.stream(mole, ['the fox'], **asked)]\n"
@@ -589,19 +568,10 @@ def test_import_from_elsewhere(tmp_path, small_model, pool, mole):
 def test_closed_pipe_and_interrupt_end_quietly(tmp_path):
     """`| head` and Ctrl-C are how people stop a long answer: neither is worth a traceback."""
     folder = scripted(tmp_path / "m", {}, room=99991)
-    args = [
-        sys.executable,
-        ROOT / "generate.py",
-        "--model",
-        folder,
-        "--prompt",
-        "dog",
-        "--max_new_tokens",
-        "90001",
-    ]
-    heard = {
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    }  # nohup's children would ignore it
+    args = [sys.executable, ROOT / "generate.py", "--model", folder, "--prompt", "dog"]
+    args += ["--max_new_tokens", "90001"]
+    # nohup's children would ignore it
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     piped, stopped = (subprocess.Popen(args, **pipes, **heard) for _ in range(2))
     try:

@@ -60,7 +60,7 @@ def only_input_errors(path):
             assert str(path) in str(error) and "\n" not in str(error)
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=400, deadline=None)
@@ -68,7 +68,8 @@ def only_input_errors(path):
     st.binary(max_size=200)
     | st.builds(header, st.binary(max_size=60), st.binary(max_size=20))
     | st.builds(header, st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "I8"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+        | st.sampled_from(["F32", "I8"]),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
             st.sampled_from(["__metadata__", "data_offsets", "dtype", "shape", "w"]), inner, max_size=4),
         max_leaves=9).map(json.dumps), st.binary(max_size=20))
@@ -158,7 +159,7 @@ def test_jsonl_lines_end_at_newlines_alone(tmp_path):
     assert read_jsonl(tmp_path / "a.jsonl", ("prompt",)) == rows
 
 
-# Finite -------------------------------------------------------------------------------------------------------------
+# Finite -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -199,7 +200,7 @@ def test_large_is_finite(tensor):
     check_finite("f", "w", tensor)
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path):
@@ -305,7 +306,7 @@ def test_flushed_before_renamed(tmp_path, monkeypatch):
     assert calls[:2] == [("fsync", 5), ("replace", "w")]
 
 
-# Hashes -------------------------------------------------------------------------------------------------------------
+# Hashes -------------------------------------------------------------------------------------------
 
 
 def test_hash_ignores_order():
@@ -334,7 +335,7 @@ def test_hash_sees_names_dtypes_and_shapes():
     one, bits = TENSORS["a"], TENSORS["a"].view(torch.int32)
     variants = [
         {"a": one}, {"b": one}, {"a": bits}, {"a": one.view(7, 5)}, {"a": one.view(35)},
-        {"a": one, "b": torch.zeros(0)},         {"a": one[:3], "b": one[3:]}, {"a": one[:2], "b": one[2:]}, {},
+        {"a": one, "b": torch.zeros(0)}, {"a": one[:3], "b": one[3:]}, {"a": one[:2], "b": one[2:]}, {},
     ]  # fmt: skip
     hashes = [hash_tensors(v) for v in variants] + [
         hash_tensors({"a": one}, "scale 2"),
@@ -343,7 +344,7 @@ def test_hash_sees_names_dtypes_and_shapes():
     assert len(set(hashes)) == len(hashes)
 
 
-# How a script ends --------------------------------------------------------------------------------------------------
+# How a script ends --------------------------------------------------------------------------------
 
 
 def ends(main, capsys):

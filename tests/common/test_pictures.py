@@ -23,13 +23,9 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.text, self.tips, self.span = (
-            [],
-            [],
-            {"prompt": "", "answer": ""},
-            [],
-            None,
-        )
+        self.tags, self.attributes, self.tips = [], [], []
+        self.text = {"prompt": "", "answer": ""}
+        self.span = None
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):

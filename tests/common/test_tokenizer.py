@@ -90,7 +90,7 @@ def tokenizers(folders):
     return {kind: Tokenizer(folder) for kind, folder in folders.items()}
 
 
-# Ids ----------------------------------------------------------------------------------------------------------------
+# Ids ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,11 +100,8 @@ def test_ids_and_text_equal_the_librarys(folders, tokenizers, kind):
     ours = tokenizers[kind]
     if kind == "sentencepiece":
         library = sentencepiece.SentencePieceProcessor(model_file=str(folders[kind] / "tokenizer.model"))
-        encode, decode, size = (
-            lambda text: library.encode(text, add_bos=True),
-            library.decode,
-            library.vocab_size(),
-        )
+        encode = lambda text: library.encode(text, add_bos=True)  # noqa: E731
+        decode, size = library.decode, library.vocab_size()
     else:
         library = Fast.from_file(str(folders[kind] / "tokenizer.json"))
         encode, decode, size = lambda text: library.encode(text).ids, library.decode, library.get_vocab_size()
@@ -168,15 +165,14 @@ def test_tokenizer_json_comes_first(tmp_path):
     can't read."""
     folder = write_tokenizer(tmp_path / "t", "llama3")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    assert Tokenizer(folder).encode("the") == Tokenizer(write_tokenizer(tmp_path / "u", "llama3")).encode(
-        "the"
-    )
+    alone = write_tokenizer(tmp_path / "u", "llama3")
+    assert Tokenizer(folder).encode("the") == Tokenizer(alone).encode("the")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tiktoken"):
         Tokenizer(folder)
 
 
-# Chat templates -----------------------------------------------------------------------------------------------------
+# Chat templates -----------------------------------------------------------------------------------
 
 MESSAGES = [
     {"role": "system", "content": "be <brief> & 'kind'"},
@@ -263,7 +259,7 @@ def test_bad_templates_are_refused(tmp_path, template):
         ours.chat(MESSAGES)
 
 
-# Streaming ----------------------------------------------------------------------------------------------------------
+# Streaming ----------------------------------------------------------------------------------------
 
 
 def chunks(tokenizer, ids):

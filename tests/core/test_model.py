@@ -113,7 +113,7 @@ def model(tmp_path_factory, request):
     return make_fast(model) if request.param == "fast" else model
 
 
-# Against transformers -----------------------------------------------------------------------------------------------
+# Against transformers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -234,7 +234,7 @@ def test_rope_scaling_counts_before_rope_parameters(tmp_path):
     close(load_llama(folder)(ids), transformers_logits(folder, ids))
 
 
-# Loading ------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def shard(folder, source, count=3):
@@ -298,7 +298,7 @@ def test_what_follows_from_the_config_is_ignored_in_the_file(tmp_path):
     close(load_llama(folder)(random_ids(1, 5)), want)
 
 
-# The KV cache -------------------------------------------------------------------------------------------------------
+# The KV cache -------------------------------------------------------------------------------------
 
 
 def test_cached_equals_uncached_for_every_split(model):
@@ -368,7 +368,7 @@ def test_a_full_cache_is_an_error(model):
         model(ids[:, 7:8], cache)
 
 
-# Long proofs --------------------------------------------------------------------------------------------------------
+# Long proofs --------------------------------------------------------------------------------------
 
 # VmHWM and not getrusage's ru_maxrss, which a child inherits from a parent that was larger once.
 MEASURE = """

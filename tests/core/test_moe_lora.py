@@ -65,7 +65,7 @@ def close(a, b, limit=1e-5):
     return (a - b).abs().max() <= limit * b.abs().max()
 
 
-# The papers' identities ---------------------------------------------------------------------------------------------
+# The papers' identities ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,10 +139,8 @@ def test_fixed_and_routed_rows_in_one_batch(model, pool):
         for gate in gates.values():
             gate.set(idx, weight, torch.tensor(routed))
         got = logits_of(model, pool, gates)
-        by_gates, by_name = (
-            logits_of(model, pool, random_gates(pool, 2)),
-            logits_of(model, pool, fixed(pool, choices)),
-        )
+        by_gates = logits_of(model, pool, random_gates(pool, 2))
+        by_name = logits_of(model, pool, fixed(pool, choices))
         assert not close(by_gates, by_name, 0.01)
         for row, asks in enumerate(routed):
             assert close(got[row], by_gates[row] if asks else by_name[row])
@@ -166,18 +164,16 @@ def test_zero_padding_changes_nothing(model, shapes, pool):
     assert close(logits_of(model, roomy, roomy_gates), logits_of(model, pool, gates), 1e-5)
     for name in pool.names:
         choice = [{name: 1.0}] * 3
-        assert close(
-            logits_of(model, roomy, fixed(roomy, choice)), logits_of(model, pool, fixed(pool, choice)), 1e-5
-        )
+        want = logits_of(model, pool, fixed(pool, choice))
+        assert close(logits_of(model, roomy, fixed(roomy, choice)), want, 1e-5)
 
 
 def test_order_of_the_pool_changes_nothing(model, shapes, pool):
     """Slots are an accident of loading; gates and adapters meet by name."""
     other = make_pool(shapes, sorted(RANKS, reverse=True))
     assert other.names == pool.names[::-1]
-    assert close(
-        logits_of(model, other, random_gates(other, 2)), logits_of(model, pool, random_gates(pool, 2))
-    )
+    want = logits_of(model, pool, random_gates(pool, 2))
+    assert close(logits_of(model, other, random_gates(other, 2)), want)
 
 
 def test_backends_agree_through_the_whole_model(model, pool):
@@ -202,7 +198,7 @@ def test_any_subset_of_the_linears(model, shapes, targets):
     assert close(got, model(IDS)) and not close(got, plain, 0.01)
 
 
-# MeteoRA's gate -----------------------------------------------------------------------------------------------------
+# MeteoRA's gate -----------------------------------------------------------------------------------
 
 
 def gate_weights(logits, k, temperature=1.0, known=None):
@@ -258,7 +254,7 @@ def test_logits_are_float32_in_a_bfloat16_model():
     torch.testing.assert_close(weight[0], torch.tensor([0.7310586, 0.2689414]), rtol=0, atol=1e-6)
 
 
-# Gate files ---------------------------------------------------------------------------------------------------------
+# Gate files ---------------------------------------------------------------------------------------
 
 
 def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool, tmp_path):
@@ -267,10 +263,8 @@ def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool
     file = tmp_path / "meteora_top2.safetensors"
     want = logits_of(model, pool, random_gates(pool, 2))
     save_gates(file, random_gates(pool, 2), pool, 2, ["cat", "ant", "eel", "dog", "bee"])
-    backwards, roomy = (
-        make_pool(shapes, sorted(RANKS, reverse=True)),
-        make_pool(shapes, ["dog", "bee", "ant", "eel", "cat"], 11),
-    )
+    backwards = make_pool(shapes, sorted(RANKS, reverse=True))
+    roomy = make_pool(shapes, ["dog", "bee", "ant", "eel", "cat"], 11)
     for other in (pool, backwards, roomy):
         assert close(logits_of(model, other, load_gates(file, other)), want)
     backwards.remove("eel")
@@ -294,14 +288,8 @@ def test_gates_of_other_adapters_are_refused(shapes, pool, tmp_path):
     with pytest.raises(InputError) as refused:
         load_gates(file, other)
     message = str(refused.value)
-    for word in (
-        file,
-        "bee",
-        "cat (missing",
-        "eel (missing",
-        pool.members["bee"].hash[:12],
-        other.members["bee"].hash[:12],
-    ):
+    hashes = [pool.members["bee"].hash[:12], other.members["bee"].hash[:12]]
+    for word in (file, "bee", "cat (missing", "eel (missing", *hashes):
         assert str(word) in message
     assert "ant" not in message and "dog" not in message
 
@@ -347,7 +335,7 @@ def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
             load_gates(file, pool)
 
 
-# Attach and detach --------------------------------------------------------------------------------------------------
+# Attach and detach --------------------------------------------------------------------------------
 
 
 def test_detach_gives_the_very_same_model_back(model, pool):
@@ -421,10 +409,8 @@ def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
     def by_hand(path, linear):
         def forward(x):
             ax = torch.einsum("eri,ni->ner", pool.A[path], x)
-            chosen = (
-                torch.zeros(ax.shape[:2]).scatter(-1, ax.norm(dim=-1).topk(2, -1).indices, 0.5)
-                * pool.scale[path]
-            )
+            best = ax.norm(dim=-1).topk(2, -1).indices
+            chosen = torch.zeros(ax.shape[:2]).scatter(-1, best, 0.5) * pool.scale[path]
             return F.linear(x, linear.weight) + torch.einsum("ne,eor,ner->no", chosen, pool.B[path], ax)
 
         return forward
@@ -435,7 +421,7 @@ def test_a_gate_of_ones_own(model, pool, backend, monkeypatch):
     assert close(got, model(IDS))
 
 
-# The recorder -------------------------------------------------------------------------------------------------------
+# The recorder -------------------------------------------------------------------------------------
 
 
 def test_recorder_sees_what_the_gates_chose(model, pool):
@@ -502,7 +488,7 @@ def test_recorder_lets_go(model, pool):
     assert torch.equal(seen.read(33), kept)
 
 
-# LoRA dropout -------------------------------------------------------------------------------------------------------
+# LoRA dropout -------------------------------------------------------------------------------------
 
 
 def test_dropout_is_for_training_and_for_adapters_alone(model, pool):

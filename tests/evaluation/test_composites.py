@@ -42,20 +42,11 @@ def make_tasks(names=NAMES, metric="exact_match"):
 
 
 def options(**more):
-    return SimpleNamespace(
-        **{
-            "batch_size": 3,
-            "max_new_tokens": 7,
-            "top_k": 2,
-            "seed": 0,
-            "meteora_metrics": False,
-            "retrieve": 3,
-        }
-        | more
-    )
+    some = {"batch_size": 3, "max_new_tokens": 7, "top_k": 2, "seed": 0}
+    return SimpleNamespace(**some | {"meteora_metrics": False, "retrieve": 3} | more)
 
 
-# What they are made of ----------------------------------------------------------------------------------------------
+# What they are made of ----------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -103,11 +94,8 @@ def test_the_seed_decides_and_everything_is_drawn():
     they say."""
     tasks = make_tasks()
     drawn = composites(tasks, 3, 97, TEMPLATE, 5)
-    assert (
-        drawn
-        == composites(tasks, 3, 97, TEMPLATE, 5)
-        == composites(dict(reversed(tasks.items())), 3, 97, TEMPLATE, 5)
-    )
+    assert drawn == composites(tasks, 3, 97, TEMPLATE, 5)
+    assert drawn == composites(dict(reversed(tasks.items())), 3, 97, TEMPLATE, 5)
     assert drawn[:11] == composites(tasks, 3, 11, TEMPLATE, 5)  # more prompts are more of the same
     assert drawn != composites(tasks, 3, 97, TEMPLATE, 6)
     asked = {row["prompt"] for c in drawn for _, row in c.questions}
@@ -125,7 +113,7 @@ def test_more_questions_than_tasks_are_refused():
         composites(make_tasks(), 6, 1, TEMPLATE)
 
 
-# Answering ----------------------------------------------------------------------------------------------------------
+# Answering ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -356,12 +344,10 @@ def test_the_ceiling_runs_each_span_and_each_line_through_its_own_adapter(mole, 
     texts = answer_composites(mole, asked, "oracle", 1.0, options(max_new_tokens=5))
     said = [by_hand(mole, composite, 15) for composite in asked]
     assert texts == [mole.tokenizer.decode(ids) for ids in said]
-    assert (
-        max(ids.count(newline) for ids in said) >= 3
-    )  # all three adapters had their turn, the last beyond its line
-    swapped = [
-        Composite(c.spans, c.questions[::-1]) for c in asked
-    ]  # the prompt as it was, other adapters answer
+    # All three adapters had their turn, the last beyond its line.
+    assert max(ids.count(newline) for ids in said) >= 3
+    # The prompt as it was, other adapters answer.
+    swapped = [Composite(c.spans, c.questions[::-1]) for c in asked]
     assert answer_composites(mole, swapped, "oracle", 1.0, options(max_new_tokens=5)) != texts
     moved = [Composite([(text, "eel") for text, _ in c.spans], c.questions) for c in asked]  # and the reverse
     assert answer_composites(mole, moved, "oracle", 1.0, options(max_new_tokens=5)) != texts
@@ -378,7 +364,7 @@ def test_rows_of_a_batch_are_each_alone(mole, monkeypatch, method):
     assert len(set(texts)) > 1 and len({text.count("\n") for text in texts}) > 1
 
 
-# Scoring ------------------------------------------------------------------------------------------------------------
+# Scoring ------------------------------------------------------------------------------------------
 
 
 def scored(metrics, prompts, **more):
@@ -455,7 +441,7 @@ def test_meteora_metrics_change_the_tasks_scores_alone():
     }  # "#### 42" isn't in "42", "7" is
 
 
-# The temperature ----------------------------------------------------------------------------------------------------
+# The temperature ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)

@@ -161,14 +161,8 @@ def test_head_of_few_rows(model):
     speed. The last hidden states of a prompt are no contiguous tensor, which must not be a graph of
     its own."""
     hidden = torch.randn(MAX_DECODE_ROWS + 3, 3, 44)
-    cases = [
-        hidden[:1, 1],
-        hidden[:3, 1],
-        hidden[:SIMD_LANES, 1],
-        hidden[:2, 1].clone(),
-        hidden[:11, 1],
-        hidden[:, 1],
-    ]
+    cases = [hidden[:1, 1], hidden[:3, 1], hidden[:SIMD_LANES, 1]]
+    cases += [hidden[:2, 1].clone(), hidden[:11, 1], hidden[:, 1]]
     want = [model.head(x) for x in cases]
     model.compile_blocks()
     for x, y in zip(cases, want, strict=True):
@@ -230,13 +224,9 @@ def test_texts_of_tiny():
         ] + [list(stream(mole, prompts[:1], compile=compile))]
 
     for got, want in zip(answers(True), answers(False), strict=True):
-        assert [(t.row, t.id, t.text, t.finish) for t in got] == [
-            (t.row, t.id, t.text, t.finish) for t in want
-        ]
-        assert all(
-            dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3)
-            for a, b in zip(got, want, strict=True)
-        )
+        for a, b in zip(got, want, strict=True):
+            assert (a.row, a.id, a.text, a.finish) == (b.row, b.id, b.text, b.finish)
+            assert dict(a.adapters) == pytest.approx(dict(b.adapters), abs=2e-3)
 
 
 @pytest.mark.slow
@@ -269,9 +259,8 @@ def test_gradients(what, small_model, tmp_path):
         assert all(slope.abs().max() > 0 for slope in slopes.values())
         for name, slope in slopes.items():
             assert (compiled_slopes[name] - slope).abs().max() < 3e-4 * slope.abs().max(), name
-    assert graphs() == 4, (
-        graphs()
-    )  # before and after, and both again for the first block, whose x has no gradient
+    # Before and after, and both again for the first block, whose x has no gradient.
+    assert graphs() == 4
 
 
 def test_without_a_compiler():

@@ -53,10 +53,8 @@ def test_a_step_is_one_graph(monkeypatch):
     tokens = list(stream(mole, ["Spell the word: strawberry"], compile=True))
     # the prompt gives the first token, a step that is captured the second, and one more at a longer
     # view of the cache
-    assert len(tokens) >= 7 and len(tokens) - 3 <= len(replays) <= len(tokens) - 2, (
-        len(tokens),
-        len(replays),
-    )
+    assert len(tokens) >= 7
+    assert len(tokens) - 3 <= len(replays) <= len(tokens) - 2
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -88,9 +86,8 @@ def test_training_is_the_cpus(kind, compile, small_model, tmp_path):
 def test_a_run_goes_on(small_model, tmp_path, monkeypatch):
     """The optimizer's state belongs to the GPU but for its counts, and dropout to the GPU's
     generator."""
-    whole, parts = (
-        options("adapters", small_model, tmp_path / name, steps=7, device="cuda") for name in "ab"
-    )
+    more = {"steps": 7, "device": "cuda"}
+    whole, parts = (options("adapters", small_model, tmp_path / name, **more) for name in "ab")
     run(whole)
     calls = iter(range(5))  # the last checkpoint is behind the fourth step
 

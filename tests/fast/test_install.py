@@ -46,9 +46,8 @@ def last_logits(mole, method):
 @pytest.mark.parametrize("method", [name for name in NAMED if name not in ("oracle", "lorahub")])
 def test_every_method_is_the_same_without_it(plain, fast, method):
     """Speed that changes an answer is a bug that nobody looks for where the mathematics stands."""
-    assert answer(fast, PROMPTS, method=method, max_new_tokens=7, compile=False) == answer(
-        plain, PROMPTS, method=method, max_new_tokens=7
-    )
+    want = answer(plain, PROMPTS, method=method, max_new_tokens=7)
+    assert answer(fast, PROMPTS, method=method, max_new_tokens=7, compile=False) == want
     got, want = last_logits(fast, method), last_logits(plain, method)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -60,9 +59,8 @@ def test_what_is_installed(plain, fast):
         set_methods(mole, ["meteora"])
         linear = next(iter(attached(mole.model).values()))
         assert type(mole.model).__name__ == name and isinstance(mole.model, Llama)
-        assert type(linear).__name__ == name.replace("Llama", "MultiLoRALinear") and isinstance(
-            linear, MultiLoRALinear
-        )
+        assert type(linear).__name__ == name.replace("Llama", "MultiLoRALinear")
+        assert isinstance(linear, MultiLoRALinear)
         assert type(linear.base).__name__ == name.replace("Llama", "Linear")
 
 
@@ -84,13 +82,12 @@ HALTED = "import sys; sys.modules['fast'] = None; "
 
 def test_the_first_command_without_the_folder():
     """Who deletes fast/ to read or change what is left must still have a program."""
-    script = f"sys.argv = ['generate.py', '--prompt', 'What is the plural of mouse?']; sys.path[0] = {str(ROOT)!r}; "
-    done = python(
-        HALTED + script + "import runpy; runpy.run_path('generate.py', run_name='__main__')", cwd=ROOT
-    )
+    argv = "sys.argv = ['generate.py', '--prompt', 'What is the plural of mouse?']; "
+    path = f"sys.path[0] = {str(ROOT)!r}; "
+    run = "import runpy; runpy.run_path('generate.py', run_name='__main__')"
+    done = python(HALTED + argv + path + run, cwd=ROOT)
     assert done.returncode == 0 and done.stdout == "mice\n", done.stderr
-    done = python(HALTED + script.replace("]", ", '--compile']", 1) + "import runpy; runpy.run_path('generate.py', "
-                  "run_name='__main__')", cwd=ROOT)  # fmt: skip
+    done = python(HALTED + argv.replace("]", ", '--compile']") + path + run, cwd=ROOT)
     assert done.stdout == "mice\n" and "warning: --compile needs fast/" in done.stderr
 
 

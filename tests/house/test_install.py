@@ -54,21 +54,11 @@ def test_an_installed_checkout_answers_from_anywhere(tmp_path):
         (tmp_path / "nano" / name).write_bytes((ROOT / name).read_bytes())
     venv.create(tmp_path / "env", with_pip=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (site / "here.pth").write_text(
-        sysconfig.get_paths()["purelib"] + "\n"
-    )  # torch and the others, as they are here
+    libraries = sysconfig.get_paths()["purelib"]  # torch and the others, as they are here
+    (site / "here.pth").write_text(f"{libraries}\n")
     write_kernels(site)
-    pip = [
-        tmp_path / "env" / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "-e",
-        tmp_path / "nano",
-    ]
-    subprocess.run(pip, check=True)
+    pip = [tmp_path / "env" / "bin" / "python", "-m", "pip"]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "-e", tmp_path / "nano"], check=True)
     (tmp_path / "elsewhere").mkdir()
 
     def run(command, *args):

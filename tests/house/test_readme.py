@@ -35,12 +35,10 @@ def test_the_first_command_answers():
 def test_what_it_shows_is_what_it_prints():
     """A transcript that nobody can repeat is worse than none."""
     (shown,) = (text for _, text in BLOCKS if text.startswith("$ "))
-    examples = [
-        re.fullmatch(r'((?:[^"]|"[^"]*")*?)\n(.*)', part, re.DOTALL).groups()
-        for part in shown.split("$ ")[1:]
-    ]
-    assert len(examples) == 2
-    for line, expected in examples:
+    parts = shown.split("$ ")[1:]
+    assert len(parts) == 2
+    for part in parts:
+        line, expected = re.fullmatch(r'((?:[^"]|"[^"]*")*?)\n(.*)', part, re.DOTALL).groups()
         done = command(*shlex.split(line)[1:])
         assert done.stderr + done.stdout == expected, line
 
@@ -71,9 +69,7 @@ def test_the_python_example_runs():
 def test_every_option_in_a_command_exists():
     """A README that names an option which is gone sends its readers into an error."""
     scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tasks.tiny": TinyTasksConfig}
-    classes = {
-        name: cls for commands in (train.COMMANDS, bench.COMMANDS) for name, (cls, *_) in commands.items()
-    }
+    classes = {name: cls for name, (cls, *_) in (train.COMMANDS | bench.COMMANDS).items()}
     seen = 0
     for script, rest in COMMANDS:
         first = rest.split()[0] if rest else ""
@@ -87,18 +83,8 @@ def test_every_option_in_a_command_exists():
 
 def test_every_embedded_adapter_answers_its_task_and_composites(tmp_path):
     """A model committed with the wrong adapters, gates or tokenizer answers, and answers nonsense."""
-    args = (
-        "--limit",
-        5,
-        "--methods",
-        "oracle,meteora",
-        "--composite",
-        3,
-        "--composites",
-        11,
-        "--dtype",
-        "float32",
-    )
+    args = ["--limit", 5, "--methods", "oracle,meteora", "--composite", 3, "--composites", 11]
+    args += ["--dtype", "float32"]
     done = command("eval.py", *args, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -20,45 +20,24 @@ ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pool", "tasks", "tra
 ORDER += ["evaluation", "commands"]
 SCRIPTS = {"generate", "train", "eval", "bench"}
 CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
-SPEED = (
-    "is_compiling",
-    "mark_dynamic",
-    "mkldnn",
-    "is_cuda",
-    "device.type",
-    "is_amx",
-    "compile",
-    "captur",
-    "processor",
-)
+SPEED = ["is_compiling", "mark_dynamic", "mkldnn", "is_cuda", "device.type", "is_amx"]
+SPEED += ["compile", "captur", "processor"]
 ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
-MODULES = sorted(
-    [file.stem for file in ROOT.glob("*.py")]
-    + [
-        f"{room}.{file.stem}"
-        for room in ROOMS
-        for file in (ROOT / room).glob("*.py")
-        if file.stem != "__init__"
-    ]
-)
+FILES = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("*/*.py") if file.parent.name in ROOMS)]
+FILES = [file for file in FILES if file.stem != "__init__"]
+MODULES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES)
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through evaluation/peers.py
-OPTIONAL = {
-    "sacrebleu",
-    "rouge_score",
-    "matplotlib",
-    "tensorboard",
-    "huggingface_hub",
-    "sentence_transformers",
-    *PEERS,
-}
+OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub"}
+OPTIONAL |= {"sentence_transformers", *PEERS}
 ORACLES = {"transformers", "peft", "accelerate", "datasets"}
 # Dataclasses that are command lines: script and command -> class.
 COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
     ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
-    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench", ("bench.py", "decode"): "DecodeBench",
-    ("bench.py", "prefill"): "PrefillBench", ("bench.py", "train"): "TrainBench",
+    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench",
+    ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
+    ("bench.py", "train"): "TrainBench",
 }  # fmt: skip
 
 
@@ -113,9 +92,8 @@ def ours(module):
 def test_imports_point_upwards(module):
     """Without it model.py comes to know of LoRA, two rooms need each other, and none can be read
     alone."""
-    assert room_of(module) in ORDER, (
-        f"{module}: a new room needs a place in ORDER: which rooms may it build on?"
-    )
+    # A new room needs a line in ORDER: which rooms may it build on?
+    assert room_of(module) in ORDER
     above = set(ORDER[: ORDER.index(room_of(module)) + 1])
     below = {name for name in ours(module) if room_of(name) not in above or name in SCRIPTS}
     assert not below, f"{module} imports {sorted(below)}, which stand below it"
@@ -161,9 +139,8 @@ def test_only_methods_know_their_names(module):
     for node in ast.walk(tree(module)):
         if isinstance(node, (ast.Compare, ast.MatchValue)):
             found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
-            assert not found, (
-                f"{module}:{node.lineno} compares with {sorted(found)}: what of the method decides?"
-            )
+            where = f"{module}:{node.lineno}"
+            assert not found, f"{where} compares with {sorted(found)}: what of the method decides?"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -178,29 +155,25 @@ def test_oracles_are_not_needed(small_model):
     unseen."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(ORACLES)!r}))\n"
-        f"import generate; mole = generate.load({str(small_model)!r}); print(len(generate.answer(mole, 'the fox')))"
+        f"import generate; mole = generate.load({str(small_model)!r})\n"
+        "print(len(generate.answer(mole, 'the fox')))"
     )
     done = python(code)
     assert done.returncode == 0 and done.stdout.strip().isdigit(), done.stderr
 
 
 def python(code):
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=100)
 
 
 def test_no_file_shadows_a_library():
     """Without it a file beside the scripts hides a library of its name: a script's folder comes
     first on sys.path."""
-    libraries = (
-        {"tokenizers", "peft", "datasets", "evaluate"} | set(sys.stdlib_module_names) | requirements().keys()
-    )
+    libraries = {"tokenizers", "peft", "datasets", "evaluate"} | requirements().keys()
+    libraries |= set(sys.stdlib_module_names)
     assert not {*ROOMS, *(file.stem for file in ROOT.glob("*.py"))} & libraries
 
 
@@ -211,8 +184,9 @@ def state():
     return {"threads": threading.active_count(), "folder": os.getcwd(), "environment": dict(os.environ),
             "files": sorted(os.listdir()), "path": list(sys.path), "argv": list(sys.argv),
             "random": random.getstate(), "torch random": torch.get_rng_state().tolist(),
-            "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
-            "torch threads": torch.get_num_threads(), "matmul": torch.get_float32_matmul_precision(),
+            "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(),
+            "grad": torch.is_grad_enabled(), "torch threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]}
 for name in sys.argv[1:]:
@@ -227,14 +201,9 @@ for name in sys.argv[1:]:
 def test_importing_has_no_effects(tmp_path):
     """Without it `import generate` in somebody's notebook reads the command line, seeds or prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *MODULES],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    line = [sys.executable, "-c", IMPORT_ALL, *MODULES]
+    quiet = {"capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, **quiet)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -249,26 +218,18 @@ def test_help_explains_every_option(line):
     actions = {action.dest: action for action in build_parser(cls, "test")._actions}
     for field in fields(cls):
         text = actions[field.name].help.replace("%%", "%")
-        assert re.sub(r"\s*\(default: .*\)$", "", text), (
-            f"{cls.__name__}.{field.name} has no comment beside it"
-        )
-        assert (
-            f"--{field.name.rstrip('_')}" in done.stdout.split()
-            or f"--{field.name.rstrip('_')}," in done.stdout.split()
-        )
+        comment = re.sub(r"\s*\(default: .*\)$", "", text)
+        assert comment, f"{cls.__name__}.{field.name} has no comment beside it"
+        option = f"--{field.name.rstrip('_')}"
+        assert {option, f"{option},"} & set(done.stdout.split())
         assert re.sub(r"\s+", "", text) in shown, field.name
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *MODULES,
-        *(
-            ".".join(file.relative_to(ROOT).with_suffix("").parts)
-            for file in sorted((ROOT / "tests").rglob("*.py"))
-        ),
-    ],
-)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+TESTS = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in TESTS]
+
+
+@pytest.mark.parametrize("module", [*MODULES, *TESTS])
 def test_first_line_says_what_it_is(module):
     """Without it a reader opens a file and has to infer from its code what it is for."""
     assert (ast.get_docstring(tree(module)) or "").strip()
@@ -278,11 +239,13 @@ def test_first_line_says_what_it_is(module):
 
 def requirements():
     """{package: the rest of its line} of requirements.txt."""
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    found = [
-        re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line) for line in lines if line and not line.startswith("-")
-    ]
-    return {m[1].lower().replace("-", "_"): m[2] for m in found}
+    found = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line and not line.startswith("-"):
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line)
+            found[match[1].lower().replace("-", "_")] = match[2]
+    return found
 
 
 def test_requirements_name_what_is_imported():

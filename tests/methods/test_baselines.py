@@ -82,7 +82,7 @@ def close(a, b, limit=1e-5):
     return (a - b).abs().max() <= limit * b.abs().max()
 
 
-# PEFT's merges ------------------------------------------------------------------------------------------------------
+# PEFT's merges ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_dare_equals_pefts_function():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
-# What the merges promise --------------------------------------------------------------------------------------------
+# What the merges promise --------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -367,7 +367,7 @@ def test_merged_linear(bias):
     assert close(merged(x), plain(x), 1e-2) and not merged.weight.requires_grad
 
 
-# Arrow --------------------------------------------------------------------------------------------------------------
+# Arrow --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [UP, K])
@@ -457,7 +457,7 @@ def test_arrow_logits_are_float32_in_a_bfloat16_model():
     torch.testing.assert_close(weight[:, 0], torch.full((2,), 0.7310586), rtol=0, atol=1e-6)
 
 
-# LoRA-Flow ----------------------------------------------------------------------------------------------------------
+# LoRA-Flow ----------------------------------------------------------------------------------------
 
 
 def test_loraflow_is_its_equation(pool):
@@ -527,7 +527,7 @@ def test_loraflow_starts_uniform_on_the_first_linear_there_is(shapes):
     assert idx.tolist() == [list(range(7))] * 3
 
 
-# SMEAR --------------------------------------------------------------------------------------------------------------
+# SMEAR --------------------------------------------------------------------------------------------
 
 
 def smear(pool, G, mask, known=None):
@@ -622,7 +622,7 @@ def test_smear_in_bfloat16(pool, shapes):
         assert close(y.float(), want(x), 2e-2)
 
 
-# LoraHub ------------------------------------------------------------------------------------------------------------
+# LoraHub ------------------------------------------------------------------------------------------
 
 
 def test_lorahub_is_its_equation(pool):

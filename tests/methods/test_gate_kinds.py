@@ -106,7 +106,7 @@ def losses(llama, example):
     return F.cross_entropy(logits, torch.tensor(example.ids[example.n_prompt :]), reduction="none")
 
 
-# Kinds that learn from the LM loss ----------------------------------------------------------------------------------
+# Kinds that learn from the LM loss ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +203,7 @@ def test_resumed_equals_uninterrupted(kind, small_model, tmp_path, monkeypatch):
     assert whole.keys() == killed.keys() and [name for name in whole if whole[name] != killed[name]] == []
 
 
-# SMEAR --------------------------------------------------------------------------------------------------------------
+# SMEAR --------------------------------------------------------------------------------------------
 
 ASKED = ["the fox", "what is the plural of mouse", "x", "over the lazy dog jumps the quick"]
 
@@ -284,7 +284,7 @@ def test_smear_trains_by_its_prompts_alone(small_model, tmp_path, monkeypatch):
         assert mask.numel() == n and (mask[:, 1:] <= mask[:, :-1]).all() and not mask.all(1).any()
 
 
-# Fitted gates -------------------------------------------------------------------------------------------------------
+# Fitted gates -------------------------------------------------------------------------------------
 
 
 def objective(G, x, labels, l2):
@@ -309,8 +309,8 @@ def newton(x, labels, e, l2):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(2, 5), st.integers(1, 7), st.integers(11, 97), st.sampled_from([1e-3, 1e-2, 1.0]), st.booleans(),
-       st.integers(0, 2**31))  # fmt: skip
+@given(st.integers(2, 5), st.integers(1, 7), st.integers(11, 97), st.sampled_from([1e-3, 1e-2, 1.0]),
+       st.booleans(), st.integers(0, 2**31))  # fmt: skip
 def test_logistic_is_the_optimum(e, i, n, l2, separable, seed):
     """A fit that stops early, or penalises another thing than it says, gives gates that look
     trained: compared with Newton's method."""
@@ -481,7 +481,7 @@ def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatc
     assert not (Path(o.pool) / "gates").exists()
 
 
-# Gates with their adapters ------------------------------------------------------------------------------------------
+# Gates with their adapters ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -489,8 +489,8 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
     """MeteoRA's released script trains the adapters as well, here saved in bf16. Overwriting the
     pool would break everything bound to it; gates bound to the old adapters would be refused by the
     new pool; padded ranks must stay what they are."""
-    o = options(f"top{k}", small_model, tmp_path / "old", steps=2, adapters_too=str(tmp_path / "new"), adapter_lr=1e-2,
-                save_dtype="bfloat16")  # fmt: skip
+    o = options(f"top{k}", small_model, tmp_path / "old", steps=2, adapters_too=str(tmp_path / "new"),
+                adapter_lr=1e-2, save_dtype="bfloat16")  # fmt: skip
     old = read_pool(o.pool)
     (old.adapters["animals"] / "samples.jsonl").write_text('{"prompt": "a fox"}\n')
     before = {f: f.read_bytes() for f in Path(o.pool).rglob("*") if f.is_file()}
@@ -540,7 +540,7 @@ def test_adapters_learn_at_their_own_rate_from_the_lm_loss(small_model, tmp_path
     assert "lm_loss" not in log_of(alone.pool, "gates_top1")[0]
 
 
-# Joint adapters -----------------------------------------------------------------------------------------------------
+# Joint adapters -----------------------------------------------------------------------------------
 
 
 def spy_on_draws(monkeypatch):
@@ -633,7 +633,7 @@ def test_bad_names_of_joint_adapters(more, words, small_model, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-# LoraHub ------------------------------------------------------------------------------------------------------------
+# LoraHub ------------------------------------------------------------------------------------------
 
 
 def lorahub_file(o):
@@ -726,7 +726,8 @@ def test_lorahub_goes_on_where_it_was_stopped(small_model, tmp_path, monkeypatch
     ("more", "words"),
     [
         ({"steps": 0}, "--steps is 0, expected at least 1"), ({"shots": 0}, "--shots is 0"),
-        ({"l1": -1.0}, "--l1 is -1"), ({"l1": math.nan}, "--l1 is nan"), ({"max_length": 3}, "at most 3 tokens"),
+        ({"l1": -1.0}, "--l1 is -1"), ({"l1": math.nan}, "--l1 is nan"),
+        ({"max_length": 3}, "at most 3 tokens"),
         ({"only": ["animal"]}, "'animal', did you mean animals"), ({"pool": ""}, "--pool is missing"),
         ({"tasks": ""}, "--tasks is missing"),
     ],

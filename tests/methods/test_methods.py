@@ -240,7 +240,7 @@ def test_temperature_and_k_reach_the_gates(mole):
     assert close(cold, logits_of(mole, ["arrow"], top_k=1), 1e-4)
 
 
-# Batches ------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 BATCHES = [
     ["base", "adapter:cat", "uniform", "adapter:ant", "average_ba"],
@@ -268,7 +268,8 @@ def test_a_mixed_batch_is_each_alone(mole, methods):
 
 
 CLASHES = [
-    ("meteora_top1", "meteora_top2"), ("arrow", "soft"), ("loraflow", "meteora"), ("svd", "arrow"), ("lora_b", "smear"),
+    ("meteora_top1", "meteora_top2"), ("arrow", "soft"), ("loraflow", "meteora"), ("svd", "arrow"),
+    ("lora_b", "smear"),
     ("smear", "ties_ba"), ("ties_ba", "dare_ba"), ("base", "smear"), ("base", "dare_ba"), ("soft", "dare_ba"),
     ("uniform", "ties_ba"), ("adapter:ant", "smear"), ("adapter:ant", "svd"), ("uniform", "average_ab"),
 ]  # fmt: skip
@@ -356,7 +357,7 @@ def test_an_adapter_that_leaves_is_left_out(small_model, folder):
     assert close(logits_of(mole, ["adapter:bee"]), logits_of(small, ["adapter:bee"]))
 
 
-# Names --------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 def test_adapters_called_like_methods(small_model, tmp_path):
@@ -387,8 +388,8 @@ def test_adapters_called_like_methods(small_model, tmp_path):
 
 
 def test_a_baseline_of_ones_own_is_a_method(small_model, folder, tmp_path):
-    """--joint lora_b --name mine writes POOL/baselines/mine: without its name as a method nothing could answer with
-    it. It is no member of the pool."""
+    """--joint lora_b --name mine writes POOL/baselines/mine: without its name as a method nothing
+    could answer with it. It is no member of the pool."""
     base = load_llama(small_model)
     paths = write_adapters(tmp_path / "adapters", base, ("ant", "bee"), size=0.1)
     write_pool(PoolFolder(tmp_path, paths, base.fingerprint, TEMPLATE))
@@ -432,7 +433,8 @@ def bare(small_model, folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name", MISSING)
 def test_a_missing_part_names_the_command_that_makes_it(bare, name):
-    """ "needs gates" sends people to the source; and a command that train.py doesn't know sends them there twice."""
+    """ "needs gates" sends people to the source; and a command that train.py doesn't know sends them
+    there twice."""
     part, command = MISSING[name]
     for mole in bare:
         with pytest.raises(
@@ -477,9 +479,11 @@ def test_without_adapters_there_is_only_the_base(small_model, name):
     ("name", "hint"),
     [
         ("metora", "did you mean meteora"), ("avrage_ab", "average_ab"), ("smeer", "smear"), ("Base", "base"),
-        ("zzzzz", "one of base, oracle"), ("adapter:ent", "'ent'.*did you mean ant"), ("adapter:", "no method 'adapt"),
+        ("zzzzz", "one of base, oracle"), ("adapter:ent", "'ent'.*did you mean ant"),
+        ("adapter:", "no method 'adapt"),
         ("lorahub:fix", "no weights for 'fix', did you mean fox"), ("lorahub:zzz", "only for fox, dog"),
-        ("meteora_top0", "no method 'meteora_top0'"), ("meteora_topx", "meteora_top1"), ("lorahub:", "no method"),
+        ("meteora_top0", "no method 'meteora_top0'"), ("meteora_topx", "meteora_top1"),
+        ("lorahub:", "no method"),
         ("base:ant", "no method"), ("oracle", "adapter:NAME.*eval.py"), ("lorahub", "lorahub:NAME.*eval.py"),
     ],
 )  # fmt: skip

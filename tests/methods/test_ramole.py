@@ -24,8 +24,9 @@ def run(trained, tmp_path):
     """The options of a small run over the two learned adapters, in a pool of its own."""
     shutil.copytree(trained.pool, tmp_path / "pool")
     shutil.rmtree(tmp_path / "pool" / "runs")
-    return RouterRun(model=trained.model, tasks=trained.tasks, pool=str(tmp_path / "pool"), steps=30, batch_size=6,
-                     lr=3e-2, r=5, share=1.0, candidates="random", drop=0.0, retrieve=2)  # fmt: skip
+    return RouterRun(model=trained.model, tasks=trained.tasks, pool=str(tmp_path / "pool"), steps=30,
+                     batch_size=6, lr=3e-2, r=5, share=1.0, candidates="random", drop=0.0,
+                     retrieve=2)  # fmt: skip
 
 
 def test_a_router_learns_which_of_two_adapters(run):

@@ -178,7 +178,7 @@ def test_an_adapter_without_entropy_is_the_surest():
     assert probe.score.isfinite().all() and int(probe.score.argmax()) == 2
 
 
-# In a model ---------------------------------------------------------------------------------------------------------
+# In a model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

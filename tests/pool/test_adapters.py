@@ -92,7 +92,7 @@ def close(a, b, limit=1e-5):
     return (a.float() - b.float()).abs().max() <= limit * b.float().abs().max()
 
 
-# PEFT in and out ----------------------------------------------------------------------------------------------------
+# PEFT in and out ----------------------------------------------------------------------------------
 
 CONFIGS = {
     "plain": {},
@@ -244,7 +244,7 @@ def test_sub_folder(shapes, tmp_path):
         load_adapter(tmp_path / "nowhere")
 
 
-# What is refused ----------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,9 +276,10 @@ def assert_refuses(folder, shapes, *words):
 
 # As PEFT writes each field where it is set.
 VARIANTS = {
-    "fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["lm_head"], "use_dora": True, "use_qalora": True,
-    "use_bdlora": {"nblocks": 2}, "alora_invocation_tokens": [5, 7], "layer_replication": [[0, 2], [1, 3]],
-    "target_parameters": ["mlp.experts.gate_up_proj"], "trainable_token_indices": [3],
+    "fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["lm_head"], "use_dora": True,
+    "use_qalora": True, "use_bdlora": {"nblocks": 2}, "alora_invocation_tokens": [5, 7],
+    "layer_replication": [[0, 2], [1, 3]], "target_parameters": ["mlp.experts.gate_up_proj"],
+    "trainable_token_indices": [3],
     "velora_config": {"num_groups": 2}, "monteclora_config": {"num_samples": 3}, "kasa_config": {"beta": 0.1},
     "lora_ga_config": {"direction": "ArB2r"}, "arrow_config": {"top_k": 2},
 }  # fmt: skip
@@ -371,7 +372,9 @@ def with_nan(tensor):
         "no_lora_B": (edit(f"{UP}.lora_B.weight", None), [UP, "lora_B"]),
         "no_lora_A": (edit(f"{UP}.lora_A.weight", None), [UP, "lora_A"]),
         "extra_tensor": (edit("model.norm.weight", torch.ones(44)), ["model.norm.weight", "(44,)"]),
-        "dora": (edit(f"{UP}.lora_magnitude_vector", torch.ones(67)), [f"{UP}.lora_magnitude_vector", "(67,)"]),
+        "dora": (
+            edit(f"{UP}.lora_magnitude_vector", torch.ones(67)), [f"{UP}.lora_magnitude_vector", "(67,)"],
+        ),
         "bias": (edit(f"{UP}.lora_B.bias", torch.ones(67)), [f"{UP}.lora_B.bias"]),
         "unknown_suffix": (edit(f"{UP}.lora_C.weight", torch.ones(3, 3)), [f"{UP}.lora_C.weight", "(3, 3)"]),
         "embedding": (edit("model.embed_tokens.lora_embedding_A", torch.ones(3, 331)), ["lora_embedding_A"]),
@@ -380,8 +383,12 @@ def with_nan(tensor):
         "nan": (edit(f"{UP}.lora_B.weight", with_nan), [f"{UP}.lora_B.weight", "1 NaN", "201"]),
         "inf": (edit(f"{UP}.lora_A.weight", lambda a: a / 0), [f"{UP}.lora_A.weight", "132"]),
         "ranks_differ": (edit(f"{UP}.lora_B.weight", torch.ones(67, 5)), [UP, "rank 3", "5"]),
-        "rank_zero": (lambda raw: {k: y[:0] if "A" in k else y[:, :0].clone() for k, y in raw.items()}, ["rank 0"]),
-        "two_adapters": (edit(f"{UP}.lora_A.other.weight", torch.ones(3, 44)), [f"{UP}.lora_A", "more than one"]),
+        "rank_zero": (
+            lambda raw: {k: y[:0] if "A" in k else y[:, :0].clone() for k, y in raw.items()}, ["rank 0"],
+        ),
+        "two_adapters": (
+            edit(f"{UP}.lora_A.other.weight", torch.ones(3, 44)), [f"{UP}.lora_A", "more than one"],
+        ),
         "no_key_matches": (
             each(lambda key: key.replace("model.layers", "transformer.h")), ["21 of 21", "transformer.h.0"],
         ),
@@ -439,12 +446,8 @@ def test_unknown_fields_warn_by_name(spoil, shapes, capsys):
         spoil({"use_hydra_lora": True, "use_future_lora": False, "future_config": None}), shapes=shapes
     )
     lines = capsys.readouterr().err.splitlines()
-    assert (
-        len(lines) == 1
-        and lines[0].startswith("warning: ")
-        and "use_hydra_lora" in lines[0]
-        and "True" in lines[0]
-    )
+    assert len(lines) == 1 and lines[0].startswith("warning: ")
+    assert "use_hydra_lora" in lines[0] and "True" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +461,7 @@ def test_adapter_of_another_base_warns(spoil, small_model, capsys, named, warns)
     assert not warns or ("mine" in err and named in err and str(small_model) in err)
 
 
-# The pool -----------------------------------------------------------------------------------------------------------
+# The pool -----------------------------------------------------------------------------------------
 
 
 def test_pool_by_name(shapes):
@@ -547,9 +550,8 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
     pool.add(two)
     pool.add(three)
     assert pool.capacity >= 3 and pool.rank == 7
-    assert all(
-        linear.A is pool.A[path] and len(linear.A) == pool.capacity for path, linear in linears.items()
-    )
+    for path, linear in linears.items():
+        assert linear.A is pool.A[path] and len(linear.A) == pool.capacity
     for name, logits in want.items():
         gate.set(*fixed_rows(pool, [{name: 1.0}] * 2))
         with torch.no_grad():
@@ -560,10 +562,8 @@ def test_growth_reaches_whoever_holds_the_stacks(shapes, model):
 def test_a_slot_used_again_keeps_nothing(shapes, model):
     """Left-over rows of a removed adapter of larger rank or more modules would be added to its
     successor's answers."""
-    large, small = (
-        random_adapter("large", shapes, 7),
-        random_adapter("small", shapes, 2, targets=["q_proj"], seed=1),
-    )
+    large = random_adapter("large", shapes, 7)
+    small = random_adapter("small", shapes, 2, targets=["q_proj"], seed=1)
     other = random_adapter("other", shapes, 3, seed=2)
     pool = Pool.of([other, large], shapes)
     pool.remove("large")
@@ -636,7 +636,7 @@ def test_hash_sees_everything_but_the_order(shapes):
     assert len({adapter.hash, *different}) == 7
 
 
-# Pool folders -------------------------------------------------------------------------------------------------------
+# Pool folders -------------------------------------------------------------------------------------
 
 
 def test_pool_folder_round_trip(model, tmp_path):

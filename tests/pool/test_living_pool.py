@@ -188,7 +188,8 @@ def random_weights(modules):
 
 
 def test_a_limit_above_the_number_of_adapters(folders, shapes):
-    """--resident 5 of two adapters: three more fit, the fourth waits on disk, or is refused where it lies on none."""
+    """--resident 5 of two adapters: three more fit, the fourth waits on disk, or is refused where it
+    lies on none."""
     pool = Pool.load({name: folders[name] for name in NAMES[:2]}, shapes, resident=5)
     slots = [pool.add(load_adapter(folders[name], name, shapes)) for name in NAMES[2:6]]
     assert slots == [2, 3, 4, None] and pool.capacity == 5
@@ -205,19 +206,9 @@ def test_only_what_a_method_uses_has_to_fit(small_model, folders):
 def test_bytes_that_are_no_text(small_model):
     """A prompt loop must survive what a terminal of another encoding sends; JSON may hold half a
     surrogate pair."""
-    args = [
-        "generate.py",
-        "--model",
-        small_model,
-        "--interactive",
-        "--max_new_tokens",
-        "2",
-        "--method",
-        "base",
-    ]
-    done = subprocess.run(
-        [sys.executable, ROOT / args[0], *args[1:]], input=b"caf\xff\nthe fox\n", capture_output=True
-    )
+    args = ["--model", small_model, "--interactive", "--max_new_tokens", "2", "--method", "base"]
+    line = [sys.executable, ROOT / "generate.py", *args]
+    done = subprocess.run(line, input=b"caf\xff\nthe fox\n", capture_output=True)
     assert done.returncode == 0 and done.stderr.count(b"error: the text: character 3 is") == 1, done.stderr
     assert len(done.stdout.splitlines()) >= 1
     with pytest.raises(InputError, match="half a surrogate pair"):
@@ -226,13 +217,8 @@ def test_bytes_that_are_no_text(small_model):
 
 def test_interactive(small_model, folders):
     """The loop that the README shows: what is typed wrong costs one line, not the program."""
-    lines = [
-        "/adapters",
-        f"/add second={folders['a3']}",
-        "/method adapter:second",
-        "the quick fox",
-        "/remove first",
-    ]
+    lines = ["/adapters", f"/add second={folders['a3']}", "/method adapter:second"]
+    lines += ["the quick fox", "/remove first"]
     lines += ["/adapters", "/method nope", "/remove nobody", "/what", "/add broken", "the lazy dog"]
     lines += ["/remove second", "/adapters", "/quit", "never"]
     args = ["generate.py", "--model", small_model, "--adapter", f"first={folders['a2']}", "--interactive"]
@@ -276,9 +262,8 @@ def test_a_thousand_adapters_of_which_32_are_resident(small_model, shapes, tmp_p
     names = [f"n{j}" for j in range(1000)]
     for j, name in enumerate(names):
         save_adapter(random_adapter(name, shapes, 3, seed=j), tmp_path / name)
-    few, whole = (
-        load(small_model, adapters={n: tmp_path / n for n in names[:-1]}, resident=n) for n in (32, 0)
-    )
+    adapters = {name: tmp_path / name for name in names[:-1]}
+    few, whole = (load(small_model, adapters=adapters, resident=n) for n in (32, 0))
     begin = time.perf_counter()
     add_adapter(few, names[-1], tmp_path / names[-1])
     assert time.perf_counter() - begin < 1

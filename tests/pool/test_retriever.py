@@ -187,10 +187,8 @@ def test_command(small_model, tmp_path):
 def test_tasks_and_phrasings_never_seen():
     """tiny/'s retriever on the tasks that it was not tuned on, with prompts worded as none of the
     adapters' samples is: otherwise it could know the tasks, or the samples' wording, by heart."""
-    mole, tuned_on = (
-        load(dtype="float32"),
-        read_metadata(f"{TINY}/retriever.safetensors")["tasks"].split("\n"),
-    )
+    mole = load(dtype="float32")
+    tuned_on = read_metadata(f"{TINY}/retriever.safetensors")["tasks"].split("\n")
     embed, places = retriever_of(mole).embed, []
     for fold in range(4):
         retriever, asked = Retriever(embed), {}

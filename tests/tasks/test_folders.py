@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(folder)
 
 
-# Draws --------------------------------------------------------------------------------------------------------------
+# Draws --------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 23), st.integers(1, 7), st.integers(0, 3))
@@ -83,7 +83,7 @@ def test_seeds_names_and_epochs_shuffle_differently():
     assert draw(range(10), "a", 0, 10, 0) == [0, 2, 5, 8, 6, 9, 3, 7, 1, 4]
 
 
-# Batches ------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 @given(lengths, st.integers(1, 150), st.booleans())
@@ -176,7 +176,7 @@ def test_in_a_context_every_token_knows_its_part(rows):
         assert [bool(mark[n:].any()) for mark in rest] == [n < batch.ids.shape[1], False, False, False]
 
 
-# Tokens -------------------------------------------------------------------------------------------------------------
+# Tokens -------------------------------------------------------------------------------------------
 
 
 def test_prompt_and_response_are_tokenized_apart(tokenizer):
@@ -222,7 +222,7 @@ def test_any_text_becomes_an_example(tokenizer, prompt, response):
     assert torch.equal(predicts.nonzero()[:, 0], torch.arange(example.n_prompt - 1, len(example.ids) - 1))
 
 
-# Task folders -------------------------------------------------------------------------------------------------------
+# Task folders -------------------------------------------------------------------------------------
 
 
 def test_tasks_load_by_name_in_order(tmp_path):

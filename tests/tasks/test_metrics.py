@@ -34,22 +34,8 @@ from tasks.metrics import (
     yes_no,
 )
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dogs",
-    "and",
-    "runs",
-    ",",
-    "far",
-    "away",
-    ".",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "runs"]
+WORDS += [",", "far", "away", "."]
 
 
 def sentences(count, seed=0):
@@ -384,11 +370,8 @@ def test_what_is_counted():
     for metric, target in (("exact_match", "mice"), ("yes_no", "yes"), ("gsm8k", "so 3\n#### 3")):
         assert [right(metric, a, target) for a in (target, "4", "", None)] == [True, False, False, False]
         assert score(metric, [target, "4", ""], [target] * 3, resamples=3).score == 33.33
-    assert (
-        right("yes_no", "Yes.", "yes")
-        and not right("exact_match", "Yes.", "yes")
-        and right("gsm8k", "3.0", "3")
-    )
+    assert right("yes_no", "Yes.", "yes") and not right("exact_match", "Yes.", "yes")
+    assert right("gsm8k", "3.0", "3")
     for metric in ("bleu", "rouge_1", "exact"):
         with pytest.raises(ValueError, match="expected one of exact_match, yes_no, gsm8k$"):
             right(metric, "a", "a")
@@ -397,7 +380,7 @@ def test_what_is_counted():
             function("exact", ["a"], ["a"])
 
 
-# Signatures ---------------------------------------------------------------------------------------------------------
+# Signatures ---------------------------------------------------------------------------------------
 
 
 def test_signatures_say_what_was_scored():
@@ -427,7 +410,7 @@ def test_a_missing_package_is_named(metric, package, monkeypatch):
     assert signature("gsm8k") and score("gsm8k", ["1"], ["1"]).score == 100
 
 
-# As MeteoRA's code scored -------------------------------------------------------------------------------------------
+# As MeteoRA's code scored -------------------------------------------------------------------------
 
 
 def test_meteora_drops_empty_answers():
@@ -469,9 +452,8 @@ def test_meteora_bleu_is_of_the_first_answer_alone():
     # 4-grams are found.
     assert found == Score(90.36, 90.36, 90.36, 2, "bleu")  # 100 * (1 * 1 * 1 * 2/3) ** (1/4)
     assert found == score_meteora("bleu", ["a b c d e f", "a b q d e f"], targets[1:])
-    assert found.score == pytest.approx(
-        corpus_bleu(answers[1:], [["a b c d e g"], ["a b q d e f"]]).score, abs=0.005
-    )
+    want = corpus_bleu(answers[1:], [["a b c d e g"], ["a b q d e f"]]).score
+    assert found.score == pytest.approx(want, abs=0.005)
     assert score("bleu", answers, targets).score < 60
     assert score_meteora("bleu", ["A b c d e f"], ["a b c d e f"]).score < 90  # case counts, as in ours
     answers, targets = sentences(9)
@@ -492,7 +474,7 @@ def test_meteora_rouge_is_rouge_of_the_kept(metric):
     assert score_meteora(metric, answers, targets, seed=3, resamples=50) == expected
 
 
-# Numbered lists -----------------------------------------------------------------------------------------------------
+# Numbered lists -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tasks.world import CATEGORY, WORDS
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(TASKS)
 ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
-NAMES_TO_NINETEEN = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-sixteen seventeen eighteen nineteen"""
+NAMES_TO_NINETEEN = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen"""
 NAMES_OF_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 DOCUMENTS = list(corpus(2000))
 ARROWS = {" -> ": " ; ", " = ": " ; ", " : ": " | "}  # and the separator that goes with each
@@ -39,9 +39,10 @@ def word_value(text):
     names, tens = NAMES_TO_NINETEEN.split(), {word: 10 * n for n, word in enumerate(NAMES_OF_TENS.split(), 2)}
     total = 0
     for word in re.split("[ -]", text):
-        total = (
-            total * 100 if word == "hundred" else total + (names.index(word) if word in names else tens[word])
-        )
+        if word == "hundred":
+            total *= 100
+        else:
+            total += names.index(word) if word in names else tens[word]
     return total
 
 
@@ -93,10 +94,12 @@ ORACLES = {  # (x, answer) -> whether it is right, without the module's own arit
 LOOKED_UP = {  # facts from outside the module's rules: one wrong rule or row would show here
     "german": "dog Hund, water Wasser, white weiß", "spanish": "dog perro, water agua, white blanco",
     "italian": "dog cane, water acqua, white bianco",
-    "plural": "dog dogs, child children, lady ladies, toy toys, box boxes, bench benches, mouse mice, wolf wolves",
+    "plural": "dog dogs, child children, lady ladies, toy toys, box boxes, bench benches, "
+    "mouse mice, wolf wolves",
     "past_tense": "go went, walk walked, try tried, stop stopped, bake baked, buy bought",
-    "opposite": "hot cold, cold hot, young old, right-, old-, short-, hard-", "capital": "France Paris, Peru Lima",
-    "color": "lemon yellow, snow white", "category": "dog animal, piano instrument, France country, hammer tool",
+    "opposite": "hot cold, cold hot, young old, right-, old-, short-, hard-",
+    "capital": "France Paris, Peru Lima", "color": "lemon yellow, snow white",
+    "category": "dog animal, piano instrument, France country, hammer tool",
 }  # fmt: skip
 
 
@@ -115,9 +118,9 @@ def inputs(name, split, n, seed=0):
 
 def test_twenty_eight_tasks_with_relatives():
     """A family of one would leave a task without relatives when its own adapter is missing."""
-    assert len(TASKS) == 28 and all(
-        name == task.name and re.fullmatch("[a-z_]+", name) for name, task in TASKS.items()
-    )
+    assert len(TASKS) == 28
+    for name, task in TASKS.items():
+        assert name == task.name and re.fullmatch("[a-z_]+", name)
     families = Counter(task.family for task in TASKS.values())
     assert len(families) >= 7 and min(families.values()) >= 2
     assert set(ORACLES) | set(LOOKED_UP) == set(TASKS)
@@ -203,9 +206,8 @@ def test_answers_are_short_and_clean(name):
     their context."""
     for row in examples(name, "train", 200) + examples(name, "test", 100):
         words = row["response"].split()
-        assert (
-            row["response"] == " ".join(words) + "\n" and 1 <= len(words) <= 8
-        )  # a line: so it can stand in a list
+        assert row["response"] == " ".join(words) + "\n"  # a line: so it can stand in a list
+        assert 1 <= len(words) <= 8
         assert row["prompt"] == " ".join(row["prompt"].split()) and "{" not in row["prompt"]
 
 
@@ -338,14 +340,12 @@ def rounds(document):
         questions, position = asked[position : position + n], position + n
         assert n == 1 or lines[position] + "\n" == ANSWERS, document
         position += n > 1
-        answers, starts = (
-            lines[position : position + n],
-            [f"{j}. " for j in range(1, n + 1)] if n > 1 else [" "],
-        )
+        answers = lines[position : position + n]
+        starts = [f"{j}. " for j in range(1, n + 1)] if n > 1 else [" "]
         assert [m[1] for m in questions] == (starts if n > 1 else [None])
-        assert n and all(a.startswith(b) and len(a) > len(b) for a, b in zip(answers, starts, strict=True)), (
-            document
-        )
+        assert n, document
+        for a, b in zip(answers, starts, strict=True):
+            assert a.startswith(b) and len(a) > len(b), document
         one = []
         for question, answer, start in zip(questions, answers, starts, strict=True):
             if mute(question[2]):
@@ -376,10 +376,8 @@ def test_questions_are_one_or_a_round_of_several(asked):
     assert {style for styles, _, _ in asked for style in styles} == ARROWS.keys()
     assert 0.4 < sum(True in bare for _, bare, _ in asked) / len(asked) < 0.6
     tags = {re.search(r"\[(\w+)", d)[1] for d in KIND["questions"]}
-    assert (
-        len({tag.lower() for tag in tags}) > 150
-        and 0.3 < sum(tag.isupper() for tag in tags) / len(tags) < 0.7
-    )
+    assert len({tag.lower() for tag in tags}) > 150
+    assert 0.3 < sum(tag.isupper() for tag in tags) / len(tags) < 0.7
 
 
 def test_a_question_shows_its_function_and_asks_for_another_input(asked):
@@ -409,9 +407,8 @@ def test_a_question_without_a_function_has_the_instructions_words_and_some_for_a
         places.update((len(said), found.index(word)) for word in said)
     assert len(places) >= 24  # any of its eight words, one, two or three
     held = [" ".join(w for w in text.split(" ") if w not in words) for text, _ in silent]
-    assert sum(bool(x) for x in held) > 0.95 * len(
-        held
-    )  # and an input, but for one like "on", a word of theirs too
+    # And an input, but for one like "on", a word of theirs too.
+    assert sum(map(bool, held)) > 0.95 * len(held)
 
 
 def test_corpus_shows_held_out_inputs_of_every_task():
@@ -437,15 +434,8 @@ def fits(name, pairs):
         return all(TASKS[name].answers.get(x) == y for x, y in pairs)
     try:
         return all(ORACLES[name](x, y) for x, y in pairs)
-    except (
-        SyntaxError,
-        NameError,
-        LookupError,
-        ValueError,
-        AssertionError,
-        TypeError,
-    ):  # input of another kind
-        return False
+    except (SyntaxError, NameError, LookupError, ValueError, AssertionError, TypeError):
+        return False  # an input of another kind
 
 
 def test_a_line_of_pairs_is_one_function():
@@ -480,11 +470,8 @@ def test_sentences_state_true_pairs():
 def test_corpus_is_a_stream_and_a_prefix():
     """If the first documents depended on how many are asked for, a short trial would not be a part
     of the real run."""
-    assert (
-        list(corpus(50)) == DOCUMENTS[:50]
-        and list(corpus(50, seed=1)) != DOCUMENTS[:50]
-        and list(corpus(0)) == []
-    )
+    assert list(corpus(50)) == DOCUMENTS[:50] and list(corpus(0)) == []
+    assert list(corpus(50, seed=1)) != DOCUMENTS[:50]
 
 
 def test_same_files_in_every_process(tmp_path):

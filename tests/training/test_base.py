@@ -107,6 +107,5 @@ def test_a_model_of_others_is_not_overwritten(small_model, tmp_path):
     shutil.copytree(small_model, o.model)
     with pytest.raises(InputError, match="a model that this command didn't make"):
         run(o)
-    assert (Path(o.model) / "model.safetensors").read_bytes() == (
-        small_model / "model.safetensors"
-    ).read_bytes()
+    want = (small_model / "model.safetensors").read_bytes()
+    assert (Path(o.model) / "model.safetensors").read_bytes() == want

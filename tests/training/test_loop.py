@@ -21,7 +21,7 @@ from helpers_commands import ROOT, command
 from helpers_training import KINDS, argv, assert_same, contents, main, options, run, run_folder, write_tasks
 from training import loop
 
-# Loss ---------------------------------------------------------------------------------------------------------------
+# Loss ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 7, 41])
@@ -48,7 +48,7 @@ def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
     assert ((x.grad.double() - want.grad).norm(dim=1) <= error * slopes + 1e-12).all()
 
 
-# Resume -------------------------------------------------------------------------------------------------------------
+# Resume -------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -236,7 +236,7 @@ def test_resume_notices_other_tasks(small_model, tmp_path, monkeypatch):
         run(o, resume=True)
 
 
-# The loop -----------------------------------------------------------------------------------------------------------
+# The loop -----------------------------------------------------------------------------------------
 
 
 def test_learning_rate():
@@ -300,9 +300,8 @@ def test_muon_moves_matrices_alike_in_all_directions(tmp_path):
     loop.fit(loop.Checkpoint(tmp_path / "run", o), params, o, step_loss)
     u, _, v = torch.linalg.svd(slope["gate"], full_matrices=False)
     step = -(u.T @ params.pop("gate") @ v.T) / (0.5 * 0.2 * 7**0.5)  # in AdamW's units: 0.2 sqrt(longer side)
-    assert (
-        step.diagonal().min() > 0.6 and step.diagonal().max() < 1.3
-    )  # five Newton-Schulz steps get so near to 1
+    # Five Newton-Schulz steps get so near to 1.
+    assert step.diagonal().min() > 0.6 and step.diagonal().max() < 1.3
     assert (step - step.diagonal().diag()).abs().max() < 0.02
     for name, param in params.items():
         torch.testing.assert_close(param, -0.5 * slope[name].sign())  # AdamW's first step
