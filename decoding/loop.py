@@ -53,7 +53,7 @@ class Batch:
         self.id = mole.batch_id
         self.in_use = mole.slots_in_use
         self.lengths = list(map(len, ids))
-        self.context = mole.model.config.max_position_embeddings
+        self.context = mole.model.config.context
         longest = max(self.lengths)
         room = tokens_until_full(mole, min(self.lengths))
         self.cache = mole.model.new_cache(b, longest + min(sampling.max_new_tokens, room))
@@ -152,7 +152,7 @@ class Batch:
 
 def tokens_until_full(mole: Mole, length: int) -> int:
     """How many tokens a prompt of `length` tokens gets at most before the context is full."""
-    return max(mole.model.config.max_position_embeddings - length, 0) + 1
+    return max(mole.model.config.context - length, 0) + 1
 
 
 class AnswerText(TextStream):

@@ -22,7 +22,7 @@ def encode_prompt(mole: Mole, prompt: str, raw: bool = False, chat: bool = False
             raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")
         ids = [tokenizer.bos_id]
     check_ids(ids, config.vocab_size)
-    context = config.max_position_embeddings
+    context = config.context
     if len(ids) > context:
         if truncate == "no":
             cuts = "generate.py --truncate left or right cuts it"

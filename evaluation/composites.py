@@ -40,7 +40,7 @@ def answer_composites(mole: Mole, asked: Asked, method: str, temperature: float,
         if forced:
             force_adapters(mole, padded([encoded[row][1] for row in rows]))
         n = len(asked[rows[0]].questions)
-        budget = min(n * args.max_new_tokens, mole.model.config.max_position_embeddings)
+        budget = min(n * args.max_new_tokens, mole.model.config.context)
         begun = False
         for token in decode(mole, ids, Sampling(budget)):
             texts[rows[token.row]] += token.text
@@ -80,7 +80,7 @@ def encode_spans(mole: Mole, composite: Composite) -> tuple[list[int], list[str 
     """
     ids, ends = cut(mole.tokenizer, [text for text, _ in composite.spans])
     check_ids(ids, mole.model.config.vocab_size)
-    room = mole.model.config.max_position_embeddings
+    room = mole.model.config.context
     if len(ids) > room:
         found = f"a composite prompt of {len(composite.questions)} questions has {len(ids)} tokens"
         raise InputError(f"{found}, the context {room}: ask for fewer")

@@ -97,7 +97,7 @@ class LlamaEncoder:
     ):
         depth = model.config.num_hidden_layers if depth is None else depth
         h = model.config.hidden_size
-        max_length = min(max_length, model.config.max_position_embeddings)
+        max_length = min(max_length, model.config.context)
         self.model = model
         self.tokenizer = tokenizer
         self.depth = depth

@@ -13,7 +13,7 @@ from pool.slots import Pool, alloc_B_of
 def load_frozen(args) -> tuple[Llama, Tokenizer]:
     """The base and its tokenizer; lowers --max_length to the base's context."""
     model = load_base(args.model, args.dtype, args.device)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
+    args.max_length = min(args.max_length, model.config.context)
     return model, Tokenizer(args.model)
 
 

@@ -339,7 +339,7 @@ def test_broken_characters_at_the_end_are_in_both_texts(tmp_path):
 def test_truncation_keeps_bos_and_the_asked_for_end(mole):
     """A prompt without its BOS, or the wrong end of a document, is answered without complaint and
     wrongly."""
-    room, tokenizer = mole.model.config.max_position_embeddings, mole.tokenizer
+    room, tokenizer = mole.model.config.context, mole.tokenizer
     text = " ".join(str(number) for number in range(113))
     ids = tokenizer.encode(text)
     assert len(ids) > 2 * room

@@ -11,6 +11,7 @@ from decoding.loop import AnswerText, decode, tokens_until_full
 from decoding.sampling import Sampling, sample
 from decoding.stream import compile_for
 from generate import answer, load, stream
+from helpers_models import write_llama
 from methods.batch import set_methods
 
 METHODS = ["base", "adapter:bee", "meteora_top2", "average_ab", "arrow", "ties_ba"]
@@ -166,9 +167,29 @@ def test_what_the_context_does_not_allow_costs_nothing(mole, monkeypatch):
     monkeypatch.setattr("decoding.stream.compile_blocks", lambda model, on, saves, costs: asked.append(saves))
     ids = [[1, 2, 3], [4] * 7]
     room = tokens_until_full(mole, 3)
-    assert room == mole.model.config.max_position_embeddings - 2
+    assert room == mole.model.config.context - 2
     for count in (5, room, 20000):
         compile_for(mole, None, ids, Sampling(max_new_tokens=count))
     assert asked[0] < asked[1] == asked[2]
     set_methods(mole, ["base"])
     assert len(list(decode(mole, [[1, 2, 3]], Sampling(max_new_tokens=20000)))) <= room
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_a_stretched_rope_answers_to_its_end(tmp_path, small_model, kind):
+    """Without it an answer of a model whose RoPE is scaled ends at the length before scaling."""
+    from helpers_oracles import LlamaForCausalLM
+
+    rope = {"rope_type": kind, "factor": 3.7}
+    folder = write_llama(tmp_path / "m", max_position_embeddings=13, rope_scaling=rope, eos_token_id=None)
+    (folder / "tokenizer.model").write_bytes((small_model / "tokenizer.model").read_bytes())
+    mole = load(folder)
+    tokens = list(stream(mole, "the fox", method="base", raw=True, max_new_tokens=99))
+    ids = torch.tensor([mole.tokenizer.encode("the fox")])
+    assert ids.shape[1] + len(tokens) == 48 + 1 and tokens[-1].finish == "context"  # 13 * 3.7 = 48.1
+    oracle = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    mask = torch.ones_like(ids)
+    want = oracle.generate(ids, attention_mask=mask, max_new_tokens=len(tokens), do_sample=False)
+    assert [token.id for token in tokens] == want[0, ids.shape[1] :].tolist()
+    with pytest.raises(InputError, match="the context 48"):
+        answer(mole, "the fox " * 48, method="base", raw=True)
