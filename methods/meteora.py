@@ -24,7 +24,7 @@ from common.files import InputError
 from common.options import NotNegative
 from methods.protocol import TrainedGates, check_top_k
 from methods.session import Mole
-from moe_lora import MeteoraGate, Mixture, attach, detach, meteora_gates
+from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
 from pool.slots import Pool
 from tasks.folders import Batch, collate, pick
 from training.gates import GatesRun, GatesTraining
@@ -187,7 +187,7 @@ class FittingGate(nn.Module):
         self.shared = shared
         self.own = own
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of the adapters that the next gates shall see."""
         s = self.shared
         half = s["half"][sample]
