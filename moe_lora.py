@@ -16,7 +16,7 @@ attributes, where it has them, tell fast/ what it can't see:
     per_row      names of its tensors whose first axis is the batch's rows, set anew for each batch
     per_token    names of those whose first axis is the batch's tokens
     sequential   True where it carries something from one Linear to another, or to a later step
-    linear_in    a function (x, weight, dtype) -> x W^T in that dtype, replaced by a faster one
+    linear_in    a function (x, weight, dtype) -> x W^T in that dtype; fast/ sets a faster one
 
 The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and
 pool.scale are {module path: tensor}, pool.slot(name) is an adapter's place in them.
@@ -138,15 +138,15 @@ class MeteoraGate(nn.Module):
         if self.keep_logits:
             self.logits = logits
         top, idx = logits.topk(min(self.k, logits.shape[-1]), dim=-1)  # (n, k), the largest first
-        if self.k == 1:  # the softmax over one is 1: the LM loss can't train G, one on logits can
+        if self.k == 1:  # the softmax over one is 1: only a loss on the logits can train G
             return Mixture(idx, torch.ones_like(top))
         relative = top - top[:, :1]  # the largest is 0: no overflow at a low temperature
         return Mixture(idx, (relative / self.temperature).softmax(-1))
 
 
 class SampleGate(nn.Module):
-    """The same mixture for every token of a row: one adapter, several of equal weight, none (weight
-    0). set() gives the mixtures of the current batch.
+    """The same mixture for every token of a row: one adapter, several at any weights, or none
+    (weight 0). set() gives the mixtures of the current batch.
 
     Rows where `routed` is True ask `inner`, another gate, instead: so one batch serves fixed
     mixtures beside choices per token. Without `inner` one SampleGate can serve all Linears.

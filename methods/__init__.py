@@ -1,6 +1,10 @@
-"""The table of methods. A new one is a file of this folder and a line here."""
+"""The table of methods. A new one is a file of this folder, imported and listed here.
+
+Their order is that of help and docs; the first whose default() answers runs when none is named.
+"""
 
 from methods import (
+    arrow,
     custom,
     fixed,
     joint,
@@ -14,7 +18,6 @@ from methods import (
     ramole,
     smear,
 )
-from methods.arrow import Arrow
 
 METHODS = (
     fixed.Base,
@@ -25,7 +28,7 @@ METHODS = (
     merges.MergedFactors,
     merges.MergedMatrices,
     lorahub.LoraHub,
-    Arrow,
+    arrow.Arrow,
     meteora.Meteora,
     mixtures.Soft,
     loraflow.LoRAFlow,

@@ -1,8 +1,8 @@
 """LoraRetriever (arXiv 2402.09997): composes the adapters whose samples are most like the prompt.
 
     selection      the best one
-    mixture        sum_j (1/k) s_j B_j A_j x, exact
-    fusion         (mean B)(mean A) x
+    mixture        sum_j (1/k) s_j B_j A_j x
+    fusion         (mean of s_j B_j)(mean of A_j) x, which has cross terms
     adaptersoup    fusion of the adapters nearest to all prompts together
 
 The encoder and the ranking are in pool/retriever.py. `train.py retriever` tunes the encoder
@@ -192,11 +192,11 @@ def info_nce(views: list[Tensor], projection: Tensor, args) -> Tensor:
     W = projection.clone().requires_grad_()
     optimizer = torch.optim.AdamW([W], lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)
-    k, n, h = views[0].shape
-    labels = torch.arange(k)[:, None]
+    tasks, n, h = views[0].shape
+    labels = torch.arange(tasks)[:, None]
     for step in range(args.steps):
         m = min(int(SAMPLES ** torch.rand((), generator=generator)), n - 1)
-        order = torch.rand(k, n, generator=generator).argsort(1)[..., None].expand(-1, -1, h)
+        order = torch.rand(tasks, n, generator=generator).argsort(1)[..., None].expand(-1, -1, h)
         drawn = F.normalize(F.linear(views[step % 2].gather(1, order[:, : m + 8]), W), dim=-1)
         adapters = F.normalize(drawn[:, :m].mean(1), dim=-1)  # (tasks, d)
         scores = drawn[:, m:] @ adapters.T / args.temperature  # (tasks, others, tasks)

@@ -1,10 +1,10 @@
 """MeteoRA (arXiv 2405.13053): a gate in each Linear picks k of many adapters for each token.
 
-    y = W x + sum over i in top-k(G x) of  w_i s_i B_i A_i x,   w = softmax of the k logits / T
-    loss = LM cross-entropy of the response + beta * mean cross-entropy of every gate's e logits
-           against the task's own adapter, over all tokens of prompt and response      (GateLoss)
+    y = W x + sum over j in top-k(G x) of  w_j scale_j B_j A_j x,   w = softmax of the k logits / T
+    loss = lm_weight * LM cross-entropy of the response + beta * mean cross-entropy of every gate's
+           e logits against the task's own adapter, over all tokens of prompt and response
 
-The first line is moe_lora.py's Linear with its MeteoraGate.
+The first line is moe_lora.py's Linear with its MeteoraGate; the second is MeteoraTraining.
 
 With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone
 trains G, and each gate is a linear classifier of its own input. fit_gates() fits it as one, without
@@ -78,12 +78,12 @@ class MeteoraTraining(GatesTraining):
         args = self.args
         if args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too):
             loss, shown = super().loss(batch, n, n_response)
-        else:  # the LM loss has no gradient
+        else:  # with k = 1 the LM loss has no gradient but for the adapters
             loss = hidden_states(self.model, batch).new_zeros((), dtype=torch.float32)
             shown = {}
         labels = batch.slots(self.pool)[batch.real]
         mean, right = self.gate_loss(labels)
-        gate_term = mean * (labels >= 0).sum() / n
+        gate_term = mean * (labels >= 0).sum() / n  # this part's share of the step's mean
         shown |= {"gate_loss": gate_term.item(), "right": float(right.float().mean()) / n}
         return loss + args.beta * gate_term, shown
 
@@ -126,7 +126,7 @@ class Meteora(TrainedGates):
 
     @classmethod
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
-        """Gates top-k of this pool or, without those, of another k."""
+        """The pool's gates of top-k; where it has none, its gates of another k."""
         if not mole.folder:
             return None
         others = sorted((mole.folder.path / "gates").glob("meteora_top[1-9].safetensors"))

@@ -126,7 +126,8 @@ class Gated(Method):
         return all_but(mole.pool, exclude)
 
     def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
-        """{module path: gate} for mole.pool."""
+        """{module path: gate} for mole.pool. They choose neither empty slots nor the adapters of
+        `exclude` (names): see member_mask()."""
         raise AttributeError(f"{type(self).__name__} has no gates()")
 
 

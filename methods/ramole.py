@@ -7,7 +7,7 @@ token by token.
 A_r (r_q, i) and B_r (o, r_q) are all that trains, by the LM loss on a share of the tasks: their
 size doesn't depend on the pool, so that adapters of other tasks, and those that join later, need
 nothing. In training each candidate is left out with probability --drop, two stay at least, so that
-the router doesn't learn "always the task's own".
+the router doesn't learn "always the task's own". Retrieval is LoraRetriever's: pool/retriever.py.
 """
 
 import random
@@ -79,8 +79,8 @@ class RouterLoRA(nn.Module):
     """RAMoLE's router for one Linear (Eqs. 6 to 11): the equations above, with A_r and B_r as A, B.
 
     <q, key_j> is q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full
-    output is formed to be scored. `divisor` is sqrt(r_q) by default, `scaled` says whether s_j is
-    part of the scored v_j; what the paper does in either case isn't certain.
+    output is formed to be scored. `divisor` is sqrt(r_q) by default; `scaled` says whether s_j is
+    part of the scored v_j. The paper leaves both open.
 
     `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates. The bias is added to
     the scores: -inf where a row has fewer candidates, else 0, as in the paper. With a `prior` it is
@@ -224,7 +224,7 @@ class RouterRun(Run):
     r: Count = 8  # rank of A_r, B_r
     retrieve: int = 4  # candidates of an example before the dropout, its own adapter among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
-    drop: float = 0.5  # LoRA dropout: how likely a candidate is left out of a step; two or more stay
+    drop: float = 0.5  # how likely a candidate is left out of a step; two or more stay
     divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
     prior: NotNegative = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
