@@ -5,12 +5,12 @@ second one would shift every position), finds the id that ends a text, knows the
 fine-tune added, runs chat templates in a sandbox, and streams text in whole characters.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
 from common.files import InputError, check_text, read_json, read_known, read_text
@@ -39,18 +39,16 @@ class Tokenizer:
             self.backend = _SentencePiece(folder / "tokenizer.model", added, legacy)
         else:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
-        self.names = added.names
+        self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
         adds_bos = self.config.get("add_bos_token", self.backend.adds_bos)
         self.adds_bos = adds_bos and self.bos_id is not None
-        self.chat_template = self._read_chat_template(folder)
+        self.chat_templates = self._read_chat_templates(folder)
 
     def _special(self, name):
-        """The id of a special token: of the one that the folder's files name, else a usual one's."""
-        if name in self.names:
-            return self.backend.token_id(self.names[name])
-        return self.backend.special_id(name)
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_id(token)
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -70,49 +68,50 @@ class Tokenizer:
         """Ids -> text, special tokens left out."""
         return self.backend.decode(list(ids))
 
-    def _read_chat_template(self, folder):
+    def _read_chat_templates(self, folder):
+        """{name: template}; the usual one is "default", some folders have a "tool_use"."""
+        files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
         if (folder / "chat_template.jinja").exists():
-            return read_text(folder / "chat_template.jinja")
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # of several named templates the default one
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if not isinstance(template, (str, type(None))):
-            raise InputError(f"{self.config_file}: chat_template is {template!r}, expected a text")
-        return template
+            files["default"] = folder / "chat_template.jinja"
+        if files:
+            return {name: read_text(file) for name, file in files.items()}
+        found = self.config.get("chat_template")
+        if found is None:
+            return {}
+        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        templates = {}
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("template"), str):
+                raise InputError(f"{self.config_file}: chat_template is {found!r}, expected a text")
+            templates[str(entry.get("name"))] = entry["template"]
+        return templates
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
+    def chat(self, messages: list[dict[str, Any]], tools: list[dict] | None = None,
+             documents: list[dict] | None = None, add_generation_prompt: bool = True,
+             continue_final_message: bool = False) -> str:  # fmt: skip
         """[{"role", "content"}] -> the prompt's text with its special tokens written out.
 
-        So it is to be encoded with start=False.
+        So it is to be encoded with start=False. The options are those of transformers'
+        apply_chat_template; `continue_final_message` takes the place of the generation prompt.
+        Raises InputError where there is no template or it fails.
         """
-        if not self.chat_template:
+        from common.chat import render
+
+        template = self.chat_templates.get("default")
+        if tools is not None:
+            template = self.chat_templates.get("tool_use", template)
+        if not template:
             raise InputError("this tokenizer has no chat template: leave out --chat")
-        values = {"messages": messages, "add_generation_prompt": True}
-        values["bos_token"] = "" if self.bos_id is None else self.backend.token(self.bos_id)
-        values["eos_token"] = "" if self.eos_id is None else self.backend.token(self.eos_id)
-        sandbox = _chat_sandbox()
-        try:
-            return sandbox.from_string(self.chat_template).render(values)
-        except Exception as error:  # a template is a program: it can raise anything
-            raise InputError(f"chat template: {error}") from None
+        values = self.special_tokens | {"tools": tools, "documents": documents}
+        values["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        return render(template, messages, continue_final_message, **values)
 
 
-def _chat_sandbox():
-    """A Jinja sandbox, because templates come with checkpoints and can't be trusted."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    def to_json(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    sandbox = ImmutableSandboxedEnvironment(**options)
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals["raise_exception"] = refuse
-    return sandbox
+USUAL = {
+    "bos_token": ("<s>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "unk_token": ("<unk>",),
+}
 
 
 class _Json:
@@ -159,24 +158,19 @@ class _Json:
     def decode(self, ids):
         return self.fast.decode(ids, skip_special_tokens=True)
 
-    def token(self, index):
-        return self.fast.id_to_token(index)
-
     def token_id(self, token):
         return self.fast.token_to_id(token)
 
-    def special_id(self, name):
-        """The id of a token that the config lacks: the post-processor's BOS, else a usual name's."""
-        if name == "bos_token" and self.first is not None:
-            return self.first
-        usual = {
-            "bos_token": ("<s>", "<|begin_of_text|>"),
-            "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-        }
-        for token in usual[name]:
-            if (index := self.fast.token_to_id(token)) is not None:
-                return index
-        return None
+    def usual_tokens(self):
+        """{name: text} for a folder that names none: the post-processor's BOS, and usual texts."""
+        found = {}
+        for name, texts in USUAL.items():
+            for text in texts:
+                if name not in found and self.token_id(text) is not None:
+                    found[name] = text
+        if self.first is not None:
+            found["bos_token"] = self.fast.id_to_token(self.first)
+        return found
 
 
 # A sentencepiece model is a protobuf message, and fields appended to one replace the earlier ones:
@@ -269,9 +263,6 @@ class _SentencePiece:
                 text += pieces.decode(list(run))
         return text
 
-    def token(self, index):
-        return self.pieces.id_to_piece(index)
-
     def token_id(self, token):
         return self.ids[token] if token in self.ids else self._piece_id(token)
 
@@ -280,9 +271,12 @@ class _SentencePiece:
         unknown = index == self.pieces.unk_id() and text != self.pieces.id_to_piece(index)
         return None if unknown else index
 
-    def special_id(self, name):
-        index = getattr(self.pieces, name.replace("_token", "_id"))()
-        return index if index >= 0 else None
+    def usual_tokens(self):
+        """{name: text} of the model's own special tokens, where the folder names no others."""
+        pieces = self.pieces
+        ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+        ids["unk_token"] = pieces.unk_id()
+        return {name: pieces.id_to_piece(index) for name, index in ids.items() if index >= 0}
 
 
 def _pattern(token):

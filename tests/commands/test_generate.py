@@ -367,7 +367,7 @@ def test_prompts_that_no_model_can_answer(tmp_path, mole):
         answer(load(folder), "", raw=True)
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes(337))
     (folder / "tokenizer_config.json").unlink()
-    strange = Tokenizer(folder).backend.token(336).replace("▁", " ")
+    strange = Tokenizer(folder).backend.pieces.id_to_piece(336).replace("▁", " ")
     with pytest.raises(InputError, match="336, but the model has 331: wrong tokenizer"):
         answer(load(folder), strange, raw=True)
 

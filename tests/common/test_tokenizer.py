@@ -80,7 +80,7 @@ def test_one_bos_at_the_start_and_none_inside(tokenizers, kind):
         assert ours.encode(text) == ([ours.bos_id] if has else []) + bare
         assert ours.decode(ours.encode(text)) == text
     if kind.startswith("llama"):  # a text that begins with BOS itself, written out
-        ids = ours.encode(ours.backend.token(ours.bos_id) + "the fox")
+        ids = ours.encode(ours.special_tokens["bos_token"] + "the fox")
         assert ids.count(ours.bos_id) == 1
 
 
@@ -116,93 +116,6 @@ def test_tokenizer_json_comes_first(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tiktoken"):
         Tokenizer(folder)
-
-
-# Chat templates -----------------------------------------------------------------------------------
-
-MESSAGES = [
-    {"role": "system", "content": "be <brief> & 'kind'"},
-    {"role": "user", "content": "  {{ what }}  ß🎉"},
-    {"role": "assistant", "content": "mice"},
-    {"role": "user", "content": "and fox?"},
-]
-TEMPLATE = """{{ bos_token }}
-{%- if messages[0]['role'] == 'assistant' %}
-    {{ raise_exception('begin with the user') }}
-{%- endif %}
-{% for message in messages %}
-    {% if loop.first %}
-[{{ message | tojson }}]
-    {% elif message['role'] == 'user' %}
-{{ loop.index0 }}: {{ message['content'] | trim }}
-    {% else %}
-{{ '\n' + message.content + eos_token }}
-    {%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-    <answer>
-{%- endif %}
-"""
-LOOP = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role }};{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [TEMPLATE, LOOP], ids=["whitespace, filters, specials", "loop controls"])
-def test_chat_equals_transformers(tmp_path, template):
-    """A chat model that gets one line break too many, or no BOS, answers worse, and nothing says
-    so."""
-    from helpers_oracles import PreTrainedTokenizerFast
-
-    folder = write_tokenizer(
-        tmp_path / "t", "llama2", bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    want = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert Tokenizer(folder).chat(MESSAGES) == want
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "llama2"])
-def test_chat_text_becomes_special_tokens(tmp_path, kind):
-    """A template writes its special tokens out as text: each must become its one id again, BOS
-    once. As pieces ("<", "s", ">") the model has never seen them."""
-    ours = Tokenizer(
-        write_tokenizer(tmp_path / "t", kind, chat_template="{{ bos_token }}the {{ eos_token }}fox")
-    )
-    ids = ours.encode(ours.chat(MESSAGES), start=False)
-    assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
-    assert ids.count(ours.eos_id) == 1
-
-
-def test_chat_template_is_found_in_every_place(tmp_path):
-    """Newer folders keep it in a file of its own, some name several: a template that isn't found is
-    no chat at all."""
-    listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    folder = write_tokenizer(tmp_path / "t", "llama2", chat_template=listed)
-    assert Tokenizer(folder).chat(MESSAGES) == "plain"
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert Tokenizer(folder).chat(MESSAGES) == "from the file"
-    for kind in ("llama2", "sentencepiece"):
-        with pytest.raises(InputError, match="no chat template"):
-            Tokenizer(write_tokenizer(tmp_path / f"bare {kind}", kind)).chat(MESSAGES)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{% for m in messages %}",
-        "{{ messages[0].nothing.at_all }}",
-        "{{ messages[0]['content'] + 1 }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_bad_templates_are_refused(tmp_path, template):
-    """Templates come with downloaded checkpoints: they must neither reach Python's insides nor end
-    in a traceback."""
-    ours = Tokenizer(write_tokenizer(tmp_path / "t", "llama2", chat_template=template))
-    with pytest.raises(InputError, match="chat template"):
-        ours.chat(MESSAGES)
 
 
 # Streaming ----------------------------------------------------------------------------------------
