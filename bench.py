@@ -1,39 +1,35 @@
-"""Speed of the operation, of decoding, of prefill, of training; beside it the machine's limits and
-other programs.
+"""Speed of the operation, of decoding, of prefill and of training, beside the machine's limits.
 
     python bench.py layer|decode|prefill|train [--model DIR] [--dtype float32]
 
-What stands in one table was measured in one run and in turn (of `train` adapters, then gates, each
-row in a process of its own): a repetition times every row once, in an order of its own, so that
-what else the machine does, and what the row before left in its caches, hits all of them alike.
-Shown are the median of the repetitions and the quartiles around it; the last line is all of it as
-JSON. transformers, peft and llama-cpp-python (with --gguf) are measured on the same weights,
+The rows of one table are measured in one run and in turn: a repetition times every row once, in a
+random order, so that other load on the machine, and what the row before left in the caches, hits
+all rows alike. (`train` measures adapters first, then gates, and runs each row in a process of its
+own.) A table shows the median of the repetitions and the quartiles; the last line is all of it as
+JSON. transformers, peft and, with --gguf, llama-cpp-python are measured on the same weights,
 adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
 import json
 import os
-import platform
-import random
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import product
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from common.devices import DTYPES, find_device
-from common.files import InputError, run_script, warn
+from common.files import InputError, run_script
 from common.options import numbers, parse_command
-from evaluation.peers import PEERS, HfDecoder, LlamaCpp, has
+from common.tables import markdown
+from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
+from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
 from evaluation.timed import (
     Decoder,
-    InSubprocess,
     adapters_trainer,
     bytes_read,
     gates_trainer,
@@ -41,6 +37,7 @@ from evaluation.timed import (
     load,
     one_adapter_trainer,
     pool_sizes,
+    prefill,
     prompts,
     with_adapters,
     with_requests,
@@ -60,11 +57,11 @@ class Bench:
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    threads: int = 0  # of the CPU, 0 = one a core
+    threads: int = 0  # CPU threads, 0 = one a core
     repeats: int = 20  # repetitions of every row
     k: int = 2  # adapters a token uses
     r: int = 8  # rank of the adapters
-    seed: int = 0  # of adapters, gates and inputs
+    seed: int = 0  # seed for adapters, gates and inputs
 
 
 @dataclass
@@ -89,9 +86,7 @@ class ModelBench(Bench):
 class RoutedBench(ModelBench):
     """Options of benchmarks of a model with adapters and gates."""
 
-    pool: str = (
-        ""  # pool folder with meteora_topK gates; default: random adapters, and gates that choose evenly
-    )
+    pool: str = ""  # pool folder with meteora_topK gates; default: random adapters and even gates
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
     e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
     gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
@@ -104,18 +99,16 @@ class DecodeBench(RoutedBench):
     context: int = 64  # tokens of the prompt
     tokens: int = 16  # tokens decoded in a repetition
     batch_size: int = 8  # requests decoded together, beside one by itself
-    requests: int = (
-        0  # requests with other retrieved adapters each, decoded together by RAMoLE's router, 0 = none
-    )
-    union: str = "12,28,48"  # how many adapters those are together; several are a row each
+    requests: int = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
+    union: str = "12,28,48"  # how many adapters those have together; several are a row each
 
 
 @dataclass
 class PrefillBench(RoutedBench):
     """Options of `bench.py prefill`."""
 
-    tokens: int = 512  # of the prompt
-    shape: Literal["", "llama-3-8b"] = ""  # one block of these sizes with random weights, instead of --model
+    tokens: int = 512  # tokens of the prompt
+    shape: Literal["", "llama-3-8b"] = ""  # instead of --model one random block of these sizes
 
 
 @dataclass
@@ -124,137 +117,68 @@ class TrainBench(ModelBench):
 
     e: int = 8  # adapters trained at once
     gated: int = 28  # adapters under the gates that are trained
-    tokens: int = 128  # of an example, half of them the response's
-    tasks: str = (
-        ""  # task folders: real examples, of 512 tokens at most, instead of random ones of one length
-    )
+    tokens: int = 128  # tokens of a random example; half of them are the response
+    tasks: str = ""  # task folders: their examples of at most 512 tokens instead of random ones
     each: int = 1  # examples a step and adapter
-
-
-# Measuring ----------------------------------------------------------------------------------------------------------
-
-
-def in_turn(rows, repeats, before=lambda: None):
-    """{name: function} -> {name: [seconds of each repetition]}; each runs twice in advance,
-    uncounted, and `before` is called before each repetition."""
-    for run in (*rows.values(), *rows.values()):
-        run()
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    seconds = {name: [] for name in rows}
-    for _ in range(repeats):
-        for name, run in random.sample(list(rows.items()), len(rows)):
-            before(), wait()
-            begin = time.perf_counter()
-            run()
-            wait()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def spread(seconds):
-    """Median and quartiles in milliseconds."""
-    low, median, high = (
-        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    )
-    return {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
-
-
-class Limits(NamedTuple):
-    """What the machine can do, measured in this run: bytes read and floating-point operations, a
-    second."""
-
-    bytes: float
-    flops: float
-
-
-def bandwidth(dtype, device):
-    """Bytes a second that the best of several kernels reads from a buffer of 1 GiB, too large for
-    most caches."""
-    W = torch.ones(2**30 // 8192 // dtype.itemsize, 8192, dtype=dtype, device=device)
-    x = W[0].clone()
-    y = torch.empty(len(W), dtype=dtype, device=device)
-    rows = {"sum": lambda: W.view(torch.int64).sum(), "max": W.max, "mv": lambda: torch.mv(W, x, out=y)}
-    if can_compile(W.device):
-        sums = torch.compile(lambda W, x: (W * x).sum(-1, dtype=torch.float32))
-        rows["compiled"] = lambda: sums(W, x)
-    return W.nbytes / min(min(times) for times in in_turn(rows, 9).values())
-
-
-def arithmetic(dtype, device):
-    """Floating-point operations a second of a large matmul."""
-    a, b = torch.ones(2, 2048, 2048, dtype=dtype, device=device)
-    return 2 * 2048**3 / min(in_turn({"matmul": lambda: linear(a, b)}, 9)["matmul"])
-
-
-def card(args):
-    """What a figure depends on besides the code, and the limits."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        warn(f"the machine is busy (load {load:.1f}): ratios may hold, times don't")
-    return {
-        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
-        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": args.dtype,
-        "load": round(load, 2), "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", *PEERS) if has(name)},
-    }  # fmt: skip
-
-
-def processor():
-    """The CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # The operation ------------------------------------------------------------------------------------------------------
 
 
-def bench_layer(args, limits):
-    """One Linear with its adapters: every backend, by itself and in a compiled block, and how far
-    auto's choice is from the best of them."""
-    table = []
-    dtype = DTYPES[args.dtype]
+def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
+    """One Linear with its adapters: every backend, by itself and in a compiled block.
+
+    Also how far auto's choice is from the best of them.
+    """
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
     if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
-        raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
+        expected = f"adapters that a token uses of the {args.e} of --e"
+        raise InputError(f"--k is {args.k!r}, expected {expected}")
     if any(len(width) != 2 for width in widths):
-        raise InputError(f"--width is {args.width!r}, expected pairs of in and out features as 576x1536")
-    for (i, out), e, n, k in product(widths, *(numbers(f"--{name}", getattr(args, name)) for name in "enk")):
-        if k > e:
-            continue
-        g = torch.Generator().manual_seed(args.seed)
-        shapes = (out, i), (n, i), (e, args.r, i), (e, out, args.r)
-        W, x, A, B = (torch.randn(shape, generator=g).to(args.device, dtype) for shape in shapes)
-        idx = torch.rand(n, e, generator=g).topk(k).indices.to(args.device)
-        weight = torch.full((n, k), 1 / k, device=args.device)
-        scale = torch.ones(e, device=args.device)
-        B = alloc_B(e, out, args.r, device=args.device, dtype=dtype).copy_(B)  # laid out as a pool's
-        row = layer_row(args, x, W, A, B, scale, idx, weight)
-        table.append({"i": i, "o": out, "e": e, "n": n, "k": k, **row})
-        print(json.dumps(table[-1]), file=sys.stderr)
+        expected = "pairs of in and out features as 576x1536"
+        raise InputError(f"--width is {args.width!r}, expected {expected}")
+    sizes = [numbers("--e", args.e), numbers("--n", args.n), numbers("--k", args.k)]
+    table = []
+    for (i, o), e, n, k in product(widths, *sizes):
+        if k <= e:
+            table.append({"i": i, "o": o, "e": e, "n": n, "k": k, **layer_row(args, i, o, e, n, k)})
+            print(json.dumps(table[-1]), file=sys.stderr)
     return table
 
 
-def layer_row(args, x, W, A, B, scale, idx, weight):
-    """Milliseconds {"Linear": ms, backend: ms, "auto / best": ratio, ...}, the same again with
-    "compiled" behind. The weights are in no cache: in a model the layers before have swept it."""
+def layer_row(args: LayerBench, i: int, o: int, e: int, n: int, k: int) -> dict[str, float]:
+    """{"Linear": ms, backend: ms, "auto / best": ratio, ...}, then the same with ", compiled".
+
+    The weights are in no cache: in a model the layers before have replaced them.
+    """
+    dtype = DTYPES[args.dtype]
+    generator = torch.Generator().manual_seed(args.seed)
+    shapes = (o, i), (n, i), (e, args.r, i), (e, o, args.r)
+    W, x, A, B = (torch.randn(shape, generator=generator).to(args.device, dtype) for shape in shapes)
+    B = alloc_B(e, o, args.r, device=args.device, dtype=dtype).copy_(B)  # in the layout of a pool's
+    idx = torch.rand(n, e, generator=generator).topk(k).indices.to(args.device)
+    weight = torch.full((n, k), 1 / k, device=args.device)
+    scale = torch.ones(e, device=args.device)
     rows = {"Linear": lambda: linear(x, W)}
-    sweep = torch.ones(2**25, device=x.device).sum
     for backend in BACKENDS:
-        rows[backend] = lambda backend=backend: lora_mix(x, A, B, scale, idx, weight, backend)
+        rows[backend] = partial(lora_mix, x, A, B, scale, idx, weight, backend)
+    kinds = [""]
     if can_compile(x.device):
+        kinds.append(", compiled")
         torch._dynamo.reset()
         mark_dynamic_tokens(x, idx, weight, decode=len(x) <= MAX_DECODE_ROWS)
         for backend in ("auto", "bmm", "dense"):
-            run = compile_function(
-                lambda *inputs, backend=backend: lora_mix(inputs[0], A, B, scale, *inputs[1:], backend)
-            )
-            rows[f"{backend}, compiled"] = lambda run=run: run(x, idx, weight)
+
+            def mix(x, idx, weight, backend=backend):
+                return lora_mix(x, A, B, scale, idx, weight, backend)
+
+            rows[f"{backend}, compiled"] = partial(compile_function(mix), x, idx, weight)
+    sweep = torch.ones(2**25, device=x.device).sum  # reads 128 MiB, which empties the caches
+    row = {}
     with torch.inference_mode():
-        row = {name: spread(times)["ms"] for name, times in in_turn(rows, args.repeats, sweep).items()}
-    for kind in ("", ", compiled") if can_compile(x.device) else ("",):
+        for name, times in in_turn(rows, args.repeats, sweep).items():
+            row[name] = spread(times)["ms"]
+    for kind in kinds:
         best = min(row[backend + kind] for backend in BACKENDS[1:] if backend + kind in row)
         row[f"auto / best{kind}"] = row[f"auto{kind}"] / best
     return row
@@ -263,117 +187,103 @@ def layer_row(args, x, W, A, B, scale, idx, weight):
 # Decoding and prefill -----------------------------------------------------------------------------------------------
 
 
-def bench_decode(args, limits):
-    """Milliseconds a step, one request and `batch_size` of them; the limit is the bytes a step
-    reads."""
+def bench_decode(args: DecodeBench, limits: Callable[[], Limits]) -> list[dict]:
+    """Milliseconds a step of one request and of `batch_size`; the limit is the bytes a step reads."""
     base = load(args)
+    v = base.config.vocab_size
+    one = prompts(args, 1, args.context, v)
+    many = prompts(args, args.batch_size, args.context, v)
     rows = {}
-    facts = {}
-    one, many = (prompts(args, b, args.context, base.config.vocab_size) for b in (1, args.batch_size))
+    facts = {}  # {row: (requests, bytes that a step reads or None)}
 
-    def row(name, run, b=1, size=None):
-        rows[name] = run
-        facts[name] = (b, size)
+    def row(name, decoder, ids, size=None):
+        rows[name] = decoder
+        facts[name] = (len(ids), size)
 
     def both(name, model):
         compile_blocks(model, True, saves=0, costs=0)
-        row(name, Decoder(model, one, args.tokens), 1, bytes_read(model))
-        row(f"{name}, batch", Decoder(model, many, args.tokens), args.batch_size)
+        row(name, Decoder(model, one, args.tokens), one, bytes_read(model))
+        row(f"{name}, batch", Decoder(model, many, args.tokens), many)
 
     both("base", base)
     for e in pool_sizes(args):
         both(f"{e} adapters", with_adapters(args, e, folder=args.pool))
     for backend in ("auto", "loop"):
         model = with_adapters(args, e, backend, args.pool)
-        row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, args.tokens))
+        row(f"{e} adapters, {backend}, not compiled", Decoder(model, one, args.tokens), one)
     if args.requests:
-        ids = prompts(args, args.requests, args.context, base.config.vocab_size)
-        row(
-            f"{args.requests} requests, base",
-            Decoder(base, ids, args.tokens),
-            args.requests,
-            bytes_read(base),
-        )
+        ids = prompts(args, args.requests, args.context, v)
+        models = {"base": base}
         for union in numbers("--union", args.union):
-            model = with_requests(args, union)
-            row(
-                f"{args.requests} requests, {union} adapters",
-                Decoder(model, ids, args.tokens),
-                args.requests,
-                bytes_read(model),
-            )
+            models[f"{union} adapters"] = with_requests(args, union)
+        for name, model in models.items():
+            decoder = Decoder(model, ids, args.tokens)
+            row(f"{args.requests} requests, {name}", decoder, ids, bytes_read(model))
     for name, model, options in hf_models(args, e):
-        row(name, HfDecoder(model, one, args.tokens, **options(1)))
-        row(
-            f"{name}, batch", HfDecoder(model, many, args.tokens, **options(args.batch_size)), args.batch_size
-        )
+        row(name, HfDecoder(model, one, args.tokens, **options(1)), one)
+        row(f"{name}, batch", HfDecoder(model, many, args.tokens, **options(len(many))), many)
     if args.gguf:
-        row("llama.cpp", LlamaCpp(args.gguf, one, args.tokens))
+        row("llama.cpp", LlamaCpp(args.gguf, one, args.tokens), one)
     table = []
     for name, times in in_turn(rows, args.repeats).items():
-        step = spread([s / args.tokens for s in times])
+        step = spread([seconds / args.tokens for seconds in times])
         b, size = facts[name]
         share = size and size / limits().bytes / step["ms"] * 1e3
-        table.append(
-            {"row": name, "batch": b, **step, "tokens/s": b / step["ms"] * 1e3, "of the limit": share}
-        )
+        rate = b / step["ms"] * 1e3
+        table.append({"row": name, "batch": b, **step, "tokens/s": rate, "of the limit": share})
     return table
 
 
-def bench_prefill(args, limits):
+def bench_prefill(args: PrefillBench, limits: Callable[[], Limits]) -> list[dict]:
     """Milliseconds for a prompt of `tokens`; the limit is the arithmetic of the base's matmuls."""
     base = load(args)
     ids = prompts(args, 1, args.tokens, base.config.vocab_size)
-    flops = 2 * args.tokens * sum(out * i for out, i in linear_shapes(base).values())
-
-    def prefill(model):
-        @torch.inference_mode()
-        def run():
-            cache = model.new_cache(*ids.shape)
-            return model.head(model.model(ids, cache)[:, -1])
-
-        return run
-
+    flops = 2 * args.tokens * sum(o * i for o, i in linear_shapes(base).values())
     compile_blocks(base, True, saves=0, costs=0)
-    rows = {"base": prefill(base)}
+    rows = {"base": partial(prefill, base, ids)}
     for e in pool_sizes(args):
         model = with_adapters(args, e, folder=args.pool)
         compile_blocks(model, True, saves=0, costs=0)
-        rows[f"{e} adapters"] = prefill(model)
+        rows[f"{e} adapters"] = partial(prefill, model, ids)
     for backend in ("auto", "loop"):
-        rows[f"{e} adapters, {backend}, not compiled"] = prefill(with_adapters(args, e, backend, args.pool))
+        model = with_adapters(args, e, backend, args.pool)
+        rows[f"{e} adapters, {backend}, not compiled"] = partial(prefill, model, ids)
     for name, model, options in hf_models(args, e):
         rows[name] = HfDecoder(model, ids, **options(1)).prefill
     if args.gguf:
         rows["llama.cpp"] = LlamaCpp(args.gguf, ids).prefill
-    table = [{"row": name, **spread(times)} for name, times in in_turn(rows, args.repeats).items()]
-    for line in table:
-        line |= {"tokens/s": args.tokens / line["ms"] * 1e3, "/ base": line["ms"] / table[0]["ms"]}
-        line["of the limit"] = flops / limits().flops / line["ms"] * 1e3
+    table = []
+    for name, times in in_turn(rows, args.repeats).items():
+        row = {"row": name, **spread(times)}
+        table.append(row)
+        row["tokens/s"] = args.tokens / row["ms"] * 1e3
+        row["/ base"] = row["ms"] / table[0]["ms"]
+        row["of the limit"] = flops / limits().flops / row["ms"] * 1e3
     return table
 
 
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def bench_train(args, limits):
-    """Milliseconds of an optimizer step, and tokens a second without the padding: `e` adapters at
-    once, then the gates of `gated` adapters by the LM term and the gate term. peft trains one
-    adapter after another, on as many examples a step."""
+def bench_train(args: TrainBench, limits: Callable[[], Limits]) -> list[dict]:
+    """Milliseconds of an optimizer step, and tokens a second without the padding.
+
+    First `e` adapters at once, then the gates of `gated` adapters with LM loss and gate term. peft
+    trains one adapter after another, on as many examples a step.
+    """
     learners = {f"{args.e} adapters": adapters_trainer}
     if args.peers and has("peft"):
         learners["transformers + peft, one by one"] = one_adapter_trainer
-    gates = {
-        f"gates of {args.gated}, {name}": partial(gates_trainer, backend=name) for name in ("auto", "loop")
-    }
+    gates = {}
+    for backend in ("auto", "loop"):
+        gates[f"gates of {args.gated}, {backend}"] = partial(gates_trainer, backend=backend)
     table = []
-    for group in (
-        learners,
-        gates,
-    ):  # in turn, each in a process of its own: loop's memory makes others a tenth slower
+    # Each row in a process of its own: loop's memory makes others in its process 10 % slower.
+    for group in (learners, gates):
         rows = {name: InSubprocess(make, args) for name, make in group.items()}
         for name, times in in_turn(rows, args.repeats).items():
-            rates = [tokens / seconds for tokens, seconds in zip(rows[name].results[2:], times, strict=True)]
+            tokens = rows[name].results[2:]  # without the uncounted runs
+            rates = [count / seconds for count, seconds in zip(tokens, times, strict=True)]
             table.append({"row": name, **spread(times), "tokens/s": statistics.median(rates)})
         for row in rows.values():
             row.pipe.close()
@@ -383,20 +293,20 @@ def bench_train(args, limits):
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def show(facts, table):
-    """The card, the table as Markdown, and all of it in one line of JSON."""
+def show(facts: dict, table: list[dict]) -> None:
+    """Prints the facts, the table as Markdown, and all of it in one line of JSON."""
     for name, value in facts.items():
         print(f"{name}: {value}")
-    columns = list(dict.fromkeys(name for line in table for name in line))
-    print("", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
-    for line in table:
-        print("| " + " | ".join(cell(line.get(name)) for name in columns) + " |")
-    print(f"\n{json.dumps(facts | {'table': table})}")
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    rows = [map(cell, map(row.get, columns)) for row in table]
+    print("", *markdown(columns, rows), "", json.dumps(facts | {"table": table}), sep="\n")
 
 
-def cell(value):
+def cell(value: object) -> str:
     """A value as a table shows it."""
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 COMMANDS = {
@@ -405,35 +315,33 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def check_gguf(file, device):
-    """Raises InputError where llama.cpp can't be timed."""
-    if not Path(file).is_file():
-        raise InputError(f"--gguf: {file}: no such file")
-    if not has("llama-cpp-python"):
-        raise InputError("--gguf needs a package that is not here: pip install llama-cpp-python")
-    if device != "cpu":
-        raise InputError(f"--gguf: llama.cpp is timed on the CPU, and --device is {device}")
-
-
-def main():
-    """The command: measures, prints the card, the table and all of it as JSON."""
+def main() -> None:
+    """The command: measures, and prints what show() shows."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    command, args = parse_command(options, description="Time the operation, decoding, prefill or training.")
+    about = "Time the operation, decoding, prefill or training."
+    command, args = parse_command(options, description=about)
     for name, value in vars(args).items():
         least = 0 if name in ("threads", "seed", "requests") else 1
         if type(value) is int and not least <= value < 2**63:
             raise InputError(f"--{name}: expected {least} or more, found {value}")
     if args.threads > os.cpu_count():
-        raise InputError(f"--threads is {args.threads}, expected at most {os.cpu_count()}, the cores")
+        expected = f"at most {os.cpu_count()}, the cores"
+        raise InputError(f"--threads is {args.threads}, expected {expected}")
     torch.set_num_threads(args.threads or os.cpu_count())
     args.device = find_device(args.device)
     if getattr(args, "gguf", ""):
         check_gguf(args.gguf, args.device)
     facts = card(args)
-    about = (DTYPES[args.dtype], args.device)
-    limits = once(lambda: Limits(bandwidth(*about), arithmetic(*about)))  # once all input is read
+    limits = once(partial(measure_limits, DTYPES[args.dtype], args.device))
     table = COMMANDS[command][1](args, limits)
-    show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)
+    facts |= {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}
+    show(facts, table)
+
+
+def measure_limits(dtype: torch.dtype, device: str) -> Limits:
+    """The machine's limits, by the kernels that fast/ uses."""
+    compiled = can_compile(torch.device(device))
+    return Limits(bandwidth(dtype, device, compiled), arithmetic(dtype, device, linear))
 
 
 if __name__ == "__main__":

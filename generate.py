@@ -35,7 +35,7 @@ class Options(Sampling):
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
-    prompts: str = ""  # FILE.jsonl: a {"prompt"} a line, "method" where it has its own; one batch
+    prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
@@ -63,7 +63,16 @@ START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among t
   python generate.py --model DIR --adapter NAME=DIR ...   your own Llama, your own PEFT adapters"""
 
 
-def check_options(args: Options, asked: list) -> None:
+@dataclass
+class Request:
+    """One prompt to answer."""
+
+    prompt: str
+    method: str = ""  # "" is --method's
+    stop: list[str] | None = None  # None is --stop's
+
+
+def check_options(args: Options, asked: list[Request]) -> None:
     """Raises InputError for options that exclude each other and for values out of range."""
     if args.raw and args.chat:
         raise InputError("--raw and --chat exclude each other")
@@ -75,15 +84,18 @@ def check_options(args: Options, asked: list) -> None:
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")
 
 
-def read_requests(args: Options) -> list[tuple[str, str]]:
-    """[(prompt, its method, or "" for --method's)] of --prompt and --prompts. Raises InputError."""
-    asked = [(read_prompt(prompt), "") for prompt in args.prompt]
+def read_requests(args: Options) -> list[Request]:
+    """The requests of --prompt and --prompts. Raises InputError."""
+    asked = [Request(read_prompt(prompt)) for prompt in args.prompt]
     if args.prompts:
         for row in read_jsonl(args.prompts, ("prompt",)):
-            method = row.get("method", "")
-            if not isinstance(method, str):
-                raise InputError(f"{args.prompts}: method is {method!r}, expected the name of one")
-            asked.append((row["prompt"], method))
+            request = Request(row["prompt"], row.get("method", ""), row.get("stop"))
+            if not isinstance(request.method, str):
+                raise InputError(f"{args.prompts}: method is {request.method!r}, expected the name of one")
+            stop = [] if request.stop is None else request.stop
+            if not (isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)):
+                raise InputError(f"{args.prompts}: stop is {stop!r}, expected a list of texts")
+            asked.append(request)
     return asked
 
 
@@ -127,12 +139,11 @@ def main() -> None:
     print(f"method: {', '.join(chosen)}" + ("" if args.method else f" ({why})"), file=sys.stderr)
     if asked:
         defaults = chosen if len(chosen) == len(asked) else chosen * len(asked)
-        prompts = []
         methods = []
-        for (prompt, own), default in zip(asked, defaults, strict=True):
-            prompts.append(prompt)
-            methods.append(check_method(mole, own or default, args.top_k))
-        respond(mole, prompts, methods, args)
+        for request, default in zip(asked, defaults, strict=True):
+            methods.append(check_method(mole, request.method or default, args.top_k))
+        stops = [args.stop if request.stop is None else request.stop for request in asked]
+        respond(mole, [request.prompt for request in asked], methods, args, stops)
     if args.interactive:
         interact(mole, chosen[0], args)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.files import InputError
 from common.tokenizer import TextStream
 from decoding.sampling import Sampling, sample
 from methods.session import Mole
@@ -15,9 +16,9 @@ from pool.slots import Pool
 
 @dataclass
 class Token:
-    """One generated token: its batch row, its id, the text that became whole with it, and the
-    adapters that computed it, [[name, weight], ...], averaged over layers and modules. `finish` is
-    set on a row's last token: "eos" (id is the EOS, no text of its own), "length" or "context"."""
+    """One generated token: its batch row, the text that became whole with it, and the adapters that
+    computed it, [[name, weight], ...] averaged over layers and modules. `finish` is set on a row's
+    last token: "eos" (id is the EOS, no text of its own), "stop", "length" or "context"."""
 
     row: int
     id: int
@@ -26,71 +27,165 @@ class Token:
     finish: str | None = None
 
 
-@torch.inference_mode()
-def decode(mole: Mole, ids: list[list[int]], sampling: Sampling, routing: bool = False) -> Iterator:
-    """Prefills the prompts `ids` (token ids), then generates one token a row at each step. Yields
-    Tokens and, with `routing`, before them the prompts' adapters: a list for each row that holds a
-    list for each token."""
-    model = mole.model
-    b = len(ids)
-    device = mole.device
-    lengths = list(map(len, ids))
-    context = model.config.max_position_embeddings
-    room = max(context - min(lengths), 0) + 1  # tokens until the shortest prompt fills the context
-    cache = model.new_cache(b, max(lengths) + min(sampling.max_new_tokens, room))
-    padded = torch.zeros(b, max(lengths), dtype=torch.int64)
-    for row, prompt in enumerate(ids):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
-    counts = torch.tensor(lengths, device=device)
-    mole.prompt.mask = torch.arange(padded.shape[1], device=device) < counts[:, None]
-    with _recorder(mole, padded.numel(), routing) as recorder:
-        hidden = model.model(padded.to(device), cache, counts)
-    mole.prompt.mask = None
-    adapters = None
-    if routing:
-        padded_adapters = _read_adapters(mole, recorder, *padded.shape)
-        adapters = [row[:n] for row, n in zip(padded_adapters, lengths, strict=True)]
-        yield adapters
-    logits = model.head(hidden[torch.arange(b, device=device), counts - 1])  # (b, v)
-    generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(b)]
-    batch_id = mole.batch_id
-    in_use = mole.slots_in_use
-    texts = [TextStream(mole.tokenizer) for _ in ids]
-    active = [sampling.max_new_tokens > 0] * b
-    with _recorder(mole, b, routing) as recorder:
-        for step in range(1, sampling.max_new_tokens + 1):
-            chosen = sample(logits.float(), sampling, generators)
-            for row, index in enumerate(chosen.tolist()):
-                if not active[row]:
-                    continue
-                finish = None
-                if index in mole.eos_ids:
-                    finish = "eos"
-                elif step == sampling.max_new_tokens:
-                    finish = "length"
-                elif lengths[row] + step > context:
-                    finish = "context"
-                text = "" if finish == "eos" else texts[row].push(index)
-                text += texts[row].flush() if finish else ""
-                active[row] = finish is None
-                yield Token(row, index, text, adapters[row][-1] if routing else [], finish)
-            if not any(active):
-                return
-            _check_batch(mole, batch_id, in_use)
-            cache.replayable = _replay_key(mole)
-            # A finished row adds nothing to the cache.
-            counts = None if all(active) else torch.tensor(active, device=device).long()
-            logits = model.head(model.model(chosen[:, None], cache, counts)[:, 0])
-            adapters = _read_adapters(mole, recorder, b, 1) if routing else None
+def decode(mole: Mole, ids: list[list[int]], sampling: Sampling, routing: bool = False,
+           stops: list[list[str]] | None = None) -> Iterator:  # fmt: skip
+    """Prefills the prompts `ids` (token ids) and returns what generates one token a row at each
+    step: yields Tokens and, with `routing`, before them the prompts' adapters: a list for each row
+    that holds a list for each token. A row ends before one of its `stops`, by default sampling's.
+
+    Prefill and each step hold mole.lock, which is free between steps: an iterator that is left
+    half-way blocks nobody. Raises InputError for logits that aren't finite, RuntimeError where
+    another batch began on this model before this one ended.
+    """
+    with mole.lock:
+        batch = Batch(mole, ids, sampling, routing, stops or [sampling.stop] * len(ids))
+    return batch.events()
 
 
-def _check_batch(mole, batch_id, in_use):
-    """Raises RuntimeError where another batch began, or an adapter of `in_use` left its slot."""
-    if mole.batch_id != batch_id:
-        raise RuntimeError("another batch began on this model: finish one stream before starting the next")
-    for name, slot_and_hash in in_use.items():
-        if mole.slots([name]) != {name: slot_and_hash}:
-            raise RuntimeError(f"adapter {name} left its slot while an answer used it")
+class Batch:
+    """Prompts that are answered together: their cache, and what the next step goes on from."""
+
+    @torch.inference_mode()
+    def __init__(self, mole, ids, sampling, routing, stops):
+        b = len(ids)
+        self.mole = mole
+        self.sampling = sampling
+        self.id = mole.batch_id
+        self.in_use = mole.slots_in_use
+        self.lengths = list(map(len, ids))
+        self.context = mole.model.config.max_position_embeddings
+        longest = max(self.lengths)
+        room = tokens_until_full(mole, min(self.lengths))
+        self.cache = mole.model.new_cache(b, longest + min(sampling.max_new_tokens, room))
+        padded = torch.zeros(b, longest, dtype=torch.int64)
+        for row, prompt in enumerate(ids):
+            padded[row, : len(prompt)] = torch.tensor(prompt)
+        counts = torch.tensor(self.lengths, device=mole.device)
+        mole.prompt.mask = torch.arange(longest, device=mole.device) < counts[:, None]
+        with _recorder(mole, padded.numel(), routing) as recorder:
+            hidden = mole.model.model(padded.to(mole.device), self.cache, counts)
+        mole.prompt.mask = None
+        self.logits = mole.model.head(hidden[torch.arange(b, device=mole.device), counts - 1])  # (b, v)
+        self.prompt_adapters = None
+        self.adapters = [[]] * b  # of each row's last token
+        if routing:
+            rows = zip(_read_adapters(mole, recorder, b, longest), self.lengths, strict=True)
+            self.prompt_adapters = [row[:n] for row, n in rows]
+            self.adapters = [row[-1] for row in self.prompt_adapters]
+        self.recorder = _recorder(mole, b, routing)
+        self.generators = []
+        for row in range(b):
+            self.generators.append(torch.Generator(mole.device).manual_seed(sampling.seed + row))
+        self.texts = [AnswerText(mole.tokenizer, some) for some in stops]
+        self.active = [sampling.max_new_tokens > 0] * b
+        self.steps = 0
+        self.chosen = None  # (b,) the last step's token ids
+
+    def events(self) -> Iterator:
+        """What decode() yields."""
+        if self.prompt_adapters is not None:
+            yield self.prompt_adapters
+        while any(self.active):
+            with self.mole.lock:
+                tokens = self.step()
+            yield from tokens
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """The next token of each row that hasn't ended."""
+        self.check()
+        if self.chosen is not None:
+            self.forward()
+        self.chosen = sample(self.logits.float(), self.sampling, self.generators)
+        self.steps += 1
+        tokens = []
+        for row, index in enumerate(self.chosen.tolist()):
+            if self.active[row]:
+                tokens.append(self.token(row, index))
+        return tokens
+
+    def check(self) -> None:
+        """Raises RuntimeError where another batch began, or an adapter in use left its slot."""
+        if self.mole.batch_id != self.id:
+            raise RuntimeError(
+                "another batch began on this model: finish one stream before starting the next"
+            )
+        for name, slot_and_hash in self.in_use.items():
+            if self.mole.slots([name]) != {name: slot_and_hash}:
+                raise RuntimeError(f"adapter {name} left its slot while an answer used it")
+
+    def forward(self) -> None:
+        """The last step's tokens through the model: new logits, and their adapters."""
+        mole = self.mole
+        self.cache.replayable = _replay_key(mole)
+        counts = None
+        if not all(self.active):  # a row that has ended adds nothing to the cache
+            counts = torch.tensor(self.active, device=mole.device).long()
+        with self.recorder as recorder:
+            ids = self.chosen.clamp(min=0)[:, None]  # -1: not finite, of a row that has ended
+            self.logits = mole.model.head(mole.model.model(ids, self.cache, counts)[:, 0])
+        if self.prompt_adapters is not None:
+            self.adapters = [row[0] for row in _read_adapters(mole, recorder, len(ids), 1)]
+
+    def token(self, row: int, index: int) -> Token:
+        """The Token of a row's new id, which may be its last. Raises InputError for -1."""
+        if index < 0:
+            dtype = str(self.mole.dtype).removeprefix("torch.")
+            advice = "--dtype bfloat16 or float32 hold larger numbers"
+            if dtype != "float16":
+                advice = "see whether it is so with --method base; if not, an adapter is too large"
+            raise InputError(f"prompt {row + 1}: logits are not finite in {dtype}: {advice}")
+        finish = None
+        if index in self.mole.eos_ids:
+            finish = "eos"
+        elif self.steps == self.sampling.max_new_tokens:
+            finish = "length"
+        elif self.lengths[row] + self.steps > self.context:
+            finish = "context"
+        text = self.texts[row]
+        shown = "" if finish == "eos" else text.push(index)
+        shown += text.flush() if finish else ""
+        finish = "stop" if text.stopped else finish
+        self.active[row] = finish is None
+        return Token(row, index, shown, self.adapters[row], finish)
+
+
+def tokens_until_full(mole: Mole, length: int) -> int:
+    """How many tokens a prompt of `length` tokens gets at most before the context is full."""
+    return max(mole.model.config.max_position_embeddings - length, 0) + 1
+
+
+class AnswerText(TextStream):
+    """A TextStream that ends before the first of `stops`: text that may begin one is held back."""
+
+    def __init__(self, tokenizer, stops: list[str]):
+        super().__init__(tokenizer)
+        self.stops = stops
+        self.held = ""
+        self.stopped = False
+
+    def push(self, index: int | None, last: bool = False) -> str:
+        """One more token id -> the text that is now whole and certain to be before any stop."""
+        if self.stopped:
+            return ""
+        self.held += super().push(index, last)
+        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if found:
+            self.stopped = True
+            shown = self.held[: min(found)]
+            self.held = ""
+            return shown
+        keep = 0 if last else max(map(self._begun, self.stops), default=0)
+        shown = self.held[: len(self.held) - keep]
+        self.held = self.held[len(shown) :]
+        return shown
+
+    def _begun(self, stop):
+        """How many characters of `stop` the held text ends with."""
+        for n in range(min(len(stop) - 1, len(self.held)), 0, -1):
+            if self.held.endswith(stop[:n]):
+                return n
+        return 0
 
 
 def _replay_key(mole):
@@ -102,7 +197,7 @@ def _replay_key(mole):
 
 
 def _recorder(mole, n, routing):
-    """Records the routing of n tokens where that is asked for."""
+    """What records the routing of n tokens, where that is asked for."""
     return Recorder(mole.model, n) if routing and mole.pool is not None else contextlib.nullcontext()
 
 

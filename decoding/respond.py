@@ -52,11 +52,12 @@ def _trace(tokens):
     return [(token["text"], token["adapters"]) for token in tokens]
 
 
-def respond(mole: Mole, prompts: list[str], methods: list[str], args) -> None:
-    """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page."""
+def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None) -> None:
+    """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
+    of texts for each prompt, by default args.stop."""
     ids = [encode_prompt(mole, prompt, args.raw, args.chat, args.truncate) for prompt in prompts]
     found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
-    compile_for(mole.model, args.compile, args.max_new_tokens)
+    compile_for(mole, args.compile, ids, args)
     set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
     for pairs in filter(None, found):
         shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
@@ -66,7 +67,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args) -> None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     recording = bool(routing or args.json or args.html)
     begin = time.perf_counter()
-    events = decode(mole, ids, args, recording)  # args are a Sampling, too
+    events = decode(mole, ids, args, recording, stops)  # args are a Sampling, too
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_tokens = [trace_prompt(mole, row, used) for row, used in zip(ids, seen, strict=True)]
     prompt_traces = list(map(_trace, prompt_tokens))

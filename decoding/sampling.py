@@ -1,6 +1,7 @@
 """How tokens are chosen from logits, and when they end."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +18,7 @@ class Sampling:
     sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
     seed: int = 0  # seed for the sampler; prompt j of a batch uses seed + j
+    stop: list[str] = field(default_factory=list)  # text that ends an answer, not shown; repeatable
 
 
 def check_values(sampling: Sampling, top_k: int, gate_temperature: float) -> None:
@@ -28,15 +30,19 @@ def check_values(sampling: Sampling, top_k: int, gate_temperature: float) -> Non
         raise InputError(f"--top_p is {sampling.top_p}, expected more than 0 and at most 1")
     if not top_k >= 1:
         raise InputError(f"--top_k is {top_k}, expected at least 1")
-    if not gate_temperature > 0:
-        raise InputError(f"--gate_temperature is {gate_temperature}, expected more than 0")
+    if not 1e-6 <= gate_temperature < math.inf:  # smaller ones are 0 in float32
+        raise InputError(f"--gate_temperature is {gate_temperature}, expected a number of at least 1e-06")
+    if "" in sampling.stop:
+        raise InputError("--stop is empty, expected the text before which an answer ends")
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
     """Logits (b, v) float32 -> token ids (b,): greedy, or sampled after top-k and top-p, each row
-    with its own generator."""
+    with its own generator; -1 where a row's logits aren't all finite."""
+    finite = logits.isfinite().all(-1)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return torch.where(finite, logits.argmax(-1), -1)
+    logits = logits.masked_fill(~finite[:, None], 0.0)  # multinomial raises an error of its own
     # The largest becomes 0, which no temperature makes infinite; the bound keeps the divisor from
     # being rounded to 0 in float32.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
@@ -51,4 +57,4 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
     ids = []
     for row, generator in zip(probability, generators, strict=True):
         ids.append(torch.multinomial(row, 1, generator=generator))
-    return torch.cat(ids)
+    return torch.where(finite, torch.cat(ids), -1)

@@ -1,1 +1,1 @@
-"""Answering composites, and what bench.py times."""
+"""Answers to tasks and composites, how they are scored, and what bench.py times."""

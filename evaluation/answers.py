@@ -1,9 +1,10 @@
-"""Answers of a method on a task, and what keeps them, so that a run goes on where it was stopped."""
+"""Answers of a method on a task, and a cache of them, so that a stopped run can go on."""
 
 import hashlib
 import re
 import shutil
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from common.files import read_json, warn, write_json
@@ -11,30 +12,31 @@ from decoding.loop import decode
 from decoding.prompts import by_length, encode_prompt
 from decoding.sampling import Sampling
 from methods.batch import retrieve, set_methods
+from methods.session import Mole
+
+Names = Collection[str]  # of adapters
 
 
-def answer_all(mole, prompts, method, args, exclude=()):
-    """Greedy answers to `prompts` without the adapters of `exclude`, batched by length, in their
-    own order."""
+def answer_all(mole: Mole, prompts: list[str], method: str, args, exclude: Names = ()) -> list[str]:
+    """Greedy answers without the adapters of `exclude`: batched by length, returned in order."""
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
     found = retrieve(mole, [method] * len(ids), prompts, args.retrieve, exclude, ids)
     texts = [""] * len(ids)
     for rows in by_length(ids, args.batch_size):
-        some = [found[j] for j in rows]
-        set_methods(
-            mole, [method] * len(rows), args.top_k, args.gate_temperature, retrieved=some, exclude=exclude
-        )
+        routing = {"retrieved": [found[j] for j in rows], "exclude": exclude}
+        set_methods(mole, [method] * len(rows), args.top_k, args.gate_temperature, **routing)
         for token in decode(mole, [ids[j] for j in rows], Sampling(args.max_new_tokens)):
             texts[rows[token.row]] += token.text
     return texts
 
 
 class AnswerCache:
-    """OUT/cells: the answers of each method on each task, written as they are done; a later run
-    with the same options, base and adapters takes them from there, a run with others begins anew.
+    """OUT/cells: the answers of each method on each task, written as soon as they are complete.
+
+    A later run with the same options, base and adapters reads them; another run begins anew.
     """
 
-    def __init__(self, out, meta):
+    def __init__(self, out: Path | str, meta: dict):
         self.folder = Path(out) / "cells"
         known = self.folder / "meta.json"
         if self.folder.exists() and (not known.exists() or read_json(known) != meta):
@@ -43,9 +45,8 @@ class AnswerCache:
         if not known.exists():
             write_json(known, meta)
 
-    def get(self, name, make):
-        """What make() returned for the cell `name`, now or earlier, with the "seconds" that it
-        took."""
+    def get(self, name: str, make: Callable[[], dict]) -> dict:
+        """What make() returned for the cell `name`, now or earlier, and the "seconds" it took."""
         safe = re.sub(r"[^\w.-]", "_", name) + "-" + sha256(name.encode())[:8]
         file = self.folder / f"{safe}.json"
         if not file.exists():
@@ -54,11 +55,11 @@ class AnswerCache:
             write_json(file, made | {"seconds": round(time.perf_counter() - begin, 3)})
         return read_json(file)
 
-    def remove(self):
-        """Deletes what is kept: the run is over."""
+    def remove(self) -> None:
+        """Deletes the cache, once the run is complete."""
         shutil.rmtree(self.folder)
 
 
-def sha256(data):
-    """The hash of `data` (bytes), hexadecimal."""
+def sha256(data: bytes) -> str:
+    """The hash of `data`, hexadecimal."""
     return hashlib.sha256(data).hexdigest()

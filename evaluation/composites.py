@@ -1,8 +1,9 @@
 """Answers and scores composite prompts (tasks/composites.py) with any method.
 
-Beside the methods stands `oracle`: every question and every answer runs through its own task's
-adapter.
+One of them is `oracle`: each question and each answer runs through its own task's adapter.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,73 +15,103 @@ from decoding.prompts import by_length
 from decoding.respond import trace_prompt
 from decoding.sampling import Sampling
 from methods.batch import find_method, force_adapters, retrieve, set_methods
-from tasks.composites import cut
+from methods.session import Mole
+from tasks.composites import Composite, cut
+from tasks.folders import Task
 from tasks.metrics import COUNTED, draws, numbered, right, score, score_meteora
 
+Asked = list[Composite]
 
-def answer_composites(mole, asked, method, temperature, args):
-    """Greedy answers to Composites, in their order. `oracle` runs every span of the prompt through
-    the adapter of its task, and answer j, from its number to the line's end, through question j's:
-    the ceiling for any routing of adapters that were trained by themselves."""
+
+def answer_composites(mole: Mole, asked: Asked, method: str, temperature: float, args) -> list[str]:
+    """Greedy answers to composites, in their order.
+
+    With `oracle` each span of the prompt runs through the adapter of its task, and answer j, from
+    its number to the line's end, through that of question j. For adapters that were trained apart
+    this is the ceiling of any routing.
+    """
     forced = find_method(mole, method).is_ceiling
+    used = "base" if forced else method
     encoded = [encode_spans(mole, composite) for composite in asked]
-    room = mole.model.config.max_position_embeddings
     texts = [""] * len(asked)
     for rows in by_length([ids for ids, _ in encoded], args.batch_size):
-        n = len(asked[rows[0]].questions)
-        ids = [encoded[j][0] for j in rows]
-        budget = min(n * args.max_new_tokens, room)
-        used = "base" if forced else method
-        found = retrieve(mole, [used] * len(rows), [asked[j].prompt for j in rows], args.retrieve, (), ids)
-        set_methods(mole, [used] * len(rows), args.top_k, temperature, retrieved=found)
-        names = [[name for name, _ in asked[j].questions] for j in rows]
+        ids = [encoded[row][0] for row in rows]
+        route(mole, [asked[row] for row in rows], ids, used, temperature, args)
         if forced:
-            longest = max(map(len, ids))
-            force_adapters(mole, [encoded[j][1] + [None] * (longest - len(encoded[j][1])) for j in rows])
+            force_adapters(mole, padded([encoded[row][1] for row in rows]))
+        n = len(asked[rows[0]].questions)
+        budget = min(n * args.max_new_tokens, mole.model.config.max_position_embeddings)
         begun = False
         for token in decode(mole, ids, Sampling(budget)):
             texts[rows[token.row]] += token.text
             if forced and ("\n" in token.text or not begun):
-                lines = [sum(map(bool, map(str.strip, texts[j].split("\n")[:-1]))) for j in rows]
-                force_adapters(mole, [own[min(line, n - 1)] for own, line in zip(names, lines, strict=True)])
+                force_adapters(mole, [answering(asked[row], texts[row]) for row in rows])
                 begun = True
     return texts
 
 
-def encode_spans(mole, composite):
-    """(ids, the task of each id): the prompt as one text, spans end where the text up to there
-    ends. Raises InputError where the prompt doesn't fit into the context."""
+def route(mole: Mole, asked: Asked, ids: list[list[int]], method: str, temperature: float, args) -> None:
+    """Sets the model up for one batch of composites, all routed by one method; `ids` are theirs."""
+    methods = [method] * len(asked)
+    prompts = [composite.prompt for composite in asked]
+    found = retrieve(mole, methods, prompts, args.retrieve, (), ids)
+    set_methods(mole, methods, args.top_k, temperature, retrieved=found)
+
+
+def padded(rows: list[list]) -> list[list]:
+    """The rows, None at the end of those that are shorter than the longest."""
+    longest = max(map(len, rows))
+    return [row + [None] * (longest - len(row)) for row in rows]
+
+
+def answering(composite: Composite, text: str) -> str:
+    """The task of the answer that comes next: `text` is the list of answers so far."""
+    complete = text.split("\n")[:-1]
+    count = sum(bool(line.strip()) for line in complete)
+    name, _ = composite.questions[min(count, len(composite.questions) - 1)]
+    return name
+
+
+def encode_spans(mole: Mole, composite: Composite) -> tuple[list[int], list[str | None]]:
+    """(ids, the task of each id): the prompt is tokenized as one text.
+
+    A span ends where the text up to there ends. Raises InputError where the prompt doesn't fit into
+    the context.
+    """
     ids, ends = cut(mole.tokenizer, [text for text, _ in composite.spans])
     check_ids(ids, mole.model.config.vocab_size)
     room = mole.model.config.max_position_embeddings
     if len(ids) > room:
-        raise InputError(f"a composite prompt of {len(composite.questions)} questions has {len(ids)} tokens, "
-                         f"the context {room}: ask for fewer")  # fmt: skip
-    counts = zip(composite.spans, [0, *ends[:-1]], ends, strict=True)
-    return ids, [name for (_, name), begin, end in counts for _ in range(end - begin)]
+        found = f"a composite prompt of {len(composite.questions)} questions has {len(ids)} tokens"
+        raise InputError(f"{found}, the context {room}: ask for fewer")
+    names = []
+    for (_, name), end in zip(composite.spans, ends, strict=True):
+        names += [name] * (end - len(names))
+    return ids, names
 
 
-def draw_composite(mole, composite, method, temperature, args):
-    """One composite's prompt and answer as an SVG picture, each token in the colour of its heaviest
-    adapter."""
+def draw_composite(mole: Mole, composite: Composite, method: str, temperature: float, args) -> str:
+    """A composite's prompt and answer as SVG, each token in the colour of its heaviest adapter."""
     ids, _ = encode_spans(mole, composite)
-    found = retrieve(mole, [method], [composite.prompt], args.retrieve, (), [ids])
-    set_methods(mole, [method], args.top_k, temperature, retrieved=found)
-    events = decode(mole, [ids], Sampling(len(composite.questions) * args.max_new_tokens), routing=True)
+    route(mole, [composite], [ids], method, temperature, args)
+    budget = len(composite.questions) * args.max_new_tokens
+    events = decode(mole, [ids], Sampling(budget), routing=True)
     prompt = [(row["text"], row["adapters"]) for row in trace_prompt(mole, ids, next(events)[0])]
     return svg_picture(prompt, [(token.text, token.adapters) for token in events])
 
 
-def score_composites(asked, texts, tasks, args):
-    """{"attempted": questions with an answer, "right": right answers (of tasks with a metric that
-    knows right and wrong), both a prompt, with 95 % bootstrap intervals, "n": prompts, "tasks":
-    {task: its metric's score}}."""
+def score_composites(asked: Asked, texts: list[str], tasks: dict[str, Task], args) -> dict:
+    """Means over prompts: "attempted" questions have an answer, "right" ones a right answer.
+
+    Both come with 95 % bootstrap intervals ("right_low", ...); right and wrong are known of tasks
+    with some metrics only. Besides "n", the number of prompts, and "tasks" {task: its score}.
+    """
     attempted = []
     rights = []
-    by_task = {}
+    by_task = {}  # {task: [(answer, response)]}
     for composite, text in zip(asked, texts, strict=True):
         answers = numbered(text, len(composite.questions))
-        attempted.append(sum(bool(answer) for answer in answers))
+        attempted.append(sum(map(bool, answers)))
         rights.append(0)
         for (name, row), answer in zip(composite.questions, answers, strict=True):
             metric = tasks[name].metric
@@ -91,22 +122,25 @@ def score_composites(asked, texts, tasks, args):
     for key, values in (("attempted", attempted), ("right", rights)):
         values = np.array(values, dtype=float)
         low, high = np.percentile(values[draws(len(values), args.seed)].mean(1), [2.5, 97.5])
-        found |= {key: round(values.mean(), 3), f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
-    one = score_meteora if args.meteora_metrics else score
-    scores = {
-        name: one(tasks[name].metric, *zip(*pairs, strict=True), args.seed)
-        for name, pairs in sorted(by_task.items())
-    }
-    return found | {
-        "tasks": {name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()}
-    }
+        found[key] = round(values.mean(), 3)
+        found |= {f"{key}_low": round(low, 3), f"{key}_high": round(high, 3)}
+    score_one = score_meteora if args.meteora_metrics else score
+    found["tasks"] = {}
+    for name, pairs in sorted(by_task.items()):
+        scored = score_one(tasks[name].metric, *zip(*pairs, strict=True), args.seed)
+        found["tasks"][name] = {"score": scored.score, "n": scored.n, "metric": scored.metric}
+    return found
 
 
-def choose_temperature(mole, trial, method, tasks, temperatures, args):
-    """The gate temperature that gets most right on validation composites, made of training
-    questions; the first of equals."""
-    found = {
-        t: score_composites(trial, answer_composites(mole, trial, method, t, args), tasks, args)["right"]
-        for t in temperatures
-    }
+def choose_temperature(
+    mole: Mole, trial: Asked, method: str, tasks: dict[str, Task], temperatures: Iterable[float], args
+) -> float:
+    """The gate temperature that gets most right on `trial`, composites of training questions.
+
+    Of equally good ones it is the first.
+    """
+    found = {}
+    for temperature in temperatures:
+        texts = answer_composites(mole, trial, method, temperature, args)
+        found[temperature] = score_composites(trial, texts, tasks, args)["right"]
     return max(found, key=found.get)

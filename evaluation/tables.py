@@ -1,50 +1,71 @@
 """Results as Markdown tables."""
 
 import math
+from collections.abc import Iterable
+
+from common.tables import markdown
 
 
-def mean_of(scores):
+def mean_of(scores: dict[str, dict]) -> dict[str, float]:
     """The mean over the tasks, and half its 95 % interval over other examples of the same tasks."""
-    half = math.hypot(*((s["high"] - s["low"]) / 2 for s in scores.values())) / len(scores)
+    halves = [(s["high"] - s["low"]) / 2 for s in scores.values()]
     mean = sum(s["score"] for s in scores.values()) / len(scores)
-    return {"mean": round(mean, 2), "plus_minus": round(half, 2)}
+    return {"mean": round(mean, 2), "plus_minus": round(math.hypot(*halves) / len(scores), 2)}
 
 
-def table(results, tasks, ceiling=None):
-    """A row a task, a column a method, score [low, high], as Markdown; shares of the method
-    `ceiling` where there is one."""
-    methods = list(results)
-    lines = ["| task | n | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+def table(results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = None) -> str:
+    """A row a task, a column a method, score [low, high], as Markdown.
+
+    Where there is a method `ceiling`, the last row is each method's share of it.
+    """
+    rows = []
     for name in tasks:
-        cells = [results[m]["tasks"][name] for m in methods]
-        shown = [f"{c['score']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in cells]
-        lines.append(f"| {name} ({cells[0]['metric']}) | {cells[0]['n']} | " + " | ".join(shown) + " |")
-    means = [f"{results[m]['mean']:.1f} ± {results[m]['plus_minus']:.1f}" for m in methods]
-    lines.append("| mean | | " + " | ".join(means) + " |")
+        row = []
+        for result in results.values():
+            score = result["tasks"][name]
+            row.append(f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]")
+        rows.append([f"{name} ({score['metric']})", str(score["n"]), *row])
+    means = [f"{result['mean']:.1f} ± {result['plus_minus']:.1f}" for result in results.values()]
+    rows.append(["mean", "", *means])
     if ceiling and (whole := results[ceiling]["mean"]):
-        shares = [f"{100 * results[m]['mean'] / whole:.1f} %" for m in methods]
-        lines.append(f"| of the {ceiling} | | " + " | ".join(shares) + " |")
-    lines += [
-        f"\n{m}: gates' first choice right on {results[m]['gates']['right']:.1f} % of {results[m]['gates']['tokens']} "
-        f"response tokens (q, k, v of layer 0: {results[m]['gates']['first_qkv']:.1f} %)"
-        for m in methods
-        if "gates" in results[m]
-    ]
+        shares = [f"{100 * result['mean'] / whole:.1f} %" for result in results.values()]
+        rows.append([f"of the {ceiling}", "", *shares])
+    lines = markdown(["task", "n", *results], rows)
+    for method, result in results.items():
+        if "gates" in result:
+            gates = result["gates"]
+            share = f"{gates['right']:.1f} % of {gates['tokens']} response tokens"
+            first = f"q, k, v of layer 0: {gates['first_qkv']:.1f} %"
+            lines.append(f"\n{method}: gates' first choice right on {share} ({first})")
     return "\n".join(lines) + "\n"
 
 
-def composite_table(results, composite):
-    """A row a method: its mean over the tasks, and for each size the attempted and right questions
-    of a prompt, as Markdown."""
-    heads = [f"{n}: {key}" for n in composite for key in ("attempted", "right")]
-    lines = ["| method | tasks | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
+def composite_table(results: dict[str, dict], composite: dict[str, dict[str, dict]]) -> str:
+    """A row a method: its mean over the tasks, then attempted and right questions, as Markdown.
+
+    `composite` is {questions in a prompt: {method: what score_composites() returned}}.
+    """
+    header = ["method", "tasks"]
+    for n in composite:
+        header += [f"{n}: attempted", f"{n}: right"]
+    rows = []
     for method, result in results.items():
-        cells = []
-        for r in (composite[n].get(method) for n in composite):
-            cells += [f"{r[key]:.2f} [{r[key + '_low']:.2f}, {r[key + '_high']:.2f}]" if r else ""
-                      for key in ("attempted", "right")]  # fmt: skip
-            cells[-1] += f" at temperature {r['temperature']:g}" if r and "temperature" in r else ""
-        lines.append(f"| {method} | {result['mean']:.1f} | " + " | ".join(cells) + " |")
-    for count in {r["n"] for methods in composite.values() for r in methods.values()}:
+        row = [method, f"{result['mean']:.1f}"]
+        for scores in composite.values():
+            row += composite_cells(scores[method]) if method in scores else ["", ""]
+        rows.append(row)
+    lines = markdown(header, rows)
+    counts = {score["n"] for scores in composite.values() for score in scores.values()}
+    for count in counts:
         lines.append(f"\nquestions a prompt, {count} prompts of each size; tasks: mean in percent")
     return "\n".join(lines) + "\n"
+
+
+def composite_cells(score: dict) -> list[str]:
+    """Attempted and right questions with their intervals."""
+    cells = []
+    for key in ("attempted", "right"):
+        cells.append(f"{score[key]:.2f} [{score[f'{key}_low']:.2f}, {score[f'{key}_high']:.2f}]")
+    if "temperature" in score:
+        cells[-1] += f" at temperature {score['temperature']:g}"
+    return cells

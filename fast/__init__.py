@@ -1,5 +1,7 @@
-"""What is there for speed alone: fast.install(model) makes a Llama fast. Without it all but
-bench.py runs, slower."""
+"""What is there for speed alone: fast.install(model) makes a Llama fast.
+
+Without this folder everything but bench.py runs, slower.
+"""
 
 from fast.model import install
 

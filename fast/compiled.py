@@ -1,53 +1,55 @@
-"""torch.compile for functions of a block: one graph for all layers, lengths and batches; steps
-replayed past Python.
+"""torch.compile for functions of a block, one graph for all layers, lengths and batches; captured
+decode steps.
 
-A compiled function has a graph for n = 1 token, one for n > 1 (of a whole decode step two, up to
-SIMD_LANES and up to MAX_DECODE_ROWS rows), and these again while routing is recorded. Another kind
-of gate, number of adapters a token or gate temperature is another block, with graphs of its own;
-torch keeps them on disk between runs. More than torch's limit of recompiles is an error, for
-fullgraph is set.
+A compiled function has one graph for n = 1 token and one for n > 1. A whole decode step has two for
+n > 1: up to SIMD_LANES rows, and up to MAX_DECODE_ROWS. While routing is recorded each of these is
+compiled once more. Another kind of gate, number of adapters a token or gate temperature is a
+recompile. torch keeps the graphs on disk between runs. fullgraph is set, so more recompiles than
+torch's limit are an error.
 
-From one step of a decode loop to the next nothing changes but four tensors. Yet torch.compile
-checks every tensor and module that a graph reads, and the graph's own Python allocates each buffer;
-and as the weights have just swept the caches clean, that takes a third of the step (LOG.md). So for
-a replayable cache one step is captured, every kernel with its buffers, and the steps that follow
-call the kernels alone; on a GPU as a CUDA graph.
+Between two steps of a decode loop only four tensors change. Yet torch.compile checks every tensor
+and module that a graph reads, and the graph's Python code allocates each buffer. Reading the
+weights has just emptied the caches, so this takes a third of the step (LOG.md). For a replayable
+cache one step is therefore captured: every kernel with its buffers. The steps that follow call
+these kernels alone; on a GPU they replay a CUDA graph.
 """
 
 import re
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import nn
 
 from common.files import InputError
 
 OPTIONS = {
     "pattern_matcher": False,
-    "realize_reads_threshold": 2,  # a norm is computed once, not once for each row of the matmul that reads it
+    "realize_reads_threshold": 2,  # compute a norm once, not once for each row of the next matmul
     "cpp.enable_floating_point_contract_flag": "fast",  # a * b + c in one instruction
-    "size_asserts": False,  # of every input at every call: torch.compile's checks have seen them
+    "size_asserts": False,  # torch.compile's guards have checked the inputs' sizes already
 }
-MAX_DECODE_ROWS = 16  # rows of one new token each that a compiled block takes whole, attention included
-SIMD_LANES = 8  # up to so many it has a graph of its own, where a vector has a lane for each (matmul.py)
-LIBRARY = ("mm", "addmm", "bmm")  # matmuls that a graph leaves to torch, each into a buffer of its own
-# All that a graph's Python may name to be captured: kernels, buffers, views. A Triton kernel, say,
-# is none of these.
+MAX_DECODE_ROWS = 16  # a decode batch of at most so many rows is compiled with its attention
+SIMD_LANES = 8  # floats in a SIMD vector; up to so many rows have a graph for it (matmul.py)
+LIBRARY = ("mm", "addmm", "bmm")  # matmuls that a graph calls in torch, each with its output buffer
+# A graph can be captured where its Python code names nothing else than these kernels, buffers and
+# views. A Triton kernel, for example, is none of them.
 CAPTURED = re.compile(
-    "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|empty_strided_cpu|reinterpret_tensor|clear|"
-    + "|".join(LIBRARY)
+    "cpp_fused.*|extern_kernels|torch|(b?float|int|uint)[0-9]+|bool|"
+    "empty_strided_cpu|reinterpret_tensor|clear|" + "|".join(LIBRARY)
 )
-# `calls` while this thread captures a step: [(kernel, arguments, options)], None for what can't be.
-# One at a time, as graphs and their kernels are everybody's; and two threads in torch.compile's
-# checks at once have failed.
+# While this thread captures a step, `calls` is [(kernel, arguments, options)], with None for a call
+# that can't be captured. All threads share the graphs and their kernels, and two threads in
+# torch.compile's guards at once have failed: hence the lock.
 _capture = threading.local()
 _one_at_a_time = threading.RLock()
 
 
 def _inductor(graph, inputs):
-    """torch's own compiler; what it makes can be captured."""
+    """torch's own compiler, with graphs that can be captured."""
     from torch._functorch.config import patch
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -56,15 +58,13 @@ def _inductor(graph, inputs):
         made.current_callable = _capturable(made.current_callable)
         return made
 
-    with patch(
-        enable_autograd_cache=False
-    ):  # a hit there would not come by `inner`; the cache of kernels stays
+    # A hit in this cache would bypass `inner`. The cache of kernels is another and stays on.
+    with patch(enable_autograd_cache=False):
         return compile_fx(graph, inputs, inner, OPTIONS)
 
 
 def _capturable(graph):
-    """A graph's generated function; while a step is captured, with kernels that note how they are
-    called."""
+    """Wraps a graph's generated function, whose kernels note their calls during a capture."""
     scope = getattr(graph, "__globals__", {})
     names = getattr(graph, "__code__", _capturable.__code__).co_names
 
@@ -84,17 +84,15 @@ def _capturable(graph):
             calls.append(None)
             return graph(args)
         kernels = {name: noting(scope[name]) for name in names if name.startswith("cpp_fused")}
-        library = SimpleNamespace(
-            **{name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY}
-        )
-        with mock.patch.dict(scope, kernels, extern_kernels=library):
+        matmuls = {name: noting(getattr(scope["extern_kernels"], name)) for name in LIBRARY}
+        with mock.patch.dict(scope, kernels, extern_kernels=SimpleNamespace(**matmuls)):
             return graph(args)
 
     return run
 
 
-def can_compile(device):
-    """Whether there is what torch.compile needs: on a CPU a C++ compiler."""
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: on a CPU that is a C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -104,62 +102,63 @@ def can_compile(device):
         return False
 
 
-def compile_function(function):
-    """`function` through torch.compile, traced and compiled where it is first called. Raises
+def compile_function(function: Callable) -> Callable:
+    """`function` through torch.compile, which compiles it at its first call. The result raises
     InputError where the compiler fails."""
-    torch.fx.experimental._config.use_duck_shape = (
-        False  # sizes that happen to agree once are not the same size
-    )
-    torch._dynamo.config.recompile_limit = 64  # six graphs a kind of gate: many may be tried in one process
+    # Sizes that are equal in the first call may differ in later ones.
+    torch.fx.experimental._config.use_duck_shape = False
+    # A kind of gate has six graphs, and one process may try many kinds.
+    torch._dynamo.config.recompile_limit = 64
+    errors = torch._dynamo.exc
     run = torch.compile(function, fullgraph=True, dynamic=False, backend=_inductor)
 
     def call(*inputs):
         try:
             with _one_at_a_time:
                 return run(*inputs)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise InputError(
-                f"torch.compile: {str(error).splitlines()[0]}; --no-compile goes without"
-            ) from error
+        except (errors.BackendCompilerFailed, errors.FailOnRecompileLimitHit) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"torch.compile: {reason}; --no-compile goes without") from error
 
     return call
 
 
-def statically_at_most(n, most):
-    """n <= most; in a compiled block, where a number of tokens is a symbol, whether that is known
-    of it."""
+def statically_at_most(n: int | torch.SymInt, most: int) -> bool:
+    """n <= most; where n is a compiled block's symbol, whether this holds for all its values."""
     if not torch.compiler.is_compiling():
         return n <= most
     return torch.fx.experimental.symbolic_shapes.statically_known_true(n <= most)
 
 
-def compile_for_any_length(function):
-    """The same for a function of a module and tensors whose first axis is the tokens'."""
+def compile_for_any_length(function: Callable) -> Callable:
+    """compile_function for a function of a module and of tensors whose first axis is tokens."""
     run = compile_function(function)
     return lambda module, *tensors: run(module, *mark_dynamic_tokens(*tensors))
 
 
-def mark_dynamic_tokens(*tensors, decode=False):
-    """Tells torch.compile that the first axis, where it isn't 1, will have other lengths: any, or
-    where it is the rows of a `decode` batch those up to SIMD_LANES, or from there to
-    MAX_DECODE_ROWS (a graph for both would depend on which fill a SIMD vector). On a CPU inductor
-    is given the hint to assume 3 rows: else it parallelises over tokens, goes through eight in one
-    turn, and leaves one thread idle (LOG.md)."""
+def mark_dynamic_tokens(*tensors: torch.Tensor, decode: bool = False) -> tuple[torch.Tensor, ...]:
+    """Tells torch.compile that the first axis will have other lengths, where it isn't 1 now.
+
+    For the rows of a `decode` batch the lengths are bounded: up to SIMD_LANES, or from there to
+    MAX_DECODE_ROWS, because the two fill SIMD vectors differently. On a CPU inductor gets the hint
+    to assume 3 rows: else it parallelises over tokens, eight at a time, and leaves one thread idle
+    (LOG.md). Returns the tensors.
+    """
     for x in tensors:
         size = len(x)
         if size > 1 and 0 not in getattr(x, "_dynamo_dynamic_indices", ()):
             least = most = hint = None
             if decode:
-                least, most = (2, SIMD_LANES) if size <= SIMD_LANES else (SIMD_LANES + 1, MAX_DECODE_ROWS)
+                least = 2 if size <= SIMD_LANES else SIMD_LANES + 1
+                most = SIMD_LANES if size <= SIMD_LANES else MAX_DECODE_ROWS
                 hint = max(least, 3) if x.device.type == "cpu" else None
             torch._dynamo.mark_dynamic(x, 0, min=least, max=most, hint_override=hint)
     return tensors
 
 
 class CapturedStep(NamedTuple):
-    """A captured decode step, called with new inputs. It holds for `views` of a cache, as long as
-    the cache's `replayable` is equal to `key`; `inputs` are overwritten before each call, `out` by
-    it."""
+    """A captured decode step. It holds for `views` of a cache while the cache's `replayable` equals
+    `key`. A call copies new inputs into `inputs`, runs `calls`, and finds its result in `out`."""
 
     views: list
     key: object
@@ -167,7 +166,7 @@ class CapturedStep(NamedTuple):
     calls: list
     out: torch.Tensor
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         for stored, new in zip(self.inputs, inputs, strict=True):
             stored.copy_(new)
         for kernel, args, options in self.calls:
@@ -175,25 +174,29 @@ class CapturedStep(NamedTuple):
         return self.out
 
 
-def replay(cache, views, inputs):
-    """What the captured step of this cache makes of `inputs`, None where there is none or it
-    doesn't hold any more."""
+def replay(cache, views: list, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """Runs the captured step of a FastKVCache on `inputs`. None where there is no captured step or
+    it doesn't hold any more."""
     step = cache.captured
     if step and step.views is views and step.key == cache.replayable:
         return step(*inputs)
     return None
 
 
-def run_and_capture(run, layers, cache, views, inputs):
-    """A new token in each row of the cache through all blocks by `run`, a compiled block: inputs (x
-    (b, h), ...) -> (b, h). Where the cache is replayable the step is captured in it."""
+def run_and_capture(
+    run: Callable, layers: nn.ModuleList, cache, views: list, inputs: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """A decode step, one token in each row of a FastKVCache: inputs (x (b, h), ...) -> (b, h).
+
+    `run` is a compiled block. Where the cache is replayable it keeps the captured step.
+    """
 
     def through(x, *others):
         for layer, view in zip(layers, views, strict=True):
             x = run(layer, *mark_dynamic_tokens(x, *others, decode=True), view)
         return x
 
-    key = cache.replayable if cache.end else None  # a prompt of one token is no step
+    key = cache.replayable if cache.end else None  # a prompt of one token isn't a step
     with _one_at_a_time:
         _capture.calls = calls = []
         try:
@@ -201,7 +204,7 @@ def run_and_capture(run, layers, cache, views, inputs):
         finally:
             _capture.calls = None
         if key is not None and out.is_cuda:
-            kept = out.clone()  # the graph's own memory is another
+            kept = out.clone()  # the `out` below isn't computed before a replay
             inputs = tuple(y.clone() for y in inputs)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -1,7 +1,9 @@
-"""moe_lora.py's gated Linear at speed: shared matmuls for Linears of one input, grouped tokens,
-cheap dropout."""
+"""moe_lora.py's gated Linear at speed: shared matmuls, grouped tokens, cheap dropout."""
+
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from fast.compiled import MAX_DECODE_ROWS, mark_dynamic_tokens, statically_at_most
 from fast.kernels import (
@@ -18,15 +20,15 @@ from moe_lora import KnownAdapterGate, MeteoraGate, Mixture, MultiLoRALinear, Sa
 
 
 class FastMultiLoRALinear(MultiLoRALinear):
-    """MultiLoRALinear, with what fast/ knows of its gate."""
+    """MultiLoRALinear, same parameters, with faster paths for the gates that fast/ knows."""
 
-    def __init__(self, base, A, B, scale, gate, *others, **options):
-        super().__init__(base, A, B, scale, gate, *others, **options)
-        for part in gate.modules():
+    def __init__(self, *inputs, **options):
+        super().__init__(*inputs, **options)
+        for part in self.gate.modules():
             if hasattr(part, "linear_in"):
                 part.linear_in = linear_in
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, i) or (b, t, i) -> (n, o) or (b, t, o)."""
         y = self.base(x)
         sample = self.rows_of(x)
@@ -34,25 +36,26 @@ class FastMultiLoRALinear(MultiLoRALinear):
         ax = FastAX(x, self.A, lambda: compute_ax(x, self.A)[0])
         return self.add(y, x, ax, mixture_of(self.gate, x, sample, ax))
 
-    def add(self, y, x, ax, mixture):
-        """y + what the chosen adapters make of x."""
+    def add(self, y: torch.Tensor, x: torch.Tensor, ax: Callable, mixture: Mixture) -> torch.Tensor:
+        """Adds the chosen adapters' outputs for x (n, i) to y, the base's."""
         self.record(mixture)
         if self.dropout and self.training:
             x = dropout(x, self.dropout)
             ax = None
         if type(self.gate) is KnownAdapterGate and self.backend == "auto":
-            return y + mix_grouped(x, self.A, self.B, self.scale, grouped_tokens(self.gate)).view(y.shape)
+            grouped = grouped_tokens(self.gate)
+            return y + mix_grouped(x, self.A, self.B, self.scale, grouped).view(y.shape)
         return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
 
 
-def linear_in(x, weight, dtype):
+def linear_in(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """kernels.linear_in."""
     return linear(x, weight, dtype=dtype)
 
 
-def forward_together(linears, x):
+def forward_together(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """[linear(x), ...]. In a compiled block gated Linears of one input x (n, i) share one matmul
-    for A x, and one for their gates' logits where these are MeteoRA's."""
+    for A x, and MeteoRA's gates share one for their logits."""
     gated = all(type(module) is FastMultiLoRALinear for module in linears)
     if not (gated and torch.compiler.is_compiling()):
         return [module(x) for module in linears]
@@ -70,8 +73,8 @@ def forward_together(linears, x):
     return ys
 
 
-def once(function):
-    """`function`, computed at its first call."""
+def once(function: Callable) -> Callable:
+    """`function` without arguments, computed at the first call and kept."""
     kept = []
 
     def call():
@@ -83,14 +86,14 @@ def once(function):
 
 
 class FastAX:
-    """moe_lora.AX; of the adapters idx it reads these alone where that is less."""
+    """moe_lora.AX; ax(idx) reads the adapters idx alone where that is cheaper."""
 
-    def __init__(self, x, A, compute):
+    def __init__(self, x: torch.Tensor, A: torch.Tensor, compute: Callable[[], torch.Tensor]):
         self.x = x
         self.A = A
         self.every = once(compute)
 
-    def __call__(self, idx=None):
+    def __call__(self, idx: torch.Tensor | None = None) -> torch.Tensor:
         if idx is None:
             return self.every()
         if pick_backend(self.x, self.A, idx.shape[1]) == "bmm":
@@ -98,27 +101,31 @@ class FastAX:
         return self.every().gather(1, idx[..., None].expand(-1, -1, self.A.shape[1]))
 
 
-def mixture_of(gate, x, sample, ax, chosen=None):
-    """gate(x, sample, ax); `chosen` is the inner gate's Mixture of a SampleGate where that is known
-    already."""
+def mixture_of(
+    gate: nn.Module,
+    x: torch.Tensor,
+    sample: torch.Tensor,
+    ax: Callable,
+    chosen: Mixture | None = None,
+) -> Mixture:
+    """gate(x, sample, ax). `chosen`: the Mixture of its inner gate, if computed already."""
     if type(gate) is MeteoraGate:
         return meteora_mixtures([gate], x)[0]
     if type(gate) is not SampleGate:
         return gate(x, sample, ax)
-    if gate.inner is None or not (
-        torch.compiler.is_compiling() or gate.some_routed
-    ):  # compiled: no guard on routed rows
+    # A compiled block doesn't read some_routed: a guard on it would make a second graph.
+    if gate.inner is None or not (torch.compiler.is_compiling() or gate.some_routed):
         return gate.fixed(sample)
     chosen = chosen or mixture_of(gate.inner, x, sample, ax)
     if gate.all_routed:
         return chosen
-    return gate.select(chosen, sample)  # compiled also where no row is routed: one graph for both
+    return gate.select(chosen, sample)
 
 
-def meteora_mixtures(gates, x):
-    """[Mixture] of MeteoraGates of one input x (n, i): one matmul, one choice."""
+def meteora_mixtures(gates: Sequence[MeteoraGate], x: torch.Tensor) -> list[Mixture]:
+    """The Mixtures of MeteoraGates of one input x (n, i), by one matmul and one top-k."""
     first = gates[0]
-    if statically_at_most(x.shape[0], MAX_DECODE_ROWS):  # fused, without a copy of the weights
+    if statically_at_most(x.shape[0], MAX_DECODE_ROWS):  # fused, and no copy of the weights
         logits = torch.stack([linear(x, gate.weight, dtype=torch.float32) for gate in gates], 1)
     else:
         logits = linear(x, torch.cat([gate.weight for gate in gates]), dtype=torch.float32)
@@ -134,50 +141,61 @@ def meteora_mixtures(gates, x):
     return [Mixture(*both) for both in zip(idx.unbind(1), weight.unbind(1), strict=True)]
 
 
-def grouped_tokens(gate):
-    """The GroupedTokens of what a KnownAdapterGate was set to, computed once for all its Linears."""
+def grouped_tokens(gate: KnownAdapterGate) -> GroupedTokens:
+    """A KnownAdapterGate's tokens, grouped once for all Linears that share the gate."""
     if not torch.compiler.is_compiling() and getattr(gate, "grouped_from", None) is not gate.idx:
         gate.grouped = GroupedTokens.of(gate.idx[:, 0], gate.weight[:, 0])
         gate.grouped_from = gate.idx
     return gate.grouped
 
 
-def dropout(x, p):
-    """F.dropout with p rounded to 1/256: a mask from random bytes costs a quarter of torch's on a
-    CPU, where drawing it takes as long as the adapters' matmuls."""
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """F.dropout with p rounded to 1/256. On a CPU torch's mask takes as long as the adapters'
+    matmuls; a mask from random bytes takes a quarter of that."""
     cut = round(256 * p)
-    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
-    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
+    random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+    keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
     return x * keep * (256 / (256 - cut))
 
 
-def ready_to_compile(layers):
-    """Prepares what gated Linears read anew in each batch, so that compiled blocks have one graph
-    for all batches: tensors of rows and tokens are marked as of any length, those of a single row,
-    on which torch.compile would specialise, get a second one. False where a Linear or a gate has to
-    run as plain Python."""
+def ready_to_compile(layers: nn.Module) -> bool:
+    """Prepares the tensors that are new in each batch, so that one graph serves all batches.
+
+    Tensors of rows and of tokens are marked as of any length. torch.compile specialises on size 1,
+    so a single row gets a second one. False where a Linear or a gate has to run as plain Python.
+    """
     linears = [module for module in layers.modules() if isinstance(module, MultiLoRALinear)]
-    gates = {part for linear in linears for part in linear.gate.modules()}
-    if any(type(linear) is not FastMultiLoRALinear for linear in linears):
-        return False
+    gates = set()
+    for module in linears:
+        if type(module) is not FastMultiLoRALinear:
+            return False
+        gates.update(module.gate.modules())
     if any(getattr(gate, "sequential", False) for gate in gates):
         return False
-    doubled = {}  # one tensor, shared by the gates of all Linears, stays one
+    doubled = {}
     for gate in gates:
         for name in getattr(gate, "per_row", ()):
             y = getattr(gate, name)
-            if y is not None and len(y) == 1:
-                if id(y) not in doubled:
-                    with torch.inference_mode(
-                        False
-                    ):  # of the sort of a tensor with more rows, or it is a graph of its own
-                        doubled[id(y)] = (y, y.repeat(2, *[1] * (y.dim() - 1)))
-                y = doubled[id(y)][1]
+            if y is None:
+                continue
+            if len(y) == 1:
+                y = _two_rows(y, doubled)
                 setattr(gate, name, y)
-            if y is not None:
-                mark_dynamic_tokens(y)
-        mark_dynamic_tokens(*(getattr(gate, name) for name in getattr(gate, "per_token", ())))
+            mark_dynamic_tokens(y)
+        for name in getattr(gate, "per_token", ()):
+            mark_dynamic_tokens(getattr(gate, name))
         if type(gate) is KnownAdapterGate:
             mark_dynamic_tokens(*grouped_tokens(gate))
-    mark_dynamic_tokens(*(linear.trace for linear in linears if linear.trace is not None))
+    for module in linears:
+        if module.trace is not None:
+            mark_dynamic_tokens(module.trace)
     return True
+
+
+def _two_rows(y, doubled):
+    """y (1, ...) repeated to (2, ...). The gates of many Linears may share y, then they share the
+    repeated one too: `doubled` is {id of y: (y, repeated)}."""
+    if id(y) not in doubled:
+        with torch.inference_mode(False):  # an inference tensor would be a recompile
+            doubled[id(y)] = (y, y.repeat(2, *[1] * (y.dim() - 1)))
+    return doubled[id(y)][1]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from common.files import InputError, write_text
 from common.options import Above0, Least, NotNegative, Seed, Whole
+from common.tables import markdown
 from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
 from methods.session import Mole, Ranking, retriever_of
@@ -222,7 +223,7 @@ def compare(encoders: dict[str, Callable], tasks: dict, tuned_on: list[str], see
     """Top-1 retrieval, % of up to 50 test prompts of each task that is not in `tuned_on`, among all
     tasks, by m samples of their train prompts, with 95 % intervals. As Markdown."""
     names = sorted(tasks)
-    lines = ["| encoder | prompts | m = 1 | m = 5 | m = 20 |", "|---|---|---|---|---|"]
+    rows = []
     others = [name for name in names if name not in tuned_on]
     for title, embed in encoders.items():
         for bare, kind in ((False, "as they are"), (True, "without what a task's share")):
@@ -232,12 +233,12 @@ def compare(encoders: dict[str, Callable], tasks: dict, tuned_on: list[str], see
             for name in others:
                 asked.append(_embed_unit(embed, draw_prompts(tasks[name], 50, seed, bare, "test")))
                 labels += [names.index(name)] * len(asked[-1])
-            cells = []
+            rows.append([title, kind])
             for m in (1, 5, SAMPLES):
                 hits = top_1(known, torch.cat(asked), torch.tensor(labels), m)
                 score = mean_score("top-1", hits.tolist(), seed)
-                cells.append(f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]")
-            lines.append(f"| {title} | {kind} | " + " | ".join(cells) + " |")
+                rows[-1].append(f"{score.score:.1f} [{score.low:.1f}, {score.high:.1f}]")
+    lines = markdown(["encoder", "prompts", "m = 1", "m = 5", f"m = {SAMPLES}"], rows)
     lines += ["", f"{score.n} prompts of {len(others)} tasks among {len(names)}, "
               f"tuned on the other {len(tuned_on)}; intervals are over the prompts"]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -16,16 +16,15 @@ from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
 from common.options import Count, NotNegative, Seed, nearest
-from common.tokenizer import Tokenizer
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
-from pool.adapters import Adapter, linear_shapes
-from pool.folder import check_pool, read_pool
-from pool.load import load_base
-from pool.slots import Pool, alloc_B_of
+from pool.adapters import Adapter
+from pool.folder import read_pool
+from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
+from training.inputs import load_with_pool
 from training.loop import lm_losses, required
 
 
@@ -140,41 +139,28 @@ def train_lorahub(args: LorahubRun) -> None:
     section 2.2)."""
     known = read_pool(required(args, "pool"))
     tasks = load_tasks(required(args, "tasks"), args.only or None)
-    model = load_base(args.model, args.dtype, args.device)
-    tokenizer = Tokenizer(args.model)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, args, known.template)
-    shapes = linear_shapes(model)
+    model, tokenizer, pool = load_with_pool(args, known, sorted(known.adapters), torch.float32)
     like = model.head_weight
-    pool = Pool.load(
-        dict(sorted(known.adapters.items())), shapes, device=like.device, alloc_B=alloc_B_of(model)
-    )
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
     names = sorted(pool.names)
-    how = {
-        "shots": args.shots,
-        "steps": args.steps,
-        "l1": args.l1,
-        "seed": args.seed,
-        "max_length": args.max_length,
-    }
-    made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
-    known_weights = read_json(file) if file.exists() else made
-    if {key: known_weights.get(key) for key in ("adapters", "options")} != {
-        key: made[key] for key in ("adapters", "options")
-    }:
-        warn(f"{file}: made for other adapters or with other options: begins anew")
-        known_weights = made
-    found = known_weights["weights"]
+    searched = {"adapters": {name: pool.members[name].hash for name in names}}
+    options = ("shots", "steps", "l1", "seed", "max_length")
+    searched["options"] = {name: getattr(args, name) for name in options}
+    found = {}
+    if file.exists():
+        earlier = read_json(file)
+        found = earlier.pop("weights", {})
+        if earlier != searched:
+            warn(f"{file}: searched over other adapters or with other options: begins anew")
+            found = {}
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
     for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
         used = [name for name in names if not (args.ood and name == task)]
-        batch = collate(
-            draw(examples[task], task, 0, min(args.shots, len(examples[task])), args.seed), like.device
-        )
+        count = min(args.shots, len(examples[task]))
+        batch = collate(draw(examples[task], task, 0, count, args.seed), like.device)
 
         @torch.inference_mode()
         def loss(weights, batch=batch, used=used):
@@ -187,5 +173,5 @@ def train_lorahub(args: LorahubRun) -> None:
 
         weights, _ = lorahub_search(loss, len(used), args.steps, args.seed, args.l1)
         found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
-        write_json(file, made | {"weights": found})
+        write_json(file, searched | {"weights": found})
     print(f"wrote {file}", file=sys.stderr)

@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
 from common.options import Count, NotNegative
-from common.tokenizer import Tokenizer
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import Mixture, SampleGate, attach, attached, set_gates
-from pool.adapters import linear_shapes
-from pool.folder import check_pool, read_pool
-from pool.load import load_base
-from pool.slots import Pool, alloc_B_of
+from pool.folder import read_pool
+from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
+from training.inputs import bound_to, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 
@@ -241,45 +239,32 @@ def train_router(args: RouterRun) -> None:
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
     tasks = load_tasks(required(args, "tasks"), names)
-    model = load_base(args.model, args.dtype, args.device)
-    tokenizer = Tokenizer(args.model)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, args, known.template)
-    shapes = linear_shapes(model)
-    # Without the other tasks' adapters: as candidates that are never right they would be learnt to
-    # be avoided.
-    like = model.head_weight
-    pool = Pool.load(
-        {name: known.adapters[name] for name in names},
-        shapes,
-        like.dtype,
-        like.device,
-        alloc_B=alloc_B_of(model),
-    )
-    bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
+    # Without the other tasks' adapters: they would never be right, and the router would learn to
+    # avoid them.
+    model, tokenizer, pool = load_with_pool(args, known, names)
     file = Path(known.path) / "router.safetensors"
-    checkpoint = Checkpoint(
-        file.parent / "runs" / "router", args, [*names, *bound, f"base {model.fingerprint}"]
-    )
+    run = file.parent / "runs" / "router"
+    checkpoint = Checkpoint(run, args, [*names, *bound_to(model, pool)])
     if checkpoint.finished:
         return finished(checkpoint)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     scores = None
     if args.candidates == "retrieved" or args.prior:
-        retriever = retriever_of(Mole(model, tokenizer, shapes, pool, known, known.template))
-        rows = list(
-            {id(row): row for step in range(args.steps) for row in pick(examples, step, args)}.values()
-        )
+        retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))
         if silent := [name for name in names if name not in retriever.vectors]:
-            raise InputError(
-                f"adapter {silent[0]}: no samples.jsonl, so it can't be retrieved: --candidates random"
-            )
-        found = retriever([row.row["prompt"] for row in rows], len(names))
-        scores = {id(row): dict(pairs) for row, pairs in zip(rows, found, strict=True)}
+            found = f"adapter {silent[0]}: no samples.jsonl"
+            raise InputError(f"{found}, so it can't be retrieved: --candidates random")
+        rows = {}
+        for step in range(args.steps):
+            rows |= {id(row): row for row in pick(examples, step, args)}
+        rankings = retriever([row.row["prompt"] for row in rows.values()], len(names))
+        scores = dict(zip(rows, map(dict, rankings), strict=True))
     routers = router_loras(pool, args.r, args.seed, args.divisor, args.scaled, args.prior)
     attach(model, pool, {path: SampleGate(router) for path, router in routers.items()})
-    params = {f"{path}.{n}": getattr(router, n) for path, router in routers.items() for n in "AB"}
-    gates = [linear.gate for linear in (model.get_submodule(path) for path in routers)]
+    params = {}
+    for path, router in routers.items():
+        params |= {f"{path}.A": router.A, f"{path}.B": router.B}
+    gates = [model.get_submodule(path).gate for path in routers]
     compile_for(model, args, pick(examples, 0, args))
 
     def step_loss(step):
@@ -318,12 +303,10 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
     for some in micro_batches(picked, args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)
-        rows = candidate_rows(
-            pool, [drawn[id(example)] for example in some], args.retrieve, args.prior, device
-        )
+        rankings = [drawn[id(example)] for example in some]
+        rows = candidate_rows(pool, rankings, args.retrieve, args.prior, device)
         set_candidates(routers.values(), *rows)
-        nothing = torch.zeros(len(some), 1, device=device)
-        set_gates(gates, nothing.long(), nothing, nothing[:, 0] == 0)
+        set_gates(gates, None, None, torch.ones(len(some), dtype=torch.bool, device=device))
         loss = lm_losses(model, batch).sum() / n
         loss.backward()
         total += loss.item()

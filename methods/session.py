@@ -1,6 +1,7 @@
 """The loaded model with its tokenizer, its pool and what is attached to it."""
 
 from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 
@@ -41,6 +42,7 @@ class Mole:
     batch_id: int = 0  # how often set_methods was called: one batch at a time
     slots_in_use: dict = field(default_factory=dict)  # {adapter: (slot, hash)} of the batch
     force_count: int = 0  # how often force_adapters() was called
+    lock: RLock = field(default_factory=RLock)  # held by whoever sets up a batch or runs a step
 
     @property
     def eos_ids(self) -> set[int]:
@@ -78,10 +80,11 @@ def add_adapter(mole: Mole, name: str, folder) -> None:
     """One more adapter for a running model, from a PEFT folder; requests under way go on as they
     were. Raises InputError."""
     adapter = load_adapter(folder, name, mole.shapes)
-    if mole.pool is None:
-        mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
-    else:
-        mole.pool.add(adapter)
+    with mole.lock:
+        if mole.pool is None:
+            mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
+        else:
+            mole.pool.add(adapter)
 
 
 # Retrieving ---------------------------------------------------------------------------------------

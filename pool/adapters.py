@@ -1,16 +1,18 @@
 """One LoRA adapter, and PEFT folders in and out.
 
 An adapter is B A per adapted Linear, added as scale * B A x. It is loaded from its tensors; the
-config gives the scales and is cross-checked, and every key is accounted for both ways: an adapter
-that loads and silently does nothing is what this module makes impossible. What it can't represent
-exactly (DoRA, biases, whole replaced modules, ...) it refuses by name.
+config gives the scales and is checked against the tensors, and every key of either must be used:
+so no adapter loads and silently does nothing. What this module can't represent exactly (DoRA,
+biases, whole replaced modules, ...) it refuses by name.
 """
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from common.files import (
@@ -26,11 +28,12 @@ from common.files import (
     write_safetensors,
 )
 from common.options import nearest
+from model import Llama
 
-TEMPLATE = "[INST] {prompt} [/INST]\n"  # MeteoRA's
+TEMPLATE = "[INST] {prompt} [/INST]\n"  # the one that MeteoRA uses
 PREFIX = "base_model.model."
 
-# LoraConfig fields that change the mathematics where they are set: field -> what the refusal says.
+# LoraConfig fields that change the mathematics where they are set: {field: what the refusal says}.
 REFUSED = {
     "fan_in_fan_out": "weights stored transposed (GPT-2's Conv1D)",
     "lora_bias": "bias tensors",
@@ -48,79 +51,76 @@ REFUSED = {
     "kasa_config": "KaSA",
     "lora_ga_config": "LoRA-GA, which changed the base itself: convert the adapter to plain LoRA first",
 }
-CHANGED_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # init_lora_weights that start from another base
+# Values of init_lora_weights that change the base's own weights before training starts.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields that change nothing here, or that the checks below read.
 HARMLESS = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *(
-        "inference_mode",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-    ),
-    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
+    *("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "bias"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "qalora_group_size"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"),
+    *("rank_pattern", "alpha_pattern", "runtime_config", "ensure_weight_tying", "inference_mode"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
 }
 
 
 @dataclass
 class Adapter:
-    """A[path] (r, i), B[path] (o, r), scale[path] for every adapted Linear; path is its module path
-    in model.py."""
+    """A[path] (r, i), B[path] (o, r), scale[path] of each adapted Linear, by its module path."""
 
     name: str
-    A: dict
-    B: dict
-    scale: dict
+    A: dict[str, torch.Tensor]
+    B: dict[str, torch.Tensor]
+    scale: dict[str, float]
     config: dict
-    samples: list = field(default_factory=list)  # prompts of its training data, for retrieval
+    samples: list[str] = field(default_factory=list)  # prompts of its training data, for retrieval
     folder: Path | None = None
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """{PEFT key: tensor}."""
         keys = {f"{PREFIX}{path}.lora_A.weight": a for path, a in self.A.items()}
         return keys | {f"{PREFIX}{path}.lora_B.weight": b for path, b in self.B.items()}
 
     @property
-    def hash(self):
-        """sha256 over the sorted (key, dtype, shape, bytes) and the scales: what gates are bound
-        to."""
+    def hash(self) -> str:
+        """sha256 over sorted (key, dtype, shape, bytes) and the scales; gates are bound to it."""
         return hash_tensors(self.tensors(), str(sorted(self.scale.items())))
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         """The largest rank of its Linears."""
-        return max(a.shape[0] for a in self.A.values())
+        return max(map(len, self.A.values()))
 
 
-def linear_shapes(model):
-    """{module path: (o, i)} of the Linears of the blocks: what adapters can sit on. Call it before
-    attach."""
-    return {
-        n: tuple(m.weight.shape)
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and "layers." in n
-    }
+def linear_shapes(model: Llama) -> dict[str, tuple[int, int]]:
+    """{module path: (o, i)} of the Linears that adapters can adapt. Call it before attach."""
+    shapes = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "layers." in path:
+            shapes[path] = tuple(module.weight.shape)
+    return shapes
 
 
-# PEFT folders -------------------------------------------------------------------------------------------------------
+# PEFT folders -----------------------------------------------------------------------------------
 
 
-def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
-    """A PEFT folder (or one whose single sub-folder is) -> Adapter. `shapes`: linear_shapes of the
-    base, to check against. With `header` no data is read, A and B are on the meta device; then, and
-    where `quiet`, nothing is warned of. Raises InputError for everything conventions refuse;
-    nothing is half-loaded."""
+def adapter_folders(path: Path) -> list[Path]:
+    """The PEFT folders directly inside a folder, sorted."""
+    return sorted(file.parent for file in path.glob("*/adapter_config.json"))
+
+
+def load_adapter(
+    folder: Path | str,
+    name: str | None = None,
+    shapes: dict[str, tuple[int, int]] | None = None,
+    header: bool = False,
+    quiet: bool = False,
+) -> Adapter:
+    """A PEFT folder, or a folder that holds just one, -> Adapter.
+
+    `shapes`: linear_shapes of the base, to check against. With `header` no data is read: A and B
+    are on the meta device. `header` and `quiet` suppress warnings. Raises InputError where the
+    folder isn't plain LoRA or doesn't fit the base.
+    """
     folder = _adapter_folder(Path(folder))
     file = folder / "adapter_model.safetensors"
     config_file = folder / "adapter_config.json"
@@ -128,12 +128,14 @@ def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
     _check_config(config, config_file)
     if not file.exists():
         if (folder / "adapter_model.bin").exists():
-            raise InputError(f"{folder}: only adapter_model.bin, a pickle, which can run code when loaded; save it "
-                             "again from PEFT with safe_serialization=True")  # fmt: skip
+            raise InputError(
+                f"{folder}: only adapter_model.bin, a pickle, which can run code when loaded; "
+                "save it again from PEFT with safe_serialization=True"
+            )
         raise InputError(f"{file}: missing")
     tensors = read_header(file) if header else read_safetensors(file)[0]
     A, B = _split_keys(tensors, file)
-    scale = {path: _scale(config, config_file, path, A[path].shape[0]) for path in A}
+    scale = {path: _scale(config, config_file, path, len(a)) for path, a in A.items()}
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
         _check_shapes(adapter, file, shapes)
@@ -141,12 +143,14 @@ def load_adapter(folder, name=None, shapes=None, header=False, quiet=False):
     if not (header or quiet):
         for key in sorted(config.keys() - HARMLESS - REFUSED.keys()):
             if config[key]:
-                warn(f"{config_file}: unknown field {key} = {config[key]!r}: ignored, a newer PEFT may mean something "
-                     "by it")  # fmt: skip
+                where = f"{config_file}: unknown field {key} = {config[key]!r}"
+                warn(f"{where}: ignored, a newer PEFT may mean something by it")
         if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
-            warn(f"{folder}: changes nothing: every lora_A, lora_B or scale is zero (saved before training?)")
-    if (folder / "samples.jsonl").exists():
-        adapter.samples = [row["prompt"] for row in read_jsonl(folder / "samples.jsonl", ("prompt",))]
+            why = "every lora_A, lora_B or scale is zero (saved before training?)"
+            warn(f"{folder}: changes nothing: {why}")
+    samples = folder / "samples.jsonl"
+    if samples.exists():
+        adapter.samples = [row["prompt"] for row in read_jsonl(samples, ("prompt",))]
     return adapter
 
 
@@ -155,7 +159,7 @@ def _adapter_folder(folder):
         raise InputError(f"{folder}: no such adapter folder")
     if (folder / "adapter_config.json").exists():
         return folder
-    inside = [f.parent for f in sorted(folder.glob("*/adapter_config.json"))]
+    inside = adapter_folders(folder)
     if len(inside) == 1:
         return inside[0]
     found = f"{len(inside)} of its sub-folders hold one" if inside else "nor has a sub-folder"
@@ -170,7 +174,8 @@ def _check_config(config, file):
         refuse("peft_type", "'LORA'")
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if name == "lora_alpha" else int):
+        kind = (int, float) if name == "lora_alpha" else int
+        if isinstance(value, bool) or not isinstance(value, kind):
             refuse(name, "a number")
         if not math.isfinite(value):
             refuse(name, "a finite number")
@@ -178,32 +183,36 @@ def _check_config(config, file):
         refuse("r", "at least 1")
     for name, meaning in REFUSED.items():
         if config.get(name):
-            raise InputError(
-                f"{file}: {name} is {config[name]!r}: {meaning}: not supported, only plain LoRA is"
-            )
+            found = f"{name} is {config[name]!r}: {meaning}"
+            raise InputError(f"{file}: {found}: not supported, only plain LoRA is")
     if config.get("bias", "none") != "none":
         refuse("bias", "'none' (trained biases are not supported)")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
-        raise InputError(f"{file}: init_lora_weights is {init!r}, which changed the base itself: convert the adapter "
-                         "to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)")  # fmt: skip
+        raise InputError(
+            f"{file}: init_lora_weights is {init!r}, which changed the base itself: convert the "
+            "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, (int, float)) for v in pattern.values()):
+        if not isinstance(pattern, dict) or not _all_are((int, float), pattern.values()):
             refuse(name, "an object of numbers")
-        if not all(math.isfinite(v) for v in pattern.values()):
+        if not all(map(math.isfinite, pattern.values())):
             refuse(name, "finite numbers")
         for key in pattern:
             _compile(key, file, name)
-    for name, kind in (("target_modules", str), ("exclude_modules", str), ("layers_pattern", str),
-                       ("layers_to_transform", int)):  # fmt: skip
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        kind = int if name == "layers_to_transform" else str
         value = config.get(name)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, kind) for item in items):
+        if value is not None and not _all_are(kind, value if isinstance(value, list) else [value]):
             refuse(name, f"{'text' if kind is str else 'a number'} or a list of them")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             _compile(config[name], file, name)
+
+
+def _all_are(kind, values):
+    return all(isinstance(value, kind) for value in values)
 
 
 def _compile(pattern, file, field_name):
@@ -214,33 +223,32 @@ def _compile(pattern, file, field_name):
 
 
 def _split_keys(tensors, file):
-    """{PEFT key: tensor} -> A, B by module path. Accepts `.lora_A.default.weight` and keys without
-    the prefix."""
+    """{PEFT key: tensor} -> A, B by module path; keys may lack PREFIX and may name an adapter."""
     parts = {"lora_A": {}, "lora_B": {}}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.(lora_A|lora_B)(?:\.[^.]+)?\.weight", key)
         if not match or tensor.ndim != 2 or not tensor.is_floating_point():
-            raise InputError(
-                f"{file}: tensor {key} {tuple(tensor.shape)} is none of plain LoRA's lora_A, lora_B"
-            )
-        path = match[1].removeprefix(PREFIX)
-        if path in parts[match[2]]:
-            raise InputError(f"{file}: two tensors for {path}.{match[2]}: more than one adapter in the file")
-        parts[match[2]][path] = tensor
-    A = parts["lora_A"]
-    B = parts["lora_B"]
+            found = f"tensor {key} {tuple(tensor.shape)}"
+            raise InputError(f"{file}: {found} is none of plain LoRA's lora_A, lora_B")
+        path, part = match.groups()
+        path = path.removeprefix(PREFIX)
+        if path in parts[part]:
+            found = f"two tensors for {path}.{part}"
+            raise InputError(f"{file}: {found}: more than one adapter in the file")
+        parts[part][path] = tensor
+    A, B = parts.values()
     if not A and not B:
         raise InputError(f"{file}: holds no LoRA tensors")
     if lonely := sorted(A.keys() ^ B.keys()):
         have, lack = ("lora_A", "lora_B") if lonely[0] in A else ("lora_B", "lora_A")
-        raise InputError(f"{file}: {lonely[0]} has {have} but no {lack} ({len(lonely)} modules like that)")
-    for path in A:
-        r, _ = A[path].shape
-        _, r_b = B[path].shape
+        found = f"{lonely[0]} has {have} but no {lack}"
+        raise InputError(f"{file}: {found} ({len(lonely)} modules like that)")
+    for path, a in A.items():
+        r = a.shape[0]
+        r_b = B[path].shape[1]
         if r != r_b or r == 0:
-            raise InputError(
-                f"{file}: {path}: lora_A has rank {r}, lora_B {r_b}; expected the same, at least 1"
-            )
+            found = f"lora_A has rank {r}, lora_B {r_b}"
+            raise InputError(f"{file}: {path}: {found}; expected the same, at least 1")
     return A, B
 
 
@@ -255,69 +263,76 @@ def _pattern(patterns, path, default):
 def _scale(config, file, path, rank):
     r = _pattern(config.get("rank_pattern"), path, config["r"])
     if r != rank:
-        raise InputError(f"{file}: r is {r} for {path}, its lora_A has {rank} rows; expected the same number")
+        found = f"r is {r} for {path}, its lora_A has {rank} rows"
+        raise InputError(f"{file}: {found}; expected the same number")
     alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
 def _check_shapes(adapter, file, shapes):
-    """Raises InputError unless every adapted module exists in the base with the same input and
-    output sizes."""
+    """Raises InputError unless the base has every adapted module, with the same features."""
     unknown = [path for path in adapter.A if path not in shapes]
     if unknown:
-        layers = 1 + max((int(m[1]) for p in shapes if (m := re.search(r"layers\.(\d+)\.", p))), default=-1)
-        deep = [int(m[1]) for p in unknown if (m := re.search(r"layers\.(\d+)\.", p)) and int(m[1]) >= layers]
-        if deep:
-            raise InputError(
-                f"{file}: made for a deeper base: it adapts layer {max(deep)}, this one has {layers} layers"
-            )
+        layers = 1 + max(map(_layer, shapes), default=-1)
+        deepest = max(map(_layer, unknown))
+        if deepest >= layers:
+            found = f"it adapts layer {deepest}, this one has {layers} layers"
+            raise InputError(f"{file}: made for a deeper base: {found}")
         raise InputError(
-            f"{file}: {len(unknown)} of {len(adapter.A)} adapted modules are not Linears of this base's blocks, "
-            f"first {unknown[0]}{nearest(unknown[0], shapes)}"
+            f"{file}: {len(unknown)} of {len(adapter.A)} adapted modules are not Linears of this "
+            f"base's blocks, first {unknown[0]}{nearest(unknown[0], shapes)}"
         )
     for path, a in adapter.A.items():
-        got = (adapter.B[path].shape[0], a.shape[1])
-        want = shapes[path]
-        if got != want:
-            raise InputError(
-                f"{file}: {path} maps {got[1]} -> {got[0]}, this base's {want[1]} -> {want[0]} features"
-            )
+        o = len(adapter.B[path])
+        i = a.shape[1]
+        if (o, i) != shapes[path]:
+            base_o, base_i = shapes[path]
+            maps = f"{path} maps {i} -> {o}, this base's {base_i} -> {base_o}"
+            raise InputError(f"{file}: {maps} features")
+
+
+def _layer(path):
+    """The number of the layer that a module path names, -1 where it names none."""
+    match = re.search(r"layers\.(\d+)\.", path)
+    return int(match[1]) if match else -1
 
 
 def _check_targets(adapter, file, shapes):
-    """Raises InputError where the modules that the config names are not those that have tensors."""
-    config, targets, excluded = (
-        adapter.config,
-        *map(adapter.config.get, ("target_modules", "exclude_modules")),
-    )
+    """Raises InputError unless the modules that the config names are those that have tensors."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    excluded = config.get("exclude_modules")
     if targets is None:
         raise InputError(f"{file}: target_modules is missing")
 
     def matches(names, path):
         if isinstance(names, str):
             return names.lower() == "all-linear" or re.fullmatch(names, path)
-        return any(path == n or path.endswith(f".{n}") for n in names or ())
+        return any(path == name or path.endswith(f".{name}") for name in names or ())
 
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    pattern = patterns if isinstance(patterns, str) else "|".join(patterns)
+    pattern = config.get("layers_pattern") or r"[^.]*"
+    pattern = pattern if isinstance(pattern, str) else "|".join(pattern)
     _compile(pattern, file, "layers_pattern")
-    named = {p for p in shapes if matches(targets, p) and not (excluded and matches(excluded, p))}
-    if layers:
-        found = {p: re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", p) for p in named}
-        named = {p for p, m in found.items() if m and int(m[1]) in layers}
-    for paths, says in ((named - adapter.A.keys(), "no tensors"), (adapter.A.keys() - named, "tensors")):
+    named = set()
+    for path in shapes:
+        if not matches(targets, path) or (excluded and matches(excluded, path)):
+            continue
+        layer = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) if layers else None
+        if not layers or (layer and int(layer[1]) in layers):
+            named.add(path)
+    problems = {
+        "named by target_modules have no tensors": named - adapter.A.keys(),
+        "not named by target_modules have tensors": adapter.A.keys() - named,
+    }
+    for problem, paths in problems.items():
         if paths:
-            named_by = "named by" if says == "no tensors" else "not named by"
-            raise InputError(
-                f"{file}: {len(paths)} modules {named_by} target_modules have {says}, first {sorted(paths)[0]}"
-            )
+            raise InputError(f"{file}: {len(paths)} modules {problem}, first {min(paths)}")
 
 
-def save_adapter(adapter, folder):
-    """Writes a folder that PEFT loads, tensors byte-equal, and samples.jsonl where the adapter has
-    samples."""
+def save_adapter(adapter: Adapter, folder: Path | str) -> None:
+    """Writes a folder that PEFT loads; samples.jsonl too where the adapter has samples."""
     folder = Path(folder)
     write_safetensors(folder / "adapter_model.safetensors", adapter.tensors())
     if adapter.samples:
@@ -325,10 +340,11 @@ def save_adapter(adapter, folder):
     write_json(folder / "adapter_config.json", adapter.config)
 
 
-def peft_config(r, alpha, dropout, targets, base):
-    """The adapter_config.json of a plain LoRA of ours."""
+def peft_config(r: int, alpha: float, dropout: float, targets: Iterable[str], base: str | None) -> dict:
+    """The adapter_config.json of an adapter that this project trained or computed."""
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": alpha,
-        "lora_dropout": dropout, "target_modules": sorted(targets), "bias": "none", "use_rslora": False,
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
+        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(targets),
+        "bias": "none", "use_rslora": False, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True,
     }  # fmt: skip

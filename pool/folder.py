@@ -4,73 +4,72 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import (
-    InputError,
-    read_json,
-    write_json,
-)
-from pool.adapters import TEMPLATE
+from common.files import InputError, read_json, write_json
+from model import Llama
+from pool.adapters import TEMPLATE, adapter_folders
 
 
 @dataclass
 class PoolFolder:
-    """What pool.json says, or a folder of PEFT folders without one; adapters is {name: folder}."""
+    """A pool folder: what its pool.json says, or, without one, the PEFT folders in it."""
 
     path: Path
-    adapters: dict
+    adapters: dict[str, Path]
     fingerprint: str | None = None
     template: str = "{prompt}"
 
 
-def is_pool(path):
-    """Whether a folder is one: by its pool.json, or by PEFT folders in it."""
+def is_pool(path: Path | str) -> bool:
+    """Whether a folder is a pool: it holds a pool.json or PEFT folders."""
     path = Path(path)
-    return (path / "pool.json").exists() or any(path.glob("*/adapter_config.json"))
+    return (path / "pool.json").exists() or bool(adapter_folders(path))
 
 
-def read_pool(path):
-    """Reads POOL/pool.json, or takes a folder of PEFT folders for a pool. Raises InputError where
-    it is neither."""
+def read_pool(path: Path | str) -> PoolFolder:
+    """Reads POOL/pool.json, or lists POOL's PEFT folders. Raises InputError if it has neither."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such pool folder")
     file = path / "pool.json"
     if not file.exists():
-        found = sorted(f.parent for f in path.glob("*/adapter_config.json"))
-        if not found:
-            raise InputError(f"{path}: not a pool: neither a pool.json nor PEFT adapter folders in it")
-        return PoolFolder(path, {f.name: f for f in found})
+        folders = adapter_folders(path)
+        if not folders:
+            missing = "neither a pool.json nor PEFT adapter folders in it"
+            raise InputError(f"{path}: not a pool: {missing}")
+        return PoolFolder(path, {folder.name: folder for folder in folders})
     raw = read_json(file)
     names = raw.get("adapters")
     template = raw.get("template", TEMPLATE)
-    if not isinstance(names, list) or not all(
-        isinstance(n, str) and re.fullmatch(r"[^/\\.][^/\\]*", n) for n in names
-    ):
-        raise InputError(f"{file}: adapters is {names!r}, expected a list of folder names under adapters/")
+    if not isinstance(names, list) or not all(map(_is_folder_name, names)):
+        expected = "expected a list of folder names under adapters/"
+        raise InputError(f"{file}: adapters is {names!r}, {expected}")
     if len(set(names)) < len(names):
-        raise InputError(
-            f"{file}: adapters lists a name twice: {sorted(n for n in names if names.count(n) > 1)[0]}"
-        )
+        twice = min(name for name in names if names.count(name) > 1)
+        raise InputError(f"{file}: adapters lists a name twice: {twice}")
     if not isinstance(template, str) or "{prompt}" not in template:
         raise InputError(f"{file}: template is {template!r}, expected a text that holds {{prompt}}")
-    return PoolFolder(path, {n: path / "adapters" / n for n in names}, raw.get("base"), template)
+    folders = {name: path / "adapters" / name for name in names}
+    return PoolFolder(path, folders, raw.get("base"), template)
 
 
-def write_pool(folder):
-    """Writes pool.json of a PoolFolder; the adapters themselves are saved before it by
-    save_adapter."""
-    raw = {"adapters": sorted(folder.adapters), "base": folder.fingerprint, "template": folder.template}
+def _is_folder_name(name):
+    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name)
+
+
+def write_pool(folder: PoolFolder) -> None:
+    """Writes pool.json alone; save_adapter has written the adapters before."""
+    raw = {
+        "adapters": sorted(folder.adapters),
+        "base": folder.fingerprint,
+        "template": folder.template,
+    }
     write_json(folder.path / "pool.json", raw)
 
 
-def check_pool(known, model, args, template):
-    """Raises InputError where a pool's adapters were made for another base or with another template
-    than this run's."""
-    if known.fingerprint not in (None, model.fingerprint):
-        raise InputError(
-            f"{known.path / 'pool.json'}: made for another base than {args.model} (fingerprint differs)"
-        )
-    if known.adapters and known.template != template:
-        raise InputError(
-            f"{known.path / 'pool.json'}: template is {known.template!r}, this run's {template!r}"
-        )
+def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:
+    """Raises InputError where a pool's adapters were trained with another base or template."""
+    file = folder.path / "pool.json"
+    if folder.fingerprint not in (None, model.fingerprint):
+        raise InputError(f"{file}: made for another base than {args.model} (fingerprint differs)")
+    if folder.adapters and folder.template != template:
+        raise InputError(f"{file}: template is {folder.template!r}, this run's {template!r}")

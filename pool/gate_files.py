@@ -1,70 +1,83 @@
-"""Files of trained gates: a row for each adapter they were trained with, joined to the pool by name
-and hash."""
+"""Files of trained gates: one row for each adapter they were trained with.
+
+The rows are matched to the pool's slots by the adapters' names and hashes.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.files import InputError, read_safetensors, warn, write_safetensors
-from moe_lora import meteora_gates
+from moe_lora import MeteoraGate, meteora_gates
+from pool.slots import Pool
 
 
-def parameters_of(gates):
+def parameters_of(gates: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """{module path: gate} -> {'PATH.gate.NAME': parameter}, every first axis the pool's slots."""
-    return {
-        f"{path}.gate.{n}": p for path, gate in gates.items() for n, p in gate.named_parameters(recurse=False)
-    }
+    parameters = {}
+    for path, gate in gates.items():
+        for name, param in gate.named_parameters(recurse=False):
+            parameters[f"{path}.gate.{name}"] = param
+    return parameters
 
 
-def save_gates(file, gates, pool, k, names):
-    """gates {module path: gate} -> a file of their parameters, rows in the order of `names`, bound
-    to name and hash."""
-    slots = [pool.slot(name) for name in names]
+def save_gates(file: Path | str, gates: dict[str, nn.Module], pool: Pool, k: int, names: list[str]) -> None:
+    """Writes the parameters of {module path: gate}, one row for each of `names`, in that order."""
+    slots = list(map(pool.slot, names))
     hashes = [pool.members[name].hash for name in names]
     tensors = {key: param[slots] for key, param in parameters_of(gates).items()}
-    write_safetensors(file, tensors, {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)})
+    metadata = {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)}
+    write_safetensors(file, tensors, metadata)
 
 
 class GateFile:
-    """A gate file, its rows joined to a pool's slots by name and hash: `k`, and `known` (e,) bool,
-    slots with a row.
+    """A gate file whose rows are matched to a pool's slots: `k`, and `known` (e,) bool, True for a
+    slot that has a row.
 
-    A row whose adapter is missing or has changed is an InputError that lists them all; an adapter
-    without a row is never chosen, with one warning, nor is one of `exclude`, which may stay on
-    disk. None that could be chosen is an InputError too.
+    Raises InputError, which lists every row whose adapter is missing or has changed, and where no
+    adapter could be chosen. An adapter without a row is never chosen; one warning names all of
+    these. An adapter of `exclude` is never chosen either, and may stay on disk.
     """
 
-    def __init__(self, file, pool, exclude=()):
+    def __init__(self, file: Path | str, pool: Pool, exclude: Collection[str] = ()):
         self.file = file
         self.tensors, metadata = read_safetensors(file)
         if not {"names", "hashes", "k"} <= metadata.keys() or not metadata["k"].isdigit():
-            raise InputError(f"{file}: metadata lacks names, hashes or k: not a gate file of this project")
+            found = "metadata lacks names, hashes or k"
+            raise InputError(f"{file}: {found}: not a gate file of this project")
         names = metadata["names"].split("\n")
         hashes = metadata["hashes"].split("\n")
         self.rows = [row for row, name in enumerate(names) if name not in exclude]
-        pool.need([names[row] for row in self.rows if names[row] in pool.members])
+        chosen = [names[row] for row in self.rows]
+        pool.need([name for name in chosen if name in pool.members])
         wrong = []
-        for name, digest in [(names[row], hashes[row]) for row in self.rows if row < len(hashes)]:
+        for name, digest in zip(names, hashes, strict=False):
+            if name in exclude:
+                continue
             if name not in pool.members:
                 wrong.append(f"{name} (missing from the pool)")
             elif pool.members[name].hash != digest:
-                wrong.append(
-                    f"{name} (trained with {digest[:12]}, the pool's is {pool.members[name].hash[:12]})"
-                )
+                found = pool.members[name].hash
+                wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {found[:12]})")
         if wrong or len(names) != len(hashes):
-            raise InputError(f"{file}: made for other adapters: {', '.join(wrong)}; train the gates again")
-        if strangers := [n for n in pool.names if n not in names]:
+            listed = ", ".join(wrong)
+            raise InputError(f"{file}: made for other adapters: {listed}; train the gates again")
+        if strangers := [name for name in pool.names if name not in names]:
             warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
         if not self.rows:
             raise InputError(f"{file}: all its adapters are excluded")
-        self.slots = torch.tensor([pool.slot(names[row]) for row in self.rows])
+        self.slots = torch.tensor(list(map(pool.slot, chosen)))
         self.count = len(names)
         self.k = int(metadata["k"])
         device = next(iter(pool.A.values())).device
         self.known = torch.zeros(pool.capacity, dtype=torch.bool, device=device)
         self.known[self.slots] = True
 
-    def fill(self, gates, dtype=torch.float32):
-        """Gives {module path: gate} the file's rows, in `dtype`. Raises InputError where a tensor
-        is missing or of the wrong shape."""
+    def fill(self, gates: dict[str, nn.Module], dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+        """Copies the file's rows into {module path: gate}, in `dtype`, and returns the gates.
+        Raises InputError where a tensor is missing or has the wrong shape."""
         for key, param in parameters_of(gates).items():
             want = (self.count, *param.shape[1:])
             if key not in self.tensors or tuple(self.tensors[key].shape) != want:
@@ -76,7 +89,14 @@ class GateFile:
         return gates
 
 
-def load_gates(file, pool, temperature=1.0, dtype=torch.float32, k=None):
+def load_gates(
+    file: Path | str,
+    pool: Pool,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    k: int | None = None,
+) -> dict[str, MeteoraGate]:
     """A file of MeteoRA's gates -> {module path: MeteoraGate}; see GateFile."""
-    rows = GateFile(file, pool)
-    return rows.fill(meteora_gates(pool, k or rows.k, temperature, rows.known), dtype)
+    gate_file = GateFile(file, pool)
+    gates = meteora_gates(pool, k or gate_file.k, temperature, gate_file.known)
+    return gate_file.fill(gates, dtype)

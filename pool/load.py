@@ -1,29 +1,30 @@
-"""Loads a Llama to be used: fast where fast/ is there, with the adapters of its pool; compiles it
+"""Loads a Llama with the adapters of its pool, makes it fast where fast/ is there, and compiles it
 where that pays."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
-from model import load_llama
+from model import Llama, load_llama
 from pool.adapters import linear_shapes
-from pool.folder import is_pool, read_pool
+from pool.folder import PoolFolder, is_pool, read_pool
 from pool.slots import Pool, alloc_B_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
 
 
-def load_base(folder, dtype="auto", device="auto", fast=True):
-    """A model folder -> Llama, in a dtype (auto: the file's) and on a device (auto: cuda where
-    there is one), made fast unless told not to. Raises InputError for bad input."""
+def load_base(folder: Path | str, dtype: str = "auto", device: str = "auto", fast: bool = True) -> Llama:
+    """A model folder -> Llama. dtype auto is the file's, device auto is cuda where there is one.
+    Raises InputError for bad input."""
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
     model = load_llama(folder, DTYPES.get(dtype), find_device(device))
     return make_fast(model) if fast else model
 
 
-def make_fast(model):
-    """The Llama itself, made fast by fast/. With that folder deleted all runs, slower."""
+def make_fast(model: Llama) -> Llama:
+    """Installs fast/ in a Llama and returns it; where that folder is deleted, changes nothing."""
     try:
         import fast
     except ModuleNotFoundError as error:
@@ -33,9 +34,9 @@ def make_fast(model):
     return fast.install(model)
 
 
-def compile_blocks(model, asked, saves, costs):
-    """Has the model run compiled blocks from now on where that is `asked` for (False: no longer)
-    or, `asked` None, where it `saves` more seconds than the compiler `costs`."""
+def compile_blocks(model: Llama, asked: bool | None, saves: float, costs: float) -> None:
+    """Switches compiled blocks on or off as `asked`. Where `asked` is None, they are switched on if
+    that `saves` more seconds than the compiler `costs`."""
     on = saves > costs if asked is None else asked
     if not hasattr(model, "compile_blocks"):
         if asked:
@@ -44,39 +45,48 @@ def compile_blocks(model, asked, saves, costs):
         model.compile_blocks(on)
 
 
-def load_pool(model, name, folder=None, extra=(), resident=0):
-    """The adapters for a Llama -> (PoolFolder or None, Pool or None): those of the pool `folder`,
-    by default the model folder `name` itself where it is one, and extra [(name, PEFT folder)]; at
-    most `resident` of them in memory, 0 = all. Raises InputError."""
-    known = read_pool(folder or name) if folder or is_pool(name) else None
-    if known and known.fingerprint not in (None, model.fingerprint):
-        warn(f"{known.path}: its adapters were trained on another base than {name} (fingerprint differs)")
-    folders = dict(known.adapters) if known else {}
+def load_pool(
+    model: Llama,
+    name: Path | str,
+    folder: Path | str | None = None,
+    extra: Iterable[tuple[str, Path | str]] = (),
+    resident: int = 0,
+) -> tuple[PoolFolder | None, Pool | None]:
+    """Loads the adapters of the pool `folder` and those of `extra`, [(name, PEFT folder)].
+
+    Without `folder` the model folder `name` is the pool, where it is one. At most `resident`
+    adapters are in memory at a time, 0: all. Raises InputError.
+    """
+    pool_folder = read_pool(folder or name) if folder or is_pool(name) else None
+    if pool_folder and pool_folder.fingerprint not in (None, model.fingerprint):
+        trained = f"its adapters were trained on another base than {name}"
+        warn(f"{pool_folder.path}: {trained} (fingerprint differs)")
+    folders = dict(pool_folder.adapters) if pool_folder else {}
     for adapter, path in extra:
         if adapter in folders:
             raise InputError(f"adapter name {adapter!r} twice: {folders[adapter]} and {path}")
         folders[adapter] = Path(path)
     if not folders:
-        return known, None
+        return pool_folder, None
     like = model.head_weight
-    pool = Pool.load(folders, linear_shapes(model), like.dtype, like.device, resident, alloc_B_of(model))
-    _check_base_names([member.adapter for member in pool.members.values()], name)
-    return known, pool
+    shapes = linear_shapes(model)
+    pool = Pool.load(folders, shapes, like.dtype, like.device, resident, alloc_B_of(model))
+    _check_base_names(pool, name)
+    return pool_folder, pool
 
 
-def _check_base_names(adapters, model):
-    """The commonest mistake: an adapter for another base. Its config names the one it was trained
-    with."""
+def _check_base_names(pool, model):
+    """Warns of the commonest mistake: an adapter whose config names another base than `model`."""
     strangers = {}
-    for adapter in adapters:
-        named = adapter.config.get("base_model_name_or_path")
+    for name, member in pool.members.items():
+        named = member.adapter.config.get("base_model_name_or_path")
         if named and Path(named).name.lower() != Path(model).resolve().name.lower():
-            strangers.setdefault(named, []).append(adapter.name)
+            strangers.setdefault(named, []).append(name)
     for named, names in strangers.items():
         warn(f"made for base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
 
 
-def read_adapters(pairs):
+def read_adapters(pairs: Iterable[str]) -> list[tuple[str, str]]:
     """["NAME=DIR", ...] -> [(name, folder), ...]. Raises InputError."""
     named = []
     for pair in pairs:

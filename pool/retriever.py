@@ -1,18 +1,19 @@
-"""LoraRetriever (arXiv 2402.09997): the adapters of a pool that suit a prompt, found by prompts
-that they learnt from.
+"""LoraRetriever (arXiv 2402.09997) finds the adapters whose training prompts are like a prompt.
 
-    E(phi) = mean over the adapter's samples x of E(I + x),    score(prompt, phi) = cos(E(I + prompt), E(phi))
+    E(phi) = mean of E(I + x) over the samples x of adapter phi
+    score(prompt, phi) = cos(E(I + prompt), E(phi))
 
-The k best scores are retrieved. An adapter joins by its samples, without training. E may be any
-function of a list of texts to vectors (n, d): by default the base's own hidden states, averaged
-over the text's tokens and projected by a small trained matrix (train.py retriever), or a
-sentence-transformers folder.
+The k adapters of the highest scores are retrieved. A new adapter needs samples, but no training.
+E may be any function of a list of texts to vectors (n, d). By default it averages the base's
+hidden states over the text's tokens and projects them by a small trained matrix (train.py
+retriever); it may also be a sentence-transformers folder.
 """
 
 import contextlib
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,14 +22,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.files import InputError, read_safetensors, warn, write_safetensors
+from common.tokenizer import Tokenizer
+from model import Llama
 from moe_lora import swap
 
-INSTRUCTION = "Represent the sentence for similar task retrieval: "  # I, the paper's
+INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's I
 
 
 @contextlib.contextmanager
-def base_alone(model):
-    """The base inside, without whatever wraps its Linears; afterwards all is as it was."""
+def base_alone(model: Llama) -> Iterator[Llama]:
+    """Within it the model has its plain Linears; afterwards the wrapped Linears are back."""
     swapped = []
     for path, module in list(model.named_modules()):
         if isinstance(getattr(module, "base", None), nn.Linear):
@@ -41,35 +44,57 @@ def base_alone(model):
             swap(model, path, module)
 
 
-def strip_shared(prompts, lines=0.05, pairs=0.3):
-    """What is each prompt's own of the prompts of one task: without lines that a share `lines` of
-    them has, and without pairs of words that a share `pairs` has ("Translate into German:", "Q:"
-    ... "A:"). What would be empty is the last word."""
+def strip_shared(prompts: list[str], lines: float = 0.05, pairs: float = 0.3) -> list[str]:
+    """Removes from the prompts of one task what they share ("Translate into German:", "Q: ... A:").
+
+    A line goes where at least a share `lines` of the prompts has it, a pair of neighbouring words
+    where at least a share `pairs` has it. Of a prompt that would be empty the last word stays.
+    """
     n = len(prompts)
-    rows = [[line.strip() for line in prompt.split("\n")] for prompt in prompts]
-    often = Counter(line for row in rows for line in set(row))
-    rows = [
-        " \n ".join(line for line in row if line and often[line] < max(2, lines * n)).split(" ")
-        for row in rows
-    ]
-    often = Counter(pair for row in rows for pair in set(pairwise(row)))
-    out = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        shared = {
-            j + d for j, pair in enumerate(pairwise(row)) if often[pair] >= max(2, pairs * n) for d in (0, 1)
-        }
-        text = " ".join(word for j, word in enumerate(row) if j not in shared)
-        out.append(re.sub(r"\s*\n\s*", "\n", text).strip() or (prompt.split() or [""])[-1])
-    return out
+    lines_of = [list(map(str.strip, prompt.split("\n"))) for prompt in prompts]
+    count = _count_prompts(lines_of)
+    words_of = []
+    for row in lines_of:
+        rare = [line for line in row if line and count[line] < max(2, lines * n)]
+        words_of.append(" \n ".join(rare).split(" "))
+    count = _count_prompts(map(pairwise, words_of))
+    stripped = []
+    for words, prompt in zip(words_of, prompts, strict=True):
+        shared = set()
+        for j, pair in enumerate(pairwise(words)):
+            if count[pair] >= max(2, pairs * n):
+                shared |= {j, j + 1}
+        text = " ".join(word for j, word in enumerate(words) if j not in shared)
+        text = re.sub(r"\s*\n\s*", "\n", text).strip()
+        stripped.append(text or (prompt.split() or [""])[-1])
+    return stripped
+
+
+def _count_prompts(prompts):
+    """[the lines or pairs of words of a prompt] -> {line or pair: how many prompts have it}."""
+    count = Counter()
+    for found in prompts:
+        count.update(set(found))
+    return count
 
 
 class LlamaEncoder:
-    """Texts -> unit vectors (n, d): the base's hidden states behind block `depth` (default: the
-    last), averaged over the text's own tokens (not the instruction's before them), normalised, less
-    `mean` (h,), times `projection` (d, h).
+    """Texts -> unit vectors (n, d).
+
+    The base's hidden states after block `depth` (default: the last) are averaged over the text's
+    tokens, without those of the instruction, and normalised; then `mean` (h,) is subtracted and
+    `projection` (d, h) applied.
     """
 
-    def __init__(self, model, tokenizer, depth=None, mean=None, projection=None, max_length=256):
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        depth: int | None = None,
+        mean: torch.Tensor | None = None,
+        projection: torch.Tensor | None = None,
+        max_length: int = 256,
+    ):
         depth = model.config.num_hidden_layers if depth is None else depth
         h = model.config.hidden_size
         max_length = min(max_length, model.config.max_position_embeddings)
@@ -81,14 +106,15 @@ class LlamaEncoder:
         self.projection = torch.eye(h) if projection is None else projection
 
     @torch.inference_mode()
-    def pooled(self, texts, tokens=4096):
-        """(n, h) float32: what the projection is applied to; `tokens` at most in one forward."""
+    def pooled(self, texts: list[str], tokens: int = 4096) -> torch.Tensor:
+        """The averages (n, h) float32; one forward has at most `tokens` tokens, or one text."""
         model = self.model
         head = self.tokenizer.encode(INSTRUCTION)
         room = max(1, self.max_length - len(head))
         rows = [self.tokenizer.encode(text, start=False)[:room] for text in texts]
-        rows = [row or head[-1:] for row in rows]  # an empty text is the end of the instruction
+        rows = [row or head[-1:] for row in rows]  # of an empty text: the instruction's last token
         out = torch.empty(len(rows), model.config.hidden_size)
+        device = model.head_weight.device
         order = sorted(range(len(rows)), key=lambda j: len(rows[j]))
         with base_alone(model):
             while order:
@@ -101,46 +127,50 @@ class LlamaEncoder:
                     end = len(head) + len(rows[row])
                     ids[j, :end] = torch.tensor(head + rows[row])
                     mask[j, len(head) : end] = True
-                hidden = model.model(ids.to(model.head_weight.device), depth=self.depth).float().cpu()
-                out[some] = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
+                hidden = model.model(ids.to(device), depth=self.depth).float().cpu()
+                total = hidden.masked_fill(~mask[..., None], 0).sum(1)
+                out[some] = total / mask.sum(1, keepdim=True)
         return out
 
-    def project(self, pooled):
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """(n, h) -> unit vectors (n, d)."""
-        return F.normalize(F.linear(F.normalize(pooled, dim=-1) - self.mean, self.projection), dim=-1)
+        centred = F.normalize(pooled, dim=-1) - self.mean
+        return F.normalize(F.linear(centred, self.projection), dim=-1)
 
-    def __call__(self, texts):
+    def __call__(self, texts: list[str]) -> torch.Tensor:
         return self.project(self.pooled(texts))
 
 
-def sentence_encoder(folder):
-    """embed() of a sentence-transformers folder. Raises InputError where the package or the folder
-    is missing."""
+def sentence_encoder(folder: Path | str) -> Callable[[list[str]], torch.Tensor]:
+    """A sentence-transformers folder -> the `embed` of a Retriever. Raises InputError where the
+    package or the folder is missing."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder of a sentence-transformers model")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise InputError(
-            "--encoder needs a package that is not here: pip install sentence-transformers"
-        ) from None
+        missing = "--encoder needs a package that is not here"
+        raise InputError(f"{missing}: pip install sentence-transformers") from None
     encoder = SentenceTransformer(str(folder), device="cpu")
-    return lambda texts: encoder.encode(
-        [INSTRUCTION + text for text in texts], convert_to_tensor=True
-    ).float()
+
+    def embed(texts):
+        texts = [INSTRUCTION + text for text in texts]
+        return encoder.encode(texts, convert_to_tensor=True).float()
+
+    return embed
 
 
 class Retriever:
-    """Ranks the adapters it was given by `embed`, a function of a list of texts to vectors (n, d)."""
+    """Ranks adapters for a prompt; `embed` is a function of a list of texts to vectors (n, d)."""
 
-    def __init__(self, embed):
+    def __init__(self, embed: Callable[[list[str]], torch.Tensor]):
         self.embed = embed
         self.vectors = {}  # name -> (d,)
         self.digests = {}  # name -> sha256 of its samples
 
-    def add(self, name, samples):
-        """An adapter by its samples: their mean vector. One that is known by these samples costs
-        nothing. Without samples it can't be retrieved: one warning."""
+    def add(self, name: str, samples: list[str]) -> None:
+        """Adds an adapter by the mean vector of its samples, which is computed only where they
+        have changed. Warns where there are no samples: then it can't be retrieved."""
         digest = hashlib.sha256("\0".join(samples).encode()).hexdigest()
         if self.digests.get(name) == digest:
             return
@@ -151,75 +181,95 @@ class Retriever:
         self.vectors[name] = F.normalize(self.embed(samples), dim=-1).mean(0)
         self.digests[name] = digest
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         """Forgets an adapter."""
-        self.vectors.pop(name, None), self.digests.pop(name, None)
+        self.vectors.pop(name, None)
+        self.digests.pop(name, None)
 
-    def keep(self, members):
-        """Knows from now on exactly the adapters {name: samples}."""
+    def keep(self, members: dict[str, list[str]]) -> None:
+        """Adds and removes adapters until they are exactly {name: samples}."""
         for name in self.vectors.keys() - members.keys():
             self.remove(name)
         for name, samples in members.items():
             self.add(name, samples)
 
-    def __call__(self, prompts, k, exclude=()):
+    def __call__(
+        self, prompts: Collection[str], k: int, exclude: Collection[str] = ()
+    ) -> list[list[tuple[str, float]]]:
         """For each prompt the k best [(name, score), ...], the best first. Raises InputError where
         there is none."""
         return self.nearest(self.embed(list(prompts)), k, exclude)
 
-    def nearest(self, vectors, k, exclude=()):
+    def nearest(
+        self, vectors: torch.Tensor, k: int, exclude: Collection[str] = ()
+    ) -> list[list[tuple[str, float]]]:
         """The same for vectors (n, d) of prompts."""
         names = sorted(self.vectors.keys() - set(exclude))
         if not names:
-            raise InputError("nothing to retrieve: every adapter is excluded or has no samples.jsonl")
-        known = F.normalize(torch.stack([self.vectors[name] for name in names]), dim=-1)
-        top = (F.normalize(vectors, dim=-1) @ known.T).topk(min(k, len(names)), dim=-1)
-        return [
-            [(names[j], round(s, 6)) for s, j in zip(*row, strict=True)]
-            for row in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
+            why = "every adapter is excluded or has no samples.jsonl"
+            raise InputError(f"nothing to retrieve: {why}")
+        adapters = F.normalize(torch.stack([self.vectors[name] for name in names]), dim=-1)
+        top = (F.normalize(vectors, dim=-1) @ adapters.T).topk(min(k, len(names)), dim=-1)
+        found = []
+        for scores, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            best = map(names.__getitem__, indices)
+            found.append([(name, round(s, 6)) for name, s in zip(best, scores, strict=True)])
+        return found
 
 
-def save_retriever(file, retriever, model, about):
-    """POOL/retriever.safetensors: the encoder's tensors and one vector an adapter, bound to the
-    base and to the adapters' samples. `about` {key: text}: how it was trained."""
+def save_retriever(file: Path | str, retriever: Retriever, model: Llama, about: dict[str, str]) -> None:
+    """Writes the encoder's tensors and one vector an adapter, bound to the base and to the
+    adapters' samples. `about` says how it was trained."""
     names = sorted(retriever.vectors)
     encoder = retriever.embed
-    tensors = {"encoder.mean": encoder.mean, "encoder.projection": encoder.projection}
-    tensors["adapters"] = torch.stack(
-        [retriever.vectors[name] for name in names] or [encoder.mean.new_zeros(0)]
-    )
-    hashes = [retriever.digests[name] for name in names]
-    write_safetensors(file, tensors, {
-        "names": "\n".join(names), "hashes": "\n".join(hashes), "base": model.fingerprint, "depth": str(encoder.depth),
-        "max_length": str(encoder.max_length), **about,
-    })  # fmt: skip
+    vectors = [retriever.vectors[name] for name in names]
+    tensors = {
+        "encoder.mean": encoder.mean,
+        "encoder.projection": encoder.projection,
+        "adapters": torch.stack(vectors or [encoder.mean.new_zeros(0)]),
+    }
+    metadata = {
+        "names": "\n".join(names),
+        "hashes": "\n".join(map(retriever.digests.get, names)),
+        "base": model.fingerprint,
+        "depth": str(encoder.depth),
+        "max_length": str(encoder.max_length),
+    }
+    write_safetensors(file, tensors, metadata | about)
 
 
-def load_retriever(file, model, tokenizer):
-    """File -> (Retriever, metadata). Raises InputError where it was made for another base, or isn't
-    one of ours."""
+def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tuple[Retriever, dict[str, str]]:
+    """File -> (Retriever, metadata). Raises InputError where the file isn't one of save_retriever
+    or was trained with another base."""
     tensors, metadata = read_safetensors(file)
     lacks = {"names", "hashes", "base", "depth", "max_length"} - metadata.keys()
     lacks |= {"encoder.mean", "encoder.projection", "adapters"} - tensors.keys()
     if lacks:
-        raise InputError(f"{file}: lacks {', '.join(sorted(lacks))}: not a retriever of this project")
-    if metadata["base"] != model.fingerprint:
-        raise InputError(f"{file}: made for base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}: "
-                         "python train.py retriever makes one for it")  # fmt: skip
+        missing = ", ".join(sorted(lacks))
+        raise InputError(f"{file}: lacks {missing}: not a retriever of this project")
+    base = metadata["base"]
+    if base != model.fingerprint:
+        raise InputError(
+            f"{file}: made for base {base[:12]}, this one is {model.fingerprint[:12]}: "
+            "python train.py retriever makes one for it"
+        )
     mean = tensors["encoder.mean"].float()
     projection = tensors["encoder.projection"].float()
-    if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != model.config.hidden_size:
-        raise InputError(f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean {tuple(mean.shape)}; "
-                         f"expected (d, {model.config.hidden_size}) and ({model.config.hidden_size},)")  # fmt: skip
-    encoder = LlamaEncoder(
-        model, tokenizer, int(metadata["depth"]), mean, projection, int(metadata["max_length"])
-    )
-    retriever = Retriever(encoder)
-    names, hashes = (metadata[key].split("\n") if metadata[key] else [] for key in ("names", "hashes"))
-    if not len(names) == len(hashes) == len(tensors["adapters"]):
-        raise InputError(f"{file}: {len(names)} names, {len(hashes)} hashes, {len(tensors['adapters'])} vectors; "
-                         "expected as many of each")  # fmt: skip
-    retriever.vectors = dict(zip(names, tensors["adapters"].float(), strict=True))
+    h = model.config.hidden_size
+    if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != h:
+        raise InputError(
+            f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean "
+            f"{tuple(mean.shape)}; expected (d, {h}) and ({h},)"
+        )
+    depth = int(metadata["depth"])
+    max_length = int(metadata["max_length"])
+    retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
+    names = metadata["names"].split("\n") if metadata["names"] else []
+    hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []
+    vectors = tensors["adapters"].float()
+    if not len(names) == len(hashes) == len(vectors):
+        found = f"{len(names)} names, {len(hashes)} hashes, {len(vectors)} vectors"
+        raise InputError(f"{file}: {found}; expected as many of each")
+    retriever.vectors = dict(zip(names, vectors, strict=True))
     retriever.digests = dict(zip(names, hashes, strict=True))
     return retriever, metadata

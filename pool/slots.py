@@ -2,14 +2,15 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from common.files import (
-    InputError,
-)
+from common.files import InputError
 from common.options import nearest
+from model import Llama
 from pool.adapters import Adapter, _pattern, load_adapter
 
 
@@ -18,28 +19,34 @@ class Member:
     """What a pool knows of an adapter."""
 
     slot: int | None  # None: on disk only
-    hash: str | None  # None until it was loaded
-    adapter: Adapter  # its tensors dropped: name, scales, config, samples, folder
+    hash: str | None  # None: never loaded so far
+    adapter: Adapter  # without its tensors: name, scales, config, samples, folder
 
 
 class Pool:
-    """Named adapters of mixed rank and mixed targets, in slots: A[path] (e, r, i), B[path] (e, o,
-    r), scale[path] (e,).
+    """Named adapters in slots: A[path] (e, r, i), B[path] (e, o, r), scale[path] (e,).
 
-    Smaller ranks are zero-padded to `rank`, modules an adapter lacks are zero. Adding and removing
-    write in place, so whoever holds the tensors (the Linears, a compiled block) sees the change;
-    only more slots or a larger rank give them another shape. Outputs never depend on which slot an
-    adapter got.
+    Smaller ranks are zero-padded to `rank`, modules that an adapter lacks are zero. add() and
+    remove() write in place, so whatever holds the tensors (a Linear, a compiled block) sees the
+    change. Their shape changes only with more slots or a larger rank. Outputs never depend on
+    which slot an adapter got.
 
-    `alloc_B(e, o, r, dtype=, device=)` makes a zero B where another memory layout than torch's is
-    wanted (alloc_B_of).
+    `alloc_B(e, o, r, dtype=, device=)` makes a zero B in a memory layout of its choice.
 
-    A pool with a `limit` never has more slots than that: further members stay on disk until need()
-    asks for them, and those that were needed longest ago leave for them. `version` counts the
+    A pool with a `limit` never has more slots than that. Further members stay on disk until need()
+    asks for them; then those that were needed longest ago leave their slots. `version` counts the
     changes of what is in the slots.
     """
 
-    def __init__(self, shapes, capacity, rank, dtype=torch.float32, device=None, alloc_B=None):
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, int]],
+        capacity: int,
+        rank: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        alloc_B: Callable[..., torch.Tensor] | None = None,
+    ):
         self.shapes = shapes
         self.capacity = capacity
         self.rank = rank
@@ -47,25 +54,42 @@ class Pool:
         self.limit = None
         self.version = 0
         self._used = []  # names, those needed longest ago first
-        make = {"dtype": dtype, "device": device}
-        self.A = {path: torch.zeros(capacity, rank, i, **make) for path, (_, i) in shapes.items()}
         self.alloc_B = alloc_B or zeros
-        self.B = {path: self.alloc_B(capacity, o, rank, **make) for path, (o, _) in shapes.items()}
-        self.scale = {path: torch.zeros(capacity, device=device) for path in shapes}
+        self.A = {}
+        self.B = {}
+        self.scale = {}
+        for path, (o, i) in shapes.items():
+            self.A[path] = torch.zeros(capacity, rank, i, dtype=dtype, device=device)
+            self.B[path] = self.alloc_B(capacity, o, rank, dtype=dtype, device=device)
+            self.scale[path] = torch.zeros(capacity, device=device)
 
     @classmethod
-    def of(cls, adapters, shapes, dtype=torch.float32, device=None, alloc_B=None):
-        """A pool just large enough, on the Linears that at least one of the adapters sits on."""
+    def of(
+        cls,
+        adapters: list[Adapter],
+        shapes: dict[str, tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        alloc_B: Callable[..., torch.Tensor] | None = None,
+    ) -> "Pool":
+        """A pool just large enough, for the Linears that at least one of the adapters adapts."""
         pool = cls._for(adapters, shapes, dtype, device, alloc_B)
         for adapter in adapters:
             pool.add(adapter)
         return pool
 
     @classmethod
-    def load(cls, folders, shapes, dtype=torch.float32, device=None, resident=0, alloc_B=None):
+    def load(
+        cls,
+        folders: dict[str, Path],
+        shapes: dict[str, tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        resident: int = 0,
+        alloc_B: Callable[..., torch.Tensor] | None = None,
+    ) -> "Pool":
         """The same from {name: PEFT folder}; one adapter at a time is in memory beside the pool.
-        Where `resident` is given and smaller than their number, the pool is limited to so many
-        slots and the others are left on disk."""
+        `resident`, where it isn't 0, is the pool's limit: the other adapters are left on disk."""
         headers = [load_adapter(path, name, shapes, header=True) for name, path in folders.items()]
         capacity = min(resident or len(headers), len(headers))
         pool = cls._for(headers, shapes, dtype, device, alloc_B, capacity)
@@ -77,62 +101,69 @@ class Pool:
 
     @classmethod
     def _for(cls, adapters, shapes, dtype, device, alloc_B, capacity=0):
-        used = {path for adapter in adapters for path in adapter.A}
+        used = set()
+        for adapter in adapters:
+            used |= adapter.A.keys()
         shapes = {path: shape for path, shape in shapes.items() if path in used}
         rank = max(adapter.rank for adapter in adapters)
         return cls(shapes, capacity or len(adapters), rank, dtype, device, alloc_B)
 
     @property
-    def names(self):
-        """Adapter names by slot order, those on disk behind them."""
-        return sorted(
-            self.members, key=lambda name: (self.members[name].slot is None, self.members[name].slot or 0)
-        )
+    def names(self) -> list[str]:
+        """Adapter names in the order of their slots, then those on disk."""
+
+        def order(name):
+            slot = self.members[name].slot
+            return math.inf if slot is None else slot
+
+        return sorted(self.members, key=order)
 
     @property
-    def resident(self):
+    def resident(self) -> list[str]:
         """Names of the adapters that are in slots, those needed longest ago first."""
-        return [name for name in self._used if name in self.members and self.members[name].slot is not None]
+        members = self.members
+        return [n for n in self._used if n in members and members[n].slot is not None]
 
-    def member(self, name):
+    def member(self, name: str) -> Member:
         """The Member `name`. Raises InputError with the nearest names."""
         if name not in self.members:
             hint = nearest(name, self.members) or (": " + ", ".join(self.names[:50]))
             raise InputError(f"no adapter {name!r} in the pool{hint}")
         return self.members[name]
 
-    def slot(self, name):
-        """The slot of adapter `name`, which is fetched from disk where it must. Raises InputError."""
+    def slot(self, name: str) -> int:
+        """The slot of adapter `name`, loaded from disk if it has none. Raises InputError."""
         if self.member(name).slot is None:
             self.need([name])
         return self.members[name].slot
 
-    def need(self, names):
-        """Has all of `names` in slots at once; where there is no room, those needed longest ago
-        leave. Raises InputError for more names than slots, before anything is changed."""
+    def need(self, names: Iterable[str]) -> None:
+        """Brings all of `names` into slots at once; where there is no room, those needed longest
+        ago leave. Raises InputError for more names than slots, before anything is changed."""
         names = list(dict.fromkeys(names))
         for name in names:
             self.member(name)
         if len(names) > self.capacity:
-            raise InputError(
-                f"{len(names)} adapters are needed at once, {self.capacity} fit: --resident {len(names)}"
-            )
+            count = len(names)
+            found = f"{count} adapters are needed at once, {self.capacity} fit"
+            raise InputError(f"{found}: --resident {count}")
         for name in names:
             if name in self._used:
                 self._used.remove(name)
             self._used.append(name)  # so that none of them leaves for another
         for name in names:
-            if self.members[name].slot is None:
-                known = self.members[name]
-                adapter = load_adapter(known.adapter.folder, name, self.shapes, quiet=known.hash is not None)
-                self.members[name] = Member(
-                    self._fill(self._free_slot(), adapter), adapter.hash, _light(adapter)
-                )
+            member = self.members[name]
+            if member.slot is None:
+                loaded_before = member.hash is not None
+                folder = member.adapter.folder
+                adapter = load_adapter(folder, name, self.shapes, quiet=loaded_before)
+                slot = self._fill(self._free_slot(), adapter)
+                self.members[name] = Member(slot, adapter.hash, _light(adapter))
 
-    def add(self, adapter):
-        """Puts the adapter into a free slot and returns the slot; grows capacity or rank where it
-        must. Where the limit is reached and no slot is free it stays on disk: None. Raises
-        InputError where it isn't there either."""
+    def add(self, adapter: Adapter) -> int | None:
+        """Puts the adapter into a free slot and returns the slot; raises capacity or rank where
+        needed. Where the limit is reached the adapter stays on disk, and None is returned. Raises
+        InputError where it isn't on disk."""
         if adapter.name in self.members:
             first = self.members[adapter.name].adapter.folder
             raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
@@ -141,9 +172,8 @@ class Pool:
         larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
         waits = full and larger == self.capacity
         if waits and not adapter.folder:
-            raise InputError(
-                f"adapter {adapter.name}: all {self.capacity} slots are taken, and no folder to wait in"
-            )
+            taken = f"all {self.capacity} slots are taken"
+            raise InputError(f"adapter {adapter.name}: {taken}, and no folder to wait in")
         self._cover(adapter)
         if adapter.rank > self.rank or larger > self.capacity:
             self._grow(larger, max(self.rank, adapter.rank))
@@ -154,31 +184,31 @@ class Pool:
         return slot
 
     def _cover(self, adapter):
-        """Stacks for Linears that no adapter sat on so far; whoever holds the others has to look
-        for them."""
+        """Adds stacks for Linears that no adapter has adapted so far. Holders of the other stacks
+        don't see these: they are new tensors."""
         like = next(iter(self.A.values()))
-        shapes = {p: (len(adapter.B[p]), a.shape[1]) for p, a in adapter.A.items() if p not in self.A}
+        shapes = {}
+        for path, a in adapter.A.items():
+            if path not in self.A:
+                shapes[path] = (len(adapter.B[path]), a.shape[1])
         more = Pool(shapes, self.capacity, self.rank, like.dtype, like.device, self.alloc_B)
-        for mine, new in (
-            (self.shapes, shapes),
-            (self.A, more.A),
-            (self.B, more.B),
-            (self.scale, more.scale),
-        ):
-            mine.update(new)
+        self.shapes.update(shapes)
+        self.A.update(more.A)
+        self.B.update(more.B)
+        self.scale.update(more.scale)
 
     def _free_slot(self):
-        """A slot without an adapter; where there is none, the one needed longest ago leaves its
-        own."""
-        free = set(range(self.capacity)) - {m.slot for m in self.members.values()}
+        """A slot without an adapter; where there is none, the adapter needed longest ago leaves."""
+        free = set(range(self.capacity)) - {member.slot for member in self.members.values()}
         if not free:
             free = {self._empty(self.resident[0])}
         return min(free)
 
     def _fill(self, slot, adapter):
         for path, a in adapter.A.items():
-            self.A[path][slot, : a.shape[0]] = a
-            self.B[path][slot, :, : a.shape[0]] = adapter.B[path]
+            r = len(a)
+            self.A[path][slot, :r] = a
+            self.B[path][slot, :, :r] = adapter.B[path]
             self.scale[path][slot] = adapter.scale[path]
         self.version += 1
         return slot
@@ -194,45 +224,47 @@ class Pool:
         self.version += 1
         return slot
 
-    def remove(self, name):
-        """Takes an adapter out. Raises InputError where there is none of that name."""
+    def remove(self, name: str) -> None:
+        """Removes an adapter from the pool. Raises InputError where there is none of that name."""
         if self.member(name).slot is not None:
             self._empty(name)
         del self.members[name]
 
     def _grow(self, capacity, rank):
-        """Larger stacks under the same tensor objects, so that their holders follow."""
+        """Makes the stacks larger under the same tensor objects, so that their holders follow."""
         like = next(iter(self.A.values()))
         bigger = Pool(self.shapes, capacity, rank, like.dtype, like.device, self.alloc_B)
         for path in self.A:
             bigger.A[path][: self.capacity, : self.rank] = self.A[path]
             bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
             bigger.scale[path][: self.capacity] = self.scale[path]
-            for old, new in zip(
-                (self.A, self.B, self.scale), (bigger.A, bigger.B, bigger.scale), strict=True
-            ):
-                old[path].data = new[path]
+            self.A[path].data = bigger.A[path]
+            self.B[path].data = bigger.B[path]
+            self.scale[path].data = bigger.scale[path]
         self.capacity = capacity
         self.rank = rank
 
-    def adapter(self, name):
-        """The adapter as its slot holds it now, at its own rank and modules: for saving what was
-        trained."""
+    def adapter(self, name: str) -> Adapter:
+        """A copy of the adapter as its slot holds it now, without padding; for saving it."""
         slot = self.slot(name)
         member = self.members[name].adapter
-        ranks = {p: _pattern(member.config.get("rank_pattern"), p, member.config["r"]) for p in member.scale}
-        A = {p: self.A[p][slot, :r].detach().clone() for p, r in ranks.items()}
-        B = {p: self.B[p][slot, :, :r].detach().clone() for p, r in ranks.items()}
-        return Adapter(name, A, B, member.scale, member.config, member.samples, member.folder)
+        config = member.config
+        A = {}
+        B = {}
+        for path in member.scale:
+            r = _pattern(config.get("rank_pattern"), path, config["r"])
+            A[path] = self.A[path][slot, :r].detach().clone()
+            B[path] = self.B[path][slot, :, :r].detach().clone()
+        return Adapter(name, A, B, member.scale, config, member.samples, member.folder)
 
 
-def zeros(*size, **options):
-    """torch's own layout of a stack."""
+def zeros(*size: int, **options) -> torch.Tensor:
+    """A zero stack in torch's default memory layout."""
     return torch.zeros(size, **options)
 
 
-def alloc_B_of(model):
-    """How a pool lays out B for this model: the model's own way, where it has one."""
+def alloc_B_of(model: Llama) -> Callable[..., torch.Tensor]:
+    """The function by which a pool allocates B for this model: the model's alloc_B, or zeros."""
     return getattr(model, "alloc_B", zeros)
 
 

@@ -1,8 +1,8 @@
-"""`train.py gates`: trains what chooses among the adapters of a pool, token by token. The kinds are
-in methods/.
+"""`train.py gates`: trains gates, which choose among a pool's adapters token by token.
 
-The base stays frozen, and so do the adapters but with --adapters_too. Every kind learns from the LM
-loss; MeteoRA's also from its gate term, which tells each gate the task's own adapter.
+The kinds of gates are in methods/. The base stays frozen, and so do the adapters unless
+--adapters_too. Every kind learns from the LM loss; MeteoRA's also from its gate term, which tells
+each gate the task's own adapter.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from common.devices import DTYPES
 from common.files import InputError
 from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
+from model import Llama
 from pool.adapters import linear_shapes, save_adapter
-from pool.folder import PoolFolder, check_pool, read_pool, write_pool
+from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import parameters_of, save_gates
-from pool.load import load_base
-from pool.slots import Pool, alloc_B_of
+from pool.slots import Pool
 from tasks.composites import check_composite, compose
-from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
-from training.adapters import trained
+from tasks.folders import Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
+from training.adapters import pool_params, trained
+from training.inputs import bound_to, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, hidden_states, lm_losses, required
 
 
@@ -32,34 +33,29 @@ class GatesRun(Run):
 
     tasks: str = ""  # folder of task folders, one named like each adapter
     pool: str = ""  # pool folder with the adapters
-    share: float = 1.0  # of the tasks: the others and their adapters are never seen, nor chosen
-    kind: str = "meteora"  # of gate: a file of methods/ each
+    share: float = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
+    kind: str = "meteora"  # kind of gate; each is a file of methods/
     top_k: int = 2  # adapters a token uses (meteora, moe)
-    gate_temperature: Above0 = 1.0  # of the softmax over the k
-    lm_weight: NotNegative = 1.0  # of the LM loss; without effect at top-1, where it gives gates no gradient
-    beta: NotNegative = 50.0  # of the gate term (the paper's reported runs); meteora only
-    fit: Literal["", "own", "routed"] = (
-        ""  # fit to features, each task through its own adapter or as the gates route
-    )
+    gate_temperature: Above0 = 1.0  # temperature of the softmax over the k
+    lm_weight: NotNegative = 1.0  # weight of the LM loss, which gives top-1 gates no gradient
+    beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs); meteora only
+    fit: Literal["", "own", "routed"] = ""  # fit to features, with a task's own adapter or routed
     l2: NotNegative = 1e-4  # weight penalty of the fit
-    adapters_too: str = (
-        ""  # train the adapters as well, as MeteoRA's released script does, and write this pool
-    )
-    adapter_lr: NotNegative = 1e-4  # their peak learning rate
-    composite: float = (
-        0.0  # share of the examples that come as composites, up to --max_length tokens of them in one
-    )
+    adapters_too: str = ""  # also train the adapters, as MeteoRA's script does, and write this pool
+    adapter_lr: NotNegative = 1e-4  # peak learning rate of the adapters
+    composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
     max_length: int = 512  # longer examples are left out; at most the model's context
     batch_size: Count = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 7e-3  # peak learning rate
     clip: NotNegative = 0.3  # largest gradient norm, 0 = no clipping
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved gates and adapters
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved gates and adapters
 
 
-def train_gates(args, kinds):
-    """Trains a kind of gate over all adapters of a pool and writes POOL/gates/NAME.safetensors.
-    `kinds` {--kind: class of methods/}, each a protocol.Trained; one that --fit goes with has
-    fit()."""
+def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
+    """Trains a kind of gate over the adapters of a pool; writes POOL/gates/NAME.safetensors.
+
+    `kinds` {--kind: class of methods/}, each a protocol.Trained; fit() is what --fit needs.
+    """
     kind = kinds[args.kind]
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
@@ -67,20 +63,14 @@ def train_gates(args, kinds):
     kind.check_run(args, names)
     check_composite(args.composite, args.batch_size)
     if args.adapters_too and Path(args.adapters_too).resolve() == known.path.resolve():
-        raise InputError(f"--adapters_too is {args.adapters_too}, the pool itself: name another folder")
-    model = load_base(args.model, args.dtype, args.device)
-    tokenizer = Tokenizer(args.model)
-    args.max_length = min(args.max_length, model.config.max_position_embeddings)
-    check_pool(known, model, args, known.template)
-    dtype = torch.float32 if args.adapters_too else model.head_weight.dtype
-    folders = {name: known.adapters[name] for name in names}
+        found = f"{args.adapters_too}, the pool itself"
+        raise InputError(f"--adapters_too is {found}: name another folder")
+    dtype = torch.float32 if args.adapters_too else None
+    model, tokenizer, pool = load_with_pool(args, known, names, dtype)
     shapes = linear_shapes(model)
-    pool = Pool.load(folders, shapes, dtype, model.head_weight.device, alloc_B=alloc_B_of(model))
     folder = Path(args.adapters_too or known.path)
     file = folder / "gates" / f"{kind.run_name(args)}.safetensors"
-    run = folder / "runs" / kind.run_folder(args)
-    bound = [f"{name} {pool.members[name].hash}" for name in pool.names]
-    checkpoint = Checkpoint(run, args, [*bound, f"base {model.fingerprint}"])
+    checkpoint = Checkpoint(folder / "runs" / kind.run_folder(args), args, bound_to(model, pool))
     if checkpoint.finished:
         return finished(checkpoint)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
@@ -96,15 +86,22 @@ def train_gates(args, kinds):
     checkpoint.finish(file)
 
 
-def train_by_steps(kind, model, pool, tokenizer, examples, template, checkpoint, args):
+def train_by_steps(
+    kind: type,
+    model: Llama,
+    pool: Pool,
+    tokenizer: Tokenizer,
+    examples: dict[str, list[Example]],
+    template: str,
+    checkpoint: Checkpoint,
+    args: GatesRun,
+) -> dict[str, torch.nn.Module]:
     """Trains gates by gradient steps; returns {module path: gate}."""
     gates, gate_loss, prompt = kind.attach_for_training(model, pool, args)
     params = parameters_of(gates)
     rates = {}
     if args.adapters_too:
-        stacks = {
-            f"{path}.{n}": stack[path] for n, stack in (("A", pool.A), ("B", pool.B)) for path in pool.A
-        }
+        stacks = pool_params(pool)
         rates = dict.fromkeys(stacks, args.adapter_lr / args.lr if args.lr else 0.0)
         params |= stacks
     compile_for(model, args, pick(examples, 0, args))
@@ -119,14 +116,22 @@ def train_by_steps(kind, model, pool, tokenizer, examples, template, checkpoint,
     return gates
 
 
-def gates_step(model, pool, gate_loss, prompt, picked, args):
-    """Forward and backward of one step; returns the losses, and MeteoRA's gates' top-1 accuracy
-    over all tokens. `prompt` is SMEAR's, which needs whole rows, else None."""
-    use_lm = gate_loss is None or (args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too != ""))
+def gates_step(
+    model: Llama, pool: Pool, gate_loss, prompt, picked: list[Example], args: GatesRun
+) -> dict[str, float]:
+    """Forward and backward of one step -> {name: loss}, "right" the gates' top-1 accuracy.
+
+    `gate_loss` is MeteoRA's GateLoss or None; `prompt` is SMEAR's PromptMask, which needs whole
+    rows, or None.
+    """
+    lm_trains = args.top_k > 1 or args.adapters_too != ""
+    use_lm = gate_loss is None or (args.lm_weight > 0 and lm_trains)
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
-    seen = {"lm_loss": 0.0, "gate_loss": 0.0, "right": 0.0}
+    seen = {"lm_loss": 0.0} if use_lm else {}
+    if gate_loss:
+        seen |= {"gate_loss": 0.0, "right": 0.0}
     padded = prompt is not None
     for some in micro_batches(picked, args.micro_tokens, padded):
         batch = collate(some, model.head_weight.device)
@@ -134,6 +139,7 @@ def gates_step(model, pool, gate_loss, prompt, picked, args):
             prompt.mask = batch.prompt
         if use_lm:
             lm_loss = lm_losses(model, batch, padded).sum() / n_response
+            seen["lm_loss"] += lm_loss.item()
         else:
             lm_loss = hidden_states(model, batch, padded).new_zeros(())
         loss = args.lm_weight * lm_loss.float()
@@ -145,14 +151,11 @@ def gates_step(model, pool, gate_loss, prompt, picked, args):
             seen["gate_loss"] += gate_term.item()
             seen["right"] += float(right.float().mean()) / n
         loss.backward()
-        seen["lm_loss"] += lm_loss.item()
-    kept = (["lm_loss"] if use_lm else []) + (["gate_loss", "right"] if gate_loss else [])
-    return {key: seen[key] for key in kept}
+    return seen
 
 
-def save_pool(known, pool, shapes, args):
-    """Writes the trained adapters as a pool of their own; returns it as loaded, for the gates to be
-    bound to."""
+def save_pool(known: PoolFolder, pool: Pool, shapes: dict, args: GatesRun) -> Pool:
+    """Writes the trained adapters as a new pool and loads it: gates are bound to its hashes."""
     folder = Path(args.adapters_too)
     paths = {name: folder / "adapters" / name for name in pool.names}
     for name, path in paths.items():

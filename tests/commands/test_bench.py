@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import TrainBench, in_turn, spread
+from bench import TrainBench
 from common.files import InputError
-from evaluation.timed import InSubprocess, adapters_trainer, examples, steps_of, with_requests
+from evaluation.measure import InSubprocess, in_turn, spread
+from evaluation.timed import adapters_trainer, examples, steps_of, with_requests
 from helpers_commands import command
 from helpers_training import write_tasks
 from moe_lora import attached

@@ -108,8 +108,8 @@ def test_the_table_shows_what_the_results_hold():
         "| task | n | base | oracle |",
         "|---|---|---|---|",
         "| t (bleu) | 7 | 12.3 [1.0, 31.0] | 50.0 [20.0, 80.0] |",
-        "| mean | | 12.3 ± 15.0 | 50.0 ± 30.0 |",
-        "| of the oracle | | 24.7 % | 100.0 % |",
+        "| mean |  | 12.3 ± 15.0 | 50.0 ± 30.0 |",
+        "| of the oracle |  | 24.7 % | 100.0 % |",
     ]
 
 

@@ -3,6 +3,7 @@ command's face."""
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -139,14 +140,13 @@ def test_values_are_checked_for_importers_too(mole):
     """Importers meet the same bad values as the command line; unchecked, they sample from NaN
     without a word."""
     assert answer(mole, []) == []
-    bad = [{"temperature": -1.0}, {"top_k": 0}, {"gate_temperature": 0.0}, {"top_p": 0.0}]
-    for options in [*bad, {"method": ["base"] * 2}]:
+    bad = [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"stop": [""]}, {"method": ["base"] * 2}]
+    for options in [*bad, {"gate_temperature": 1e-46}, {"gate_temperature": math.inf}]:
         with pytest.raises(InputError):
             answer(mole, "the fox", **options)
-    for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-40, "method": "meteora"}):
-        greedy = answer(
-            mole, "the fox", max_new_tokens=5, **options
-        )  # the limit of both is the largest alone
+    for options in ({"temperature": 1e-40}, {"gate_temperature": 1e-6, "method": "meteora"}):
+        # The limit of both is the largest alone.
+        greedy = answer(mole, "the fox", max_new_tokens=5, **options)
         assert greedy == answer(mole, "the fox", max_new_tokens=5, **options | {"temperature": 0.0})
 
 
