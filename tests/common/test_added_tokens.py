@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.files import InputError
 from common.tokenizer import TextStream, Tokenizer
@@ -28,6 +30,7 @@ def folder_with(folder, kind="sentencepiece", added=None, special=None, **config
 PIECES = {0: token("<unk>"), 1: token("<s>"), 2: token("</s>")}
 CHATML = {331: token("<|im_start|>"), 332: token("<|im_end|>")}
 TOOLS = {333: token("<tool>", special=False), 334: token("<tool_end>", special=False)}
+TOOLS |= {335: token("<tool", special=False)}  # the longest one counts
 STRIP = {
     331: token("<left>", lstrip=True),
     332: token("<right>", rstrip=True),
@@ -37,6 +40,10 @@ STRIP = {
 SOURCES = {
     "added_tokens_decoder": {
         "added_tokens_decoder": PIECES | CHATML | TOOLS,
+        "eos_token": "<|im_end|>",
+    },
+    "an EOS that its entry calls ordinary": {
+        "added_tokens_decoder": PIECES | {331: token("<|im_end|>", special=False)},
         "eos_token": "<|im_end|>",
     },
     "added_tokens.json": {
@@ -91,6 +98,28 @@ def test_added_tokens_are_those_of_transformers(tmp_path, source):
 
 def both(folder):
     return Tokenizer(folder), transformers_llama(folder)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Both tokenizers of a folder with special, shown and stripping tokens."""
+    folder = tmp_path_factory.mktemp("mixed") / "t"
+    return both(folder_with(folder, legacy=False, added_tokens_decoder=PIECES | STRIP))
+
+
+WORDS = [*(entry["content"] for entry in (PIECES | STRIP).values()), "the", "fox", " ", "\n", "日", "_"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(st.sampled_from(WORDS), max_size=9))
+def test_any_text_with_added_tokens(mixed, words):
+    """Added tokens beside each other, at the ends, inside words and amid white space. (transformers
+    leaves out sentencepiece's space where a text begins with one: none does here.)"""
+    ours, theirs = mixed
+    text = "".join(words).lstrip(" ")
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text, start=False) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
