@@ -34,9 +34,7 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             self.backend = _Json(folder / "tokenizer.json", added)
         elif (folder / "tokenizer.model").exists():
-            # Folders without this field are older than it: their models were trained the old way.
-            legacy = self.config.get("legacy") is not False
-            self.backend = _SentencePiece(folder / "tokenizer.model", added, legacy)
+            self.backend = _SentencePiece(folder / "tokenizer.model", added, self._legacy())
         else:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
@@ -45,6 +43,13 @@ class Tokenizer:
         adds_bos = self.config.get("add_bos_token", self.backend.adds_bos)
         self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
+
+    def _legacy(self):
+        """Folders without this field are older than it: their models were trained the old way."""
+        legacy = self.config.get("legacy")
+        if not isinstance(legacy, (bool, type(None))):
+            raise InputError(f"{self.config_file}: legacy is {legacy!r}, expected true or false")
+        return legacy is not False
 
     def _special(self, name):
         token = self.special_tokens.get(name)

@@ -96,6 +96,12 @@ def test_added_tokens_are_those_of_transformers(tmp_path, source):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
 
 
+def test_legacy_is_true_or_false(tmp_path):
+    """The text "false" would count as true, and a space come before each part."""
+    with pytest.raises(InputError, match="legacy is 'false'"):
+        Tokenizer(folder_with(tmp_path / "t", legacy="false"))
+
+
 def both(folder):
     return Tokenizer(folder), transformers_llama(folder)
 
