@@ -12,6 +12,7 @@ continues a killed run, bit for bit as if it had not stopped. A run's options, l
 are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -34,16 +35,25 @@ KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", ""
 COMMANDS = {
     "base": (BaseRun, train_base, check_heads),
     "adapters": (AdaptersRun, partial(train_adapters, sampling=SAMPLING), check_adapter_options),
-    "gates": (GatesRun, partial(train_gates, kinds=KINDS), None),
+    "gates": (KINDS[GatesRun.kind].Run, partial(train_gates, kinds=KINDS), None),
     "lorahub": (LorahubRun, train_lorahub, None),
     "retriever": (RetrieverRun, train_retriever, None),
     "router": (RouterRun, train_router, check_router_options),
 }
 
 
+def asked_kind() -> str:
+    """What --kind is on the command line: a kind of gate may have options of its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--kind", nargs="?", default=GatesRun.kind)
+    return parser.parse_known_args()[0].kind
+
+
 def main() -> None:
     """The command: reads and checks a run's options, and trains."""
     commands = {name: cls for name, (cls, *_) in COMMANDS.items()}
+    if (kind := asked_kind()) in KINDS:
+        commands["gates"] = KINDS[kind].Run
     about = "Train a base, adapters, and what chooses among them."
     choices = {"kind": KINDS, "joint": ("", *SAMPLING)}
     command, args = parse_command(commands, description=about, choices=choices)

@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Markdown tables: a header and rows of cells."""
 
 from collections.abc import Iterable
 

@@ -151,7 +151,7 @@ class Batch:
 
 
 def tokens_until_full(mole: Mole, length: int) -> int:
-    """How many tokens a prompt of `length` tokens gets at most before the context is full."""
+    """The most tokens that an answer to a prompt of `length` tokens can have."""
     return max(mole.model.config.max_position_embeddings - length, 0) + 1
 
 

@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from common.files import InputError
 from common.options import numbers
 from common.tokenizer import Tokenizer
 from evaluation.peers import has, hf_llama, peft_llama, peft_trainer
-from methods.meteora import GateLoss
+from methods.meteora import MeteoraRun, MeteoraTraining
 from methods.ramole import RouterLoRA, candidate_rows, router_loras, set_candidates
 from model import Llama, LlamaConfig
 from moe_lora import KnownAdapterGate, MeteoraGate, SampleGate, attach, attached, set_gates
@@ -29,7 +30,7 @@ from pool.load import TINY, compile_blocks, load_base, make_fast
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
-from training.gates import GatesRun, gates_step
+from training.gates import gates_step
 
 LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -339,11 +340,7 @@ def gates_trainer(args, backend: str) -> Trainer:
         gates[path] = linear.gate.inner.float().requires_grad_()
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
     learnt = examples(args, random_names(args.gated), model.config.vocab_size)
-    run = GatesRun(model="", tasks="", pool="", top_k=args.k)
-    loss = GateLoss(gates)
+    run = MeteoraRun(model="", tasks="", pool="", top_k=args.k)
+    training = MeteoraTraining(model, pool, gates, run)
     params = list(parameters_of(gates).values())
-
-    def step(picked):
-        return gates_step(model, pool, loss, None, picked, run)
-
-    return Trainer(params, step, steps_of(args, learnt))
+    return Trainer(params, partial(gates_step, training), steps_of(args, learnt))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from methods.protocol import Gated, member_mask
 from methods.session import Mole
-from moe_lora import Mixture
+from moe_lora import AX, Mixture
 from pool.stacks import factored_svd
 
 
@@ -42,7 +42,7 @@ class ArrowGate(nn.Module):
         self.k = min(k, int(known.sum()))
         self.temperature = temperature
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of k adapters a token."""
         logits = F.linear(x.float(), self.prototypes.float()).abs()  # (n, e)
         logits = logits.masked_fill(~self.known, float("-inf"))

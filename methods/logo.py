@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.files import InputError
 from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
-from moe_lora import Mixture, attach, detach
+from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
 from pool.slots import Pool
 
@@ -46,7 +46,7 @@ class LogoProbe(nn.Module):
         self.method = method
         self.score = None
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> a Mixture of weight 0; keeps `score`."""
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
         v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]

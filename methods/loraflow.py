@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.protocol import TrainedGates, member_mask
-from moe_lora import Mixture
+from moe_lora import AX, Mixture
 from pool.slots import Pool
 
 
@@ -31,7 +31,7 @@ class LoRAFlowGate(nn.Module):
         self.register_buffer("known", known, persistent=False)
         self.mixture = None
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of all e adapters."""
         logits = F.linear(x.float(), self.weight.float())  # (n, e)
         logits = logits.masked_fill(~self.known, float("-inf"))
@@ -50,7 +50,7 @@ class SharedMixture(nn.Module):
         super().__init__()
         self.leader = (leader,)  # in a tuple it is no submodule: counted, saved and moved once
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """The layer's Mixture."""
         return self.leader[0].mixture
 

@@ -13,17 +13,83 @@ a backward pass through the network.
 
 import sys
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import InputError
+from common.options import NotNegative
 from methods.protocol import TrainedGates, check_top_k
 from methods.session import Mole
-from moe_lora import MeteoraGate, Mixture, attach, detach, meteora_gates
+from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
 from pool.slots import Pool
-from tasks.folders import collate, pick
+from tasks.folders import Batch, collate, pick
+from training.gates import GatesRun, GatesTraining
+from training.loop import hidden_states
+
+
+@dataclass
+class MeteoraRun(GatesRun):
+    """Options of `train.py gates --kind meteora`."""
+
+    beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs)
+    fit: Literal["", "own", "routed"] = ""  # fit to features, with a task's own adapter or routed
+    l2: NotNegative = 1e-4  # weight penalty of the fit
+
+
+class GateLoss:
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits
+    against the task's own adapter, over all labelled tokens (beta * this is added to the LM loss).
+
+    Gates keep the logits of their last forward until remove().
+    """
+
+    def __init__(self, gates: dict[str, MeteoraGate]):
+        self.gates = list(gates.values())
+        for gate in self.gates:
+            gate.keep_logits = True
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
+        for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
+        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
+        return total, (logits.argmax(-1) == labels).sum(-1)
+
+    def remove(self) -> None:
+        """Gates keep no logits any more."""
+        for gate in self.gates:
+            gate.keep_logits = False
+            gate.logits = None
+
+
+class MeteoraTraining(GatesTraining):
+    """MeteoRA's loss: the LM loss and beta times the gate term."""
+
+    def __init__(self, model, pool: Pool, gates: dict[str, MeteoraGate], args):
+        super().__init__(model, pool, gates, args)
+        self.gate_loss = GateLoss(gates)
+
+    def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
+        """See GatesTraining; "right" is the gates' top-1 accuracy over all tokens."""
+        args = self.args
+        if args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too):
+            loss, shown = super().loss(batch, n, n_response)
+        else:  # the LM loss has no gradient
+            loss = hidden_states(self.model, batch).new_zeros((), dtype=torch.float32)
+            shown = {}
+        labels = batch.slots(self.pool)[batch.real]
+        mean, right = self.gate_loss(labels)
+        gate_term = mean * (labels >= 0).sum() / n
+        shown |= {"gate_loss": gate_term.item(), "right": float(right.float().mean()) / n}
+        return loss + args.beta * gate_term, shown
+
+    def finish(self) -> None:
+        """Gates keep no logits any more."""
+        self.gate_loss.remove()
 
 
 class Meteora(TrainedGates):
@@ -34,6 +100,9 @@ class Meteora(TrainedGates):
     about = "MeteoRA's gates, k adapters a token (meteora: --top_k of them)"
     paper = "2405.13053"
     kind = "meteora"
+    Run = MeteoraRun
+    Training = MeteoraTraining
+    trains_adapters = True
     gates_know_tasks = True
     new_gates = staticmethod(meteora_gates)
 
@@ -95,41 +164,9 @@ class Meteora(TrainedGates):
             raise InputError("--fit trains no adapters: leave out --adapters_too")
 
     @classmethod
-    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
-        """MeteoraGates of zero, and their GateLoss."""
-        gates, _, prompt = super().attach_for_training(model, pool, args)
-        return gates, GateLoss(gates), prompt
-
-    @classmethod
-    def fit(cls, model, pool: Pool, examples: list, args) -> dict[str, nn.Module]:
-        """fit_gates()."""
-        return fit_gates(model, pool, examples, args)
-
-
-class GateLoss:
-    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits
-    against the task's own adapter, over all labelled tokens (beta * this is added to the LM loss).
-
-    Gates keep the logits of their last forward until remove().
-    """
-
-    def __init__(self, gates: dict[str, MeteoraGate]):
-        self.gates = list(gates.values())
-        for gate in self.gates:
-            gate.keep_logits = True
-
-    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
-        for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
-        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
-        return total, (logits.argmax(-1) == labels).sum(-1)
-
-    def remove(self) -> None:
-        """Gates keep no logits any more."""
-        for gate in self.gates:
-            gate.keep_logits = False
-            gate.logits = None
+    def fit(cls, model, pool: Pool, examples: list, args) -> dict[str, MeteoraGate] | None:
+        """fit_gates() with --fit, else None."""
+        return fit_gates(model, pool, examples, args) if args.fit else None
 
 
 # Fitting to features ------------------------------------------------------------------------------
@@ -150,7 +187,7 @@ class FittingGate(nn.Module):
         self.shared = shared
         self.own = own
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of the adapters that the next gates shall see."""
         s = self.shared
         half = s["half"][sample]

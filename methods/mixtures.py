@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.files import InputError
 from kernels import linear_in
 from methods.protocol import TrainedGates, check_top_k
-from moe_lora import Mixture, meteora_gates
+from moe_lora import AX, Mixture, meteora_gates
 from pool.slots import Pool
 
 
@@ -50,7 +50,7 @@ class MoEGate(nn.Module):
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of k adapters a token."""
         logits = self.linear_in(x, self.weight, torch.float32)  # (n, e)
         logits = logits.masked_fill(~self.known, float("-inf"))

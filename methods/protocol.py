@@ -26,6 +26,7 @@ from moe_lora import attach
 from pool.adapters import Adapter
 from pool.gate_files import GateFile
 from pool.slots import Pool
+from training.gates import GatesRun, GatesTraining
 
 
 class Method:
@@ -144,6 +145,9 @@ class Trained(Method):
     """A method with a file POOL/gates/NAME.safetensors, from `train.py gates --kind KIND`."""
 
     kind = ""  # as --kind names it
+    Run = GatesRun  # its options
+    Training = GatesTraining  # its loss
+    trains_adapters = False  # goes with --adapters_too
     trained_on_pool = True
 
     def check(self, mole: Mole) -> None:
@@ -172,8 +176,8 @@ class Trained(Method):
     @classmethod
     def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for options that don't go with this kind; `names` are the adapters."""
-        if args.fit or args.adapters_too:
-            raise InputError(f"--kind {cls.kind}: --fit and --adapters_too are for meteora")
+        if args.adapters_too and not cls.trains_adapters:
+            raise InputError(f"--kind {cls.kind} trains no adapters: leave out --adapters_too")
 
     @classmethod
     def kept_k(cls, args, names: list[str]) -> int:
@@ -181,9 +185,14 @@ class Trained(Method):
         return len(names)
 
     @classmethod
-    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
-        """Attaches new gates -> ({module path: gate}, gate loss or None, prompt mask or None)."""
-        raise AttributeError(f"{cls.__name__} has no attach_for_training()")
+    def fit(cls, model, pool: Pool, examples: list, args) -> dict[str, nn.Module] | None:
+        """{module path: gate} without gradient steps, where the options ask for that, else None."""
+        return None
+
+    @classmethod
+    def training(cls, model, pool: Pool, args) -> GatesTraining:
+        """Attaches new gates and returns what trains them."""
+        raise AttributeError(f"{cls.__name__} has no training()")
 
 
 class TrainedGates(Trained, Gated):
@@ -205,11 +214,11 @@ class TrainedGates(Trained, Gated):
         return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
 
     @classmethod
-    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
-        """New gates alone: they learn from the LM loss."""
+    def training(cls, model, pool: Pool, args) -> GatesTraining:
+        """Attaches new gates and returns what trains them."""
         gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
         attach(model, pool, gates)
-        return gates, None, None
+        return cls.Training(model, pool, gates, args)
 
 
 class Merged(Method):

@@ -25,7 +25,7 @@ from common.options import Count, NotNegative
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
-from moe_lora import Mixture, SampleGate, attach, attached, set_gates
+from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
 from pool.folder import read_pool
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
@@ -116,7 +116,7 @@ class RouterLoRA(nn.Module):
         inner = torch.einsum("oq,eor->eqr", self.B.to(sum_dtype(B)), B.to(sum_dtype(B)))
         return inner * scale[:, None, None].to(inner.dtype) if self.scaled else inner
 
-    def forward(self, x: Tensor, sample: Tensor, ax) -> Mixture:
+    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i), sample (n,) -> Mixture of the row's candidates."""
         inner = self._inner() if self.inner is None else self.inner
         idx = self.idx[sample]  # (n, k)

@@ -13,6 +13,8 @@ from methods.session import Mole, PromptMask
 from moe_lora import MultiLoRALinear, attach
 from pool.gate_files import GateFile
 from pool.slots import Pool
+from tasks.folders import Batch
+from training.gates import GatesTraining
 
 
 class SmearRouter(nn.Module):
@@ -65,6 +67,21 @@ def smear_routers(pool: Pool, prompt: PromptMask, known=None) -> dict[str, Smear
     return routers
 
 
+class SmearTraining(GatesTraining):
+    """Whole rows, as a router needs all of a prompt at once; routers decide by `prompt`."""
+
+    padded = True
+
+    def __init__(self, model, pool: Pool, gates: dict[str, SmearRouter], args, prompt: PromptMask):
+        super().__init__(model, pool, gates, args)
+        self.prompt = prompt
+
+    def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
+        """See GatesTraining."""
+        self.prompt.mask = batch.prompt
+        return super().loss(batch, n, n_response)
+
+
 class Smear(Trained, OwnLinears):
     """Routers of a file, in Linears of their own."""
 
@@ -92,9 +109,9 @@ class Smear(Trained, OwnLinears):
             )
 
     @classmethod
-    def attach_for_training(cls, model, pool: Pool, args) -> tuple:
-        """SmearLinears with routers of zero, and the mask that they decide by."""
+    def training(cls, model, pool: Pool, args) -> SmearTraining:
+        """Attaches SmearLinears with routers of zero."""
         prompt = PromptMask()
         routers = smear_routers(pool, prompt)
         attach(model, pool, routers, make=SmearLinear)
-        return routers, None, prompt
+        return SmearTraining(model, pool, routers, args, prompt)

@@ -72,7 +72,7 @@ def write_every_part(folder, small_model):
     named = [kind.parse(name) for kind in trained for name in kind.names]
     for number, method in enumerate(named):
         args = SimpleNamespace(top_k=method.top_k, gate_temperature=1.0)
-        gates, _, _ = method.attach_for_training(base, pool, args)
+        gates = method.training(base, pool, args).gates
         detach(base)
         for place, gate in enumerate(gates.values()):
             for param in gate.parameters():

@@ -14,6 +14,7 @@ from common.files import read_safetensors, write_json, write_jsonl
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
 from methods.lorahub import LorahubRun
+from methods.meteora import MeteoraRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
 from pool.adapters import TEMPLATE, linear_shapes, load_adapter
@@ -78,7 +79,7 @@ def options(kind, model, out, **more):
     write_random_pool(out, model)
     if kind == "lorahub":
         return LorahubRun(**paths | {"steps": 4} | more)
-    return GatesRun(**shared | {"top_k": int(kind[-1]), "batch_size": 3} | more)
+    return MeteoraRun(**shared | {"top_k": int(kind[-1]), "batch_size": 3} | more)
 
 
 def run(o, **more):

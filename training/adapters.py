@@ -45,7 +45,7 @@ class AdaptersRun(Run):
     alpha: float = 16.0  # scale is alpha / r
     dropout: float = 0.1  # LoRA dropout
     composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
-    late: float = 0.0  # share of examples whose adapter starts at a random token, as with gates
+    late_start: float = 0.0  # share of examples whose adapter starts at a random token, as with gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out; at most the model's context
@@ -122,14 +122,14 @@ def check_adapter_options(args: AdaptersRun) -> None:
     if args.name and not re.fullmatch(rf"{args.joint}[\w-]*", args.name):
         expected = f"{args.joint} and letters, digits, - or _: it becomes a folder"
         raise InputError(f"--name is {args.name!r}, expected {expected}")
-    if args.joint and args.late:
-        raise InputError("--late is for adapters that gates choose among: leave it out with --joint")
+    if args.joint and args.late_start:
+        raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
     if not 0 <= args.dropout < 0.99:
         raise InputError(f"--dropout is {args.dropout}, expected 0 or more and less than 0.99")
     if args.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
-    if not 0 <= args.late <= 1:
-        raise InputError(f"--late is {args.late}, expected 0 to 1")
+    if not 0 <= args.late_start <= 1:
+        raise InputError(f"--late_start is {args.late_start}, expected 0 to 1")
     if not math.isfinite(args.alpha) or args.alpha <= 0:
         raise InputError(f"--alpha is {args.alpha}, expected a number above 0")
     if "{prompt}" not in args.template:
@@ -197,9 +197,9 @@ def adapters_step(
         batch = collate(some, device)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
-        if args.late:  # gates can't tell the task from a prompt's first words
+        if args.late_start:  # gates can't tell the task from a prompt's first words
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
-            starts = last * (torch.rand(len(last)).to(device) / args.late - 1 / args.late + 1)
+            starts = last * (torch.rand(len(last)).to(device) / args.late_start - 1 / args.late_start + 1)
             on = on & (batch.at >= starts[batch.part])
         gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float())
         shares = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)

@@ -32,7 +32,7 @@ class BaseRun(Run):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32; saved as bfloat16
     text: str = ""  # UTF-8 text to train on, an empty line between its documents
-    vocab_size: Count = 2048  # pieces of the sentencepiece tokenizer
+    vocab_size: Count = 2048  # size of the sentencepiece vocabulary
     hidden_size: Count = 384  # width
     intermediate_size: Count = 512  # width of the MLP
     num_hidden_layers: Count = 4  # blocks

@@ -21,10 +21,10 @@ from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
 from tasks.composites import check_composite, compose
-from tasks.folders import Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
+from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
 from training.inputs import bound_to, load_with_pool
-from training.loop import Checkpoint, Run, compile_for, finished, fit, hidden_states, lm_losses, required
+from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
 
 
 @dataclass
@@ -38,9 +38,6 @@ class GatesRun(Run):
     top_k: int = 2  # adapters a token uses (meteora, moe)
     gate_temperature: Above0 = 1.0  # temperature of the softmax over the k
     lm_weight: NotNegative = 1.0  # weight of the LM loss, which gives top-1 gates no gradient
-    beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs); meteora only
-    fit: Literal["", "own", "routed"] = ""  # fit to features, with a task's own adapter or routed
-    l2: NotNegative = 1e-4  # weight penalty of the fit
     adapters_too: str = ""  # also train the adapters, as MeteoRA's script does, and write this pool
     adapter_lr: NotNegative = 1e-4  # peak learning rate of the adapters
     composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
@@ -54,7 +51,7 @@ class GatesRun(Run):
 def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     """Trains a kind of gate over the adapters of a pool; writes POOL/gates/NAME.safetensors.
 
-    `kinds` {--kind: class of methods/}, each a protocol.Trained; fit() is what --fit needs.
+    `kinds` {--kind: class of methods/}, each a protocol.Trained.
     """
     kind = kinds[args.kind]
     known = read_pool(required(args, "pool"))
@@ -74,10 +71,11 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     if checkpoint.finished:
         return finished(checkpoint)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
-    if args.fit:
-        gates = kind.fit(model, pool, examples, args)
-    else:
-        gates = train_by_steps(kind, model, pool, tokenizer, examples, known.template, checkpoint, args)
+    gates = kind.fit(model, pool, examples, args)
+    if gates is None:
+        training = kind.training(model, pool, args)
+        train_by_steps(training, tokenizer, examples, known.template, checkpoint)
+        gates = training.gates
     if args.adapters_too:
         pool = save_pool(known, pool, shapes, args)
     for param in parameters_of(gates).values():
@@ -86,72 +84,64 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     checkpoint.finish(file)
 
 
+class GatesTraining:
+    """What a run trains and by which loss: here the LM loss alone. Kinds derive their own."""
+
+    padded = False  # True: examples stay whole rows of a batch, they are not packed
+
+    def __init__(self, model: Llama, pool: Pool, gates: dict[str, torch.nn.Module], args: GatesRun):
+        self.model = model
+        self.pool = pool
+        self.gates = gates
+        self.args = args
+
+    def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """(The loss of a part of a step's examples, the values to log), as shares of the step's `n`
+        tokens and `n_response` tokens of responses."""
+        lm_loss = lm_losses(self.model, batch, self.padded).sum() / n_response
+        return self.args.lm_weight * lm_loss.float(), {"lm_loss": lm_loss.item()}
+
+    def finish(self) -> None:
+        """Called once after the last step."""
+
+
 def train_by_steps(
-    kind: type,
-    model: Llama,
-    pool: Pool,
+    training: GatesTraining,
     tokenizer: Tokenizer,
     examples: dict[str, list[Example]],
     template: str,
     checkpoint: Checkpoint,
-    args: GatesRun,
-) -> dict[str, torch.nn.Module]:
-    """Trains gates by gradient steps; returns {module path: gate}."""
-    gates, gate_loss, prompt = kind.attach_for_training(model, pool, args)
-    params = parameters_of(gates)
+) -> None:
+    """Trains the gates by gradient steps."""
+    args = training.args
+    params = parameters_of(training.gates)
     rates = {}
     if args.adapters_too:
-        stacks = pool_params(pool)
+        stacks = pool_params(training.pool)
         rates = dict.fromkeys(stacks, args.adapter_lr / args.lr if args.lr else 0.0)
         params |= stacks
-    compile_for(model, args, pick(examples, 0, args))
+    compile_for(training.model, args, pick(examples, 0, args))
 
     def step_loss(step):
-        picked = compose(pick(examples, step, args), tokenizer, template, step, args)
-        return gates_step(model, pool, gate_loss, prompt, picked, args)
+        return gates_step(training, compose(pick(examples, step, args), tokenizer, template, step, args))
 
     fit(checkpoint, params, args, step_loss, rates=rates)
-    if gate_loss:
-        gate_loss.remove()
-    return gates
+    training.finish()
 
 
-def gates_step(
-    model: Llama, pool: Pool, gate_loss, prompt, picked: list[Example], args: GatesRun
-) -> dict[str, float]:
-    """Forward and backward of one step -> {name: loss}, "right" the gates' top-1 accuracy.
-
-    `gate_loss` is MeteoRA's GateLoss or None; `prompt` is SMEAR's PromptMask, which needs whole
-    rows, or None.
-    """
-    lm_trains = args.top_k > 1 or args.adapters_too != ""
-    use_lm = gate_loss is None or (args.lm_weight > 0 and lm_trains)
+def gates_step(training: GatesTraining, picked: list[Example]) -> dict[str, float]:
+    """Forward and backward of one step -> the values to log."""
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
-    seen = {"lm_loss": 0.0} if use_lm else {}
-    if gate_loss:
-        seen |= {"gate_loss": 0.0, "right": 0.0}
-    padded = prompt is not None
-    for some in micro_batches(picked, args.micro_tokens, padded):
-        batch = collate(some, model.head_weight.device)
-        if padded:
-            prompt.mask = batch.prompt
-        if use_lm:
-            lm_loss = lm_losses(model, batch, padded).sum() / n_response
-            seen["lm_loss"] += lm_loss.item()
-        else:
-            lm_loss = hidden_states(model, batch, padded).new_zeros(())
-        loss = args.lm_weight * lm_loss.float()
-        if gate_loss:
-            labels = batch.slots(pool)[batch.real]
-            mean, right = gate_loss(labels)
-            gate_term = mean * (labels >= 0).sum() / n
-            loss = loss + args.beta * gate_term
-            seen["gate_loss"] += gate_term.item()
-            seen["right"] += float(right.float().mean()) / n
+    shown = {}
+    for some in micro_batches(picked, training.args.micro_tokens, training.padded):
+        batch = collate(some, training.model.head_weight.device)
+        loss, values = training.loss(batch, n, n_response)
         loss.backward()
-    return seen
+        for name, value in values.items():
+            shown[name] = shown.get(name, 0.0) + value
+    return shown
 
 
 def save_pool(known: PoolFolder, pool: Pool, shapes: dict, args: GatesRun) -> Pool:

@@ -20,7 +20,7 @@ from generate import load, stream
 from helpers_commands import ROOT
 from helpers_models import make_pool, random_adapter, random_gates
 from helpers_training import examples, meteora_gates_of, pool_in_model
-from methods.meteora import GateLoss
+from methods.meteora import MeteoraTraining
 from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
 from pool.adapters import linear_shapes
 from pool.gate_files import parameters_of
@@ -236,7 +236,9 @@ def test_gradients(what, small_model, tmp_path):
     steps of other lengths must not compile again."""
     torch._dynamo.reset()
     counters.clear()
-    o = SimpleNamespace(micro_tokens=10_000, late=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too="")
+    o = SimpleNamespace(
+        micro_tokens=10_000, late_start=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too=""
+    )
     found = []
     for compiled in (False, True):
         gates = meteora_gates_of(2) if what == "gates" else None
@@ -247,12 +249,11 @@ def test_gradients(what, small_model, tmp_path):
             model.compile_blocks()
         for param in params.values():
             param.requires_grad_()
-        loss = GateLoss(gates) if what == "gates" else None
+        training = MeteoraTraining(model, pool, gates, o) if what == "gates" else None
         for picked in (examples(small_model, 2), examples(small_model, 3), examples(small_model, 1)[1:]):
-            if loss:
-                logged = gates_step(model, pool, loss, None, picked, o)
-            else:
-                logged = adapters_step(model, pool, gates, picked, o)
+            logged = (
+                gates_step(training, picked) if training else adapters_step(model, pool, gates, picked, o)
+            )
             found.append((logged, {name: param.grad.clone() for name, param in params.items()}))
     for (want, slopes), (got, compiled_slopes) in zip(found[:3], found[3:], strict=True):
         assert got == pytest.approx(want, rel=1e-4)

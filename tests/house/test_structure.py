@@ -33,7 +33,7 @@ ORACLES = {"transformers", "peft", "accelerate", "datasets"}
 # Dataclasses that are command lines: script and command -> class.
 COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
-    ("train.py", "gates"): "GatesRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
+    ("train.py", "gates"): "MeteoraRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
     ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench",
     ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
@@ -211,7 +211,9 @@ def test_importing_has_no_effects(tmp_path):
 @pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
 def test_help_explains_every_option(line):
     """Without it --help is a traceback, or an option stands there without a word on what it does."""
-    cls = getattr(import_module(line[0].removesuffix(".py").replace("/", ".")), COMMANDS[line])
+    module = import_module(line[0].removesuffix(".py").replace("/", "."))
+    cls = module.COMMANDS[line[1]][0] if line[0] == "train.py" else getattr(module, COMMANDS[line])
+    assert cls.__name__ == COMMANDS[line]
     done = command(*line, "--help")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     shown = re.sub(r"\s+", "", done.stdout)

@@ -33,7 +33,7 @@ from helpers_training import prompts as make_prompts
 from methods import lorahub as train_lorahub
 from methods.batch import set_methods
 from methods.lorahub import LorahubRun
-from methods.meteora import logistic, whitening
+from methods.meteora import MeteoraRun, logistic, whitening
 from methods.session import PromptMask
 from methods.smear import SmearLinear, smear_routers
 from model import load_llama
@@ -44,7 +44,6 @@ from pool.gate_files import load_gates, save_gates
 from tasks.folders import draw, encode, load_tasks, pick, tokenize
 from training import adapters as train_adapters
 from training import gates as train_gates
-from training.gates import GatesRun
 
 KINDS = ("soft", "loraflow", "smear")
 
@@ -65,7 +64,7 @@ def gates_run(trained, folder, **more):
         "batch_size": 4,
         "save_every": 2,
     }
-    return GatesRun(**shared | more)
+    return MeteoraRun(**shared | more)
 
 
 def log_of(pool, name):
@@ -266,12 +265,12 @@ def test_smear_trains_by_its_prompts_alone(small_model, tmp_path, monkeypatch):
     """Routers that saw the response while training would decide from what no request has."""
     seen, real = [], train_gates.gates_step
 
-    def step(model, pool, gate_loss, prompt, picked, o):
+    def step(training, picked):
         def look(linear, args):
             seen.append((len(args[0]), linear.gate.prompt.mask.clone()))
 
-        hook = next(iter(attached(model).values())).register_forward_pre_hook(look)
-        logged = real(model, pool, gate_loss, prompt, picked, o)
+        hook = next(iter(attached(training.model).values())).register_forward_pre_hook(look)
+        logged = real(training, picked)
         hook.remove()
         lengths = sorted(example.n_prompt for example in picked)
         assert sorted(n for _, mask in seen for n in mask.sum(1).tolist()) == lengths
@@ -438,7 +437,7 @@ def test_gates_see_composites(kind, small_model, tmp_path, monkeypatch):
     """An option without effect, as above: a run that resumes bit for bit may have left it out both
     times."""
     seen, step = [], train_gates.gates_step
-    monkeypatch.setattr(train_gates, "gates_step", lambda *args: seen.append(args[4]) or step(*args))
+    monkeypatch.setattr(train_gates, "gates_step", lambda *args: seen.append(args[1]) or step(*args))
     run(
         replace(
             options("top2", small_model, tmp_path / "out", steps=3), kind=kind, batch_size=12, composite=0.9
@@ -451,15 +450,23 @@ def test_gates_see_composites(kind, small_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "more", [{"fit": "own"}, {"adapters_too": "elsewhere"}], ids=lambda more: next(iter(more))
-)
-def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path):
+@pytest.mark.parametrize("option", ["--fit=own", "--beta=1", "--l2=1", "--adapters_too=elsewhere"])
+def test_what_is_for_meteora_alone_is_refused(kind, option, small_model, tmp_path, monkeypatch, capsys):
     """An option without effect is a wrong line in somebody's table."""
-    o = replace(options("top2", small_model, tmp_path / "out"), kind=kind, **more)
-    with pytest.raises(InputError, match=f"--kind {kind}: .*for meteora"):
-        run(o)
-    assert not (Path(o.pool) / "gates").exists() and not (Path(o.pool) / "runs").exists()
+    pool = write_random_pool(tmp_path / "pool", small_model)
+    paths = [
+        "--model",
+        str(small_model),
+        "--tasks",
+        str(write_tasks(tmp_path / "tasks")),
+        "--pool",
+        str(pool),
+    ]
+    with pytest.raises((InputError, SystemExit)) as end:
+        main(monkeypatch, "gates", *paths, "--kind", kind, option)
+    said = str(end.value) + capsys.readouterr().err
+    assert f"unknown option {option}" in said or f"--kind {kind} trains no adapters" in said
+    assert not (Path(pool) / "gates").exists() and not (Path(pool) / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -468,7 +475,6 @@ def test_what_is_for_meteora_alone_is_refused(kind, more, small_model, tmp_path)
         (["--kind=mixtral"], "kind"), (["--fit=all"], "fit"), (["--l2=-1"], "--l2 is -1"),
         (["--beta=nan"], "--beta is nan"), (["--lr=inf"], "--lr is inf"),
         (["--composite=2"], "--composite is 2"), (["--composite=0.5", "--fit=own"], "--composite goes with"),
-        (["--composite=0.5", "--kind=smear"], "--composite goes with"),
         (["--adapter_lr=nan"], "--adapter_lr is nan"), (["--top_k=0"], "--top_k is 0, expected 1 to 2"),
     ],
 )  # fmt: skip
@@ -479,6 +485,12 @@ def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatc
         main(monkeypatch, *argv(o), *args)
     assert words in str(end.value) + capsys.readouterr().err
     assert not (Path(o.pool) / "gates").exists()
+
+
+def test_smear_sees_one_task_a_prompt(small_model, tmp_path):
+    """A router that decides by the whole prompt can't be trained on prompts of several tasks."""
+    with pytest.raises(InputError, match="--composite goes with neither --fit nor --kind smear"):
+        run(replace(options("top2", small_model, tmp_path / "out"), kind="smear", composite=0.5))
 
 
 # Gates with their adapters ------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from helpers_training import (
     write_tasks,
 )
 from methods.batch import set_methods
-from methods.meteora import GateLoss
+from methods.meteora import MeteoraRun, MeteoraTraining
 from model import load_llama
 from moe_lora import Recorder, attach
 from pool.adapters import TEMPLATE, linear_shapes, load_adapter
@@ -38,7 +38,7 @@ from pool.slots import Pool
 from tasks.composites import compose
 from tasks.folders import some_tasks
 from training import gates as train_gates
-from training.gates import GatesRun, gates_step
+from training.gates import gates_step
 
 
 @pytest.mark.parametrize("k, composite", [(1, 0.0), (2, 0.0), (1, 0.7)])
@@ -49,9 +49,9 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     how = SimpleNamespace(composite=composite, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
     o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="")
-    loss = GateLoss(gates)
-    logged = gates_step(model, pool, loss, None, picked, o)
-    loss.remove()
+    training = MeteoraTraining(model, pool, gates, o)
+    logged = gates_step(training, picked)
+    training.finish()
     assert logged.keys() == {"gate_loss", "right"}
     grads = {path: gate.weight.grad.clone() for path, gate in gates.items()}
     model.zero_grad()
@@ -83,11 +83,11 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
 def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     """Without it micro_tokens changes what the gates learn."""
     model, pool, gates = pool_in_model(small_model, tmp_path, meteora_gates_of(2))
-    picked, loss, found = examples(small_model, 4), GateLoss(gates), []
+    picked, found = examples(small_model, 4), []
     for micro_tokens in (40, 10_000):
         model.zero_grad()
         o = SimpleNamespace(top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="")
-        logged = gates_step(model, pool, loss, None, picked, o)
+        logged = gates_step(MeteoraTraining(model, pool, gates, o), picked)
         found.append((logged, {path: gate.weight.grad.clone() for path, gate in gates.items()}))
     (parts, part_grads), (whole, whole_grads) = found
     assert parts.keys() == {"lm_loss", "gate_loss", "right"}
@@ -104,7 +104,7 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
         seen = []
         model.model.register_forward_hook(lambda module, args, hidden: seen.append(hidden.requires_grad))
         o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="")
-        logged = gates_step(model, pool, GateLoss(gates), None, examples(small_model, 2), o)
+        logged = gates_step(MeteoraTraining(model, pool, gates, o), examples(small_model, 2))
         assert ("lm_loss" in logged) == (k > 1)  # nor is the head computed
         assert all(gate.weight.grad.abs().max() > 0 for gate in gates.values())
         graph[k] = any(seen)
@@ -116,10 +116,10 @@ def test_gates_see_each_example_once_an_epoch(small_model, tmp_path, monkeypatch
     its own epochs."""
     seen = {name: [] for name in ANSWERS}
 
-    def step(model, pool, loss, prompt, picked, o):
+    def step(training, picked):
         for example in picked:
             seen[example.task].append(tuple(example.ids))
-        return gates_step(model, pool, loss, prompt, picked, o)
+        return gates_step(training, picked)
 
     monkeypatch.setattr(train_gates, "gates_step", step)
     tasks = write_tasks(tmp_path / "six", count=6)
@@ -136,7 +136,7 @@ def test_gates_learn_to_pick_the_own_adapter(k, small_model, trained):
     """Without it everything about gates may be consistent and nothing routed: on held-out prompts
     most tokens of most gates must go to their task's adapter, from where the prompts begin to
     differ."""
-    o = GatesRun(
+    o = MeteoraRun(
         model=trained.model,
         tasks=trained.tasks,
         pool=trained.pool,

@@ -73,7 +73,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     for stack in (*pool.A.values(), *pool.B.values()):
         stack.requires_grad_(True)
     picked = examples(small_model, 3)
-    o = SimpleNamespace(micro_tokens=45, late=0.0)
+    o = SimpleNamespace(micro_tokens=45, late_start=0.0)
     logged = adapters_step(model, pool, gate, picked, o)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
@@ -104,7 +104,7 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
     model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
     for late, drawn, start in ((0.4, 0.9, 0.75), (0.4, 0.61, 0.025), (0.4, 0.3, 0.0), (1.0, 0.999, 0.999)):
         monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
-        adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late=late))
+        adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late_start=late))
         weights = seen["weight"].flatten().split([len(example.ids) for example in picked])
         for example, row in zip(picked, weights, strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
@@ -115,7 +115,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
     """Counted from the composite's first token, the later questions would never be late."""
     model, pool, gate = pool_in_model(small_model, tmp_path)
     next(iter(pool.B.values())).requires_grad_(True)
-    o, seen = SimpleNamespace(micro_tokens=10_000, late=0.4, composite=1.0, max_length=300, seed=0), {}
+    o, seen = SimpleNamespace(micro_tokens=10_000, late_start=0.4, composite=1.0, max_length=300, seed=0), {}
     contexts = [
         x
         for x in compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
@@ -140,7 +140,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     model.double()
     for stack in pool.B.values():
         stack.requires_grad_(True)
-    o = SimpleNamespace(micro_tokens=10_000, late=0.0, composite=0.7, max_length=300, seed=0)
+    o = SimpleNamespace(micro_tokens=10_000, late_start=0.0, composite=0.7, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
     assert {type(x) for x in picked} == {PackedExample, Example}
     logged = adapters_step(model, pool, gate, picked, o)
