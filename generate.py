@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.files import InputError, read_jsonl, run_script
+from common.files import InputError, check_text, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
@@ -46,6 +46,7 @@ class Options(Sampling):
     resident: Whole = 0  # adapters in memory at most, the others stay on disk; 0 = all
     raw: bool = False  # no prompt template
     chat: bool = False  # the tokenizer's chat template instead of the pool's
+    system: str = ""  # system message of --chat
     truncate: Literal["no", "left", "right"] = "no"  # where to cut a prompt that is longer than the context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the weights' dtype, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
@@ -76,6 +77,9 @@ def check_options(args: Options, asked: list[Request]) -> None:
     """Raises InputError for options that exclude each other and for values out of range."""
     if args.raw and args.chat:
         raise InputError("--raw and --chat exclude each other")
+    if args.system and not args.chat:
+        raise InputError("--system is a message of a chat template: add --chat")
+    check_text(args.system, "--system")
     if len(args.method) > 1 and len(args.method) != len(asked):
         count = len(args.method)
         raise InputError(f"{count} times --method for {len(asked)} prompts: give it once, or once a prompt")

@@ -1,15 +1,18 @@
 """One interface to `tokenizer.json` (tokenizers) and `tokenizer.model` (sentencepiece).
 
 The two libraries do the work; this file does what they leave open. It puts a BOS in front once (a
-second one would shift every position), finds the id that ends a text, runs chat templates in a
-sandbox, and streams text in whole characters.
+second one would shift every position), finds the id that ends a text, knows the tokens that a
+fine-tune added, runs chat templates in a sandbox, and streams text in whole characters.
 """
 
-import json
 import re
 from collections.abc import Iterable
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
 from common.files import InputError, check_text, read_json, read_known, read_text
 
 
@@ -27,25 +30,30 @@ class Tokenizer:
         folder = Path(folder)
         self.config_file = folder / "tokenizer_config.json"
         self.config = read_json(self.config_file) if self.config_file.exists() else {}
+        added = read_added_tokens(folder, self.config)
         if (folder / "tokenizer.json").exists():
-            self.backend = _Json(folder / "tokenizer.json")
+            self.backend = _Json(folder / "tokenizer.json", added)
         elif (folder / "tokenizer.model").exists():
-            self.backend = _SentencePiece(folder / "tokenizer.model")
+            self.backend = _SentencePiece(folder / "tokenizer.model", added, self._legacy())
         else:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
+        self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
         adds_bos = self.config.get("add_bos_token", self.backend.adds_bos)
         self.adds_bos = adds_bos and self.bos_id is not None
-        self.chat_template = self._read_chat_template(folder)
+        self.chat_templates = self._read_chat_templates(folder)
+
+    def _legacy(self):
+        """Folders without this field are older than it: their models were trained the old way."""
+        legacy = self.config.get("legacy")
+        if not isinstance(legacy, (bool, type(None))):
+            raise InputError(f"{self.config_file}: legacy is {legacy!r}, expected true or false")
+        return legacy is not False
 
     def _special(self, name):
-        """The id of a special token; the config may have it as a text or as {"content": text}."""
-        token = self.config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, (str, type(None))):
-            raise InputError(f"{self.config_file}: {name} is {token!r}, expected a text or null")
-        return self.backend.token_id(token) if token else self.backend.special_id(name)
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_id(token)
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -65,55 +73,56 @@ class Tokenizer:
         """Ids -> text, special tokens left out."""
         return self.backend.decode(list(ids))
 
-    def _read_chat_template(self, folder):
+    def _read_chat_templates(self, folder):
+        """{name: template}; the usual one is "default", some folders have a "tool_use"."""
+        files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
         if (folder / "chat_template.jinja").exists():
-            return read_text(folder / "chat_template.jinja")
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # of several named templates the default one
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if not isinstance(template, (str, type(None))):
-            raise InputError(f"{self.config_file}: chat_template is {template!r}, expected a text")
-        return template
+            files["default"] = folder / "chat_template.jinja"
+        if files:
+            return {name: read_text(file) for name, file in files.items()}
+        found = self.config.get("chat_template")
+        if found is None:
+            return {}
+        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        templates = {}
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("template"), str):
+                raise InputError(f"{self.config_file}: chat_template is {found!r}, expected a text")
+            templates[str(entry.get("name"))] = entry["template"]
+        return templates
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
+    def chat(self, messages: list[dict[str, Any]], tools: list[dict] | None = None,
+             documents: list[dict] | None = None, add_generation_prompt: bool = True,
+             continue_final_message: bool = False) -> str:  # fmt: skip
         """[{"role", "content"}] -> the prompt's text with its special tokens written out.
 
-        So it is to be encoded with start=False.
+        So it is to be encoded with start=False. The options are those of transformers'
+        apply_chat_template; `continue_final_message` takes the place of the generation prompt.
+        Raises InputError where there is no template or it fails.
         """
-        if not self.chat_template:
+        from common.chat import render
+
+        template = self.chat_templates.get("default")
+        if tools is not None:
+            template = self.chat_templates.get("tool_use", template)
+        if not template:
             raise InputError("this tokenizer has no chat template: leave out --chat")
-        values = {"messages": messages, "add_generation_prompt": True}
-        values["bos_token"] = "" if self.bos_id is None else self.backend.token(self.bos_id)
-        values["eos_token"] = "" if self.eos_id is None else self.backend.token(self.eos_id)
-        sandbox = _chat_sandbox()
-        try:
-            return sandbox.from_string(self.chat_template).render(values)
-        except Exception as error:  # a template is a program: it can raise anything
-            raise InputError(f"chat template: {error}") from None
+        values = self.special_tokens | {"tools": tools, "documents": documents}
+        values["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        return render(template, messages, continue_final_message, **values)
 
 
-def _chat_sandbox():
-    """A Jinja sandbox, because templates come with checkpoints and can't be trusted."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    def to_json(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    sandbox = ImmutableSandboxedEnvironment(**options)
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals["raise_exception"] = refuse
-    return sandbox
+USUAL = {
+    "bos_token": ("<s>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "unk_token": ("<unk>",),
+}
 
 
 class _Json:
     """A Hugging Face tokenizer.json."""
 
-    def __init__(self, file):
+    def __init__(self, file, added: AddedTokens):
         from tokenizers import Tokenizer as Fast
 
         read_json(file)  # for its error messages
@@ -123,10 +132,27 @@ class _Json:
             raise InputError(f"{file}: {error}") from None
         self.fast.no_padding()
         self.fast.no_truncation()
+        self._add(file, added)
         started = self.fast.encode("a", add_special_tokens=True).ids
         bare = self.fast.encode("a", add_special_tokens=False).ids
         self.first = started[0] if started[:1] != bare[:1] else None  # the post-processor adds it
         self.adds_bos = self.first is not None
+
+    def _add(self, file, added):
+        """Adds the tokens that the file lacks. The library numbers them itself, so each must get the
+        id that the folder's files give it."""
+        from tokenizers import AddedToken as Fast
+
+        placed = sorted(added.placed.items())
+        self.fast.add_tokens([Fast(**token._asdict()) for _, token in placed])
+        for index, token in placed:
+            got = self.fast.token_to_id(token.content)
+            if got != index:
+                found = f"token {token.content!r} has id {got}"
+                raise InputError(f"{file}: {found}, but {index} among the folder's added tokens")
+        known = {token.content for token in self.fast.get_added_tokens_decoder().values()}
+        new = [token for token in added.special if token.content not in known]
+        self.fast.add_tokens([Fast(**token._asdict()) for token in new])
 
     def __len__(self):
         return self.fast.get_vocab_size(with_added_tokens=True)
@@ -137,24 +163,24 @@ class _Json:
     def decode(self, ids):
         return self.fast.decode(ids, skip_special_tokens=True)
 
-    def token(self, index):
-        return self.fast.id_to_token(index)
-
     def token_id(self, token):
         return self.fast.token_to_id(token)
 
-    def special_id(self, name):
-        """The id of a token that the config lacks: the post-processor's BOS, else a usual name's."""
-        if name == "bos_token" and self.first is not None:
-            return self.first
-        usual = {
-            "bos_token": ("<s>", "<|begin_of_text|>"),
-            "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-        }
-        for token in usual[name]:
-            if (index := self.fast.token_to_id(token)) is not None:
-                return index
-        return None
+    def usual_tokens(self):
+        """{name: text} for a folder that names none: the post-processor's BOS, and usual texts."""
+        found = {}
+        for name, texts in USUAL.items():
+            for text in texts:
+                if name not in found and self.token_id(text) is not None:
+                    found[name] = text
+        if self.first is not None:
+            found["bos_token"] = self.fast.id_to_token(self.first)
+        return found
+
+
+# A sentencepiece model is a protobuf message, and fields appended to one replace the earlier ones:
+# normalizer_spec (field 3) gets add_dummy_prefix (3) and remove_extra_whitespaces (4) of false.
+KEEP_SPACES = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
 
 
 class _SentencePiece:
@@ -162,7 +188,7 @@ class _SentencePiece:
 
     adds_bos = True  # LlamaTokenizer's default
 
-    def __init__(self, file):
+    def __init__(self, file, added: AddedTokens, legacy: bool):
         from sentencepiece import SentencePieceProcessor
 
         data = read_known(file)
@@ -177,40 +203,93 @@ class _SentencePiece:
             raise InputError(f"{file}: not a sentencepiece model ({error})") from None
         if not data:
             raise InputError(f"{file}: empty")
-        controls = map(self.pieces.id_to_piece, filter(self.pieces.is_control, range(len(self))))
-        pattern = "|".join(map(re.escape, controls)) or "(?!)"  # (?!) matches nothing
-        self.controls = re.compile(f"({pattern})")
+        self.legacy = legacy
+        self.ids = {}  # text -> id of the tokens that are cut out of a text before it is split
+        self._add(added)
+
+    def _add(self, added):
+        """Collects the model's own special tokens, the added ones, and special ones that have no id
+        yet: theirs follow all others."""
+        size = self.pieces.vocab_size()
+        tokens = {}
+        for index in {*filter(self.pieces.is_control, range(size)), self.pieces.unk_id()}:
+            piece = self.pieces.id_to_piece(index)
+            self.ids[piece] = index
+            tokens[piece] = AddedToken(piece, special=True)
+        for index, token in added.placed.items():
+            self.ids[token.content] = index
+            tokens[token.content] = token
+        for token in added.special:
+            index = self.token_id(token.content)
+            self.ids[token.content] = len(self) if index is None else index
+            tokens[token.content] = token
+        self.shown = {self.ids[text]: text for text, token in tokens.items() if not token.special}
+        self.special = {*self.ids.values()} - self.shown.keys()
+        # An added token may take the whitespace around it along: it is known by the rest, too.
+        self.cut = {text.strip(): index for text, index in self.ids.items()} | self.ids
+        longest_first = sorted(tokens, key=len, reverse=True)
+        pattern = "|".join(_pattern(tokens[text]) for text in longest_first)
+        self.around = re.compile(f"({pattern})")
+
+    @cached_property
+    def inside(self):
+        """The same model for the inside of a text: no space is put in front or taken away."""
+        return type(self.pieces)(model_proto=self.pieces.serialized_model_proto() + KEEP_SPACES)
 
     def __len__(self):
-        return self.pieces.vocab_size()
+        return max([self.pieces.vocab_size() - 1, *self.ids.values()]) + 1
 
     def encode(self, text):
-        """Text -> ids. Special tokens that a chat template wrote out become their ids.
+        """Text -> ids. Special and added tokens become their ids: sentencepiece alone would split
+        them like any text.
 
-        sentencepiece alone would split them like any text.
+        sentencepiece puts a space in front of what it gets ("what" becomes "▁what"). A Llama was
+        trained with it after each special token (`legacy`) or at the start of the text alone.
         """
         ids = []
-        for part in filter(None, self.controls.split(text)):
-            if self.controls.fullmatch(part):
-                ids.append(self.pieces.piece_to_id(part))
-            else:
-                ids += self.pieces.encode(part)
+        for place, part in enumerate(self.around.split(text)):
+            if place % 2:  # what the pattern found
+                ids.append(self.cut[part] if part in self.cut else self.cut[part.strip()])
+            elif part:
+                pieces = self.pieces if self.legacy or place == 0 else self.inside
+                ids += pieces.encode(part)
         return ids
 
     def decode(self, ids):
-        return self.pieces.decode([i for i in ids if i < len(self)])
-
-    def token(self, index):
-        return self.pieces.id_to_piece(index)
+        """Ids -> text without special tokens. Its first word loses sentencepiece's space."""
+        size = self.pieces.vocab_size()
+        kept = [i for i in ids if i in self.shown or (i < size and i not in self.special)]
+        text = ""
+        for added, run in groupby(kept, self.shown.__contains__):
+            if added:
+                text += "".join(map(self.shown.get, run))
+            else:
+                pieces = self.inside if text else self.pieces
+                text += pieces.decode(list(run))
+        return text
 
     def token_id(self, token):
-        index = self.pieces.piece_to_id(token)
-        unknown = index == self.pieces.unk_id() and token != self.pieces.id_to_piece(index)
+        return self.ids[token] if token in self.ids else self._piece_id(token)
+
+    def _piece_id(self, text):
+        index = self.pieces.piece_to_id(text)
+        unknown = index == self.pieces.unk_id() and text != self.pieces.id_to_piece(index)
         return None if unknown else index
 
-    def special_id(self, name):
-        index = self.pieces.bos_id() if name == "bos_token" else self.pieces.eos_id()
-        return index if index >= 0 else None
+    def usual_tokens(self):
+        """{name: text} of the model's own special tokens, where the folder names no others."""
+        pieces = self.pieces
+        ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+        ids["unk_token"] = pieces.unk_id()
+        return {name: pieces.id_to_piece(index) for name, index in ids.items() if index >= 0}
+
+
+def _pattern(token):
+    """The regular expression that finds an added token."""
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
 
 
 class TextStream:

@@ -10,14 +10,17 @@ from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
 /remove NAME     one less                 /method M     how to choose from now on (ramole, adapter:NAME, ...)
-/quit, Ctrl-D    leave                    anything else is a prompt"""
+/quit, Ctrl-D    leave                    /new          with --chat: a new conversation
+anything else is a prompt"""
 
 
 def interact(mole: Mole, method: str, args) -> None:
-    """Answers each line with `method`, or follows its command. Ctrl-C stops an answer."""
+    """Answers each line with `method`, or follows its command. With --chat a line is a turn of one
+    conversation. Ctrl-C stops an answer, and its turn is forgotten."""
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that aren't UTF-8 are an error of that prompt alone, not the end of the loop.
         sys.stdin.reconfigure(errors="surrogateescape")
+    turns = []
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -37,12 +40,18 @@ def interact(mole: Mole, method: str, args) -> None:
                 method = check_method(mole, rest, args.top_k)
             elif word == "/adapters":
                 print_pool(mole)
+            elif word == "/new":
+                turns = []
             elif word in ("/quit", "/exit"):
                 return
             elif word.startswith("/"):
                 print(HELP)
             elif line:
-                respond(mole, [line], [check_method(mole, method, args.top_k)], args)
+                methods = [check_method(mole, method, args.top_k)]
+                (text,) = respond(mole, [line], methods, args, turns=turns)
+                if args.chat:
+                    turns.append({"role": "user", "content": line})
+                    turns.append({"role": "assistant", "content": text})
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """Prompts to token ids, and to batches of them."""
 
+from collections.abc import Sequence
+
 from common.files import InputError
 from common.tokenizer import check_ids
 from methods.session import Mole
@@ -7,14 +9,15 @@ from tasks.folders import fill
 
 
 def encode_prompt(mole: Mole, prompt: str, raw: bool = False, chat: bool = False,
-                  truncate: str = "no") -> list[int]:  # fmt: skip
-    """Prompt -> token ids, through the pool's template, the chat template or neither. Raises
-    InputError for a prompt that is too long, that is empty where there is no BOS, or whose ids the
-    model doesn't have."""
+                  truncate: str = "no", before: Sequence[dict] = ()) -> list[int]:  # fmt: skip
+    """Prompt -> token ids, through the pool's template, the chat template or neither. With `chat`
+    the messages `before` come first. Raises InputError for a prompt that is too long, that is empty
+    where there is no BOS, or whose ids the model doesn't have."""
     tokenizer = mole.tokenizer
     config = mole.model.config
     if chat:
-        ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), start=False)
+        messages = [*before, {"role": "user", "content": prompt}]
+        ids = tokenizer.encode(tokenizer.chat(messages), start=False)
     else:
         ids = tokenizer.encode(prompt if raw else fill(mole.template, prompt))
     if not ids:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from common.files import write_text
 from common.pictures import Printer, html_page
@@ -52,10 +53,14 @@ def _trace(tokens):
     return [(token["text"], token["adapters"]) for token in tokens]
 
 
-def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None) -> None:
+def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,
+            turns: Sequence[dict] = ()) -> list[str]:  # fmt: skip
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
-    of texts for each prompt, by default args.stop."""
-    ids = [encode_prompt(mole, prompt, args.raw, args.chat, args.truncate) for prompt in prompts]
+    of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
+    far, with args.chat. Returns the answers' texts."""
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    before = [*system, *turns]
+    ids = [encode_prompt(mole, p, args.raw, args.chat, args.truncate, before) for p in prompts]
     found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
     compile_for(mole, args.compile, ids, args)
     set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
@@ -91,3 +96,4 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     if args.html:
         traces = list(zip(prompt_traces, answer_traces, strict=True))
         write_text(args.html, html_page(traces, "Which adapter computed which token"))
+    return ["".join(token.text for token in row) for row in tokens]

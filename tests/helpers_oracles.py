@@ -9,13 +9,16 @@ with repository_off_path():
     from peft import PeftModel
     from peft.tuners.lora.arrow import create_arrow_model
     from peft.utils import merge_utils
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import generate_merges
 
 __all__ = [
     "LlamaForCausalLM",
+    "LlamaTokenizer",
     "PeftModel",
     "PreTrainedTokenizerFast",
     "create_arrow_model",
+    "generate_merges",
     "merge_utils",
     "peft",
     "transformers",

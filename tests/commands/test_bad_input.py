@@ -678,6 +678,8 @@ OPTIONS = {
     "seed": (["--seed", "1" + "0" * 30, "--temperature", "1"], ["--seed"]),
     "raw and chat": (["--raw", "--chat"], ["--raw", "--chat"]),
     "chat without a template": (["--chat"], ["chat template"]),
+    "system without chat": (["--system", "be brief"], ["--system", "--chat"]),
+    "system not utf-8": (["--chat", "--system", b"caf\xe9"], ["--system", "character 3"]),
     "two methods, one prompt": (["--method", "base", "--method", "base"], ["2 times --method", "1 prompts"]),
     "two methods, three prompts": (["--prompt", "a", "--prompt", "b", "--method", "base", "--method", "base"],
                                    ["2 times --method", "3 prompts"]),

@@ -363,11 +363,11 @@ def test_prompts_that_no_model_can_answer(tmp_path, mole):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"add_bos_token": False, "bos_token": "<nothing>"})
     )
-    with pytest.raises(InputError, match="empty prompt"):
+    with pytest.raises(InputError, match="331, but the model has 331"):  # a token that was added
         answer(load(folder), "", raw=True)
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes(337))
     (folder / "tokenizer_config.json").unlink()
-    strange = Tokenizer(folder).backend.token(336).replace("▁", " ")
+    strange = Tokenizer(folder).backend.pieces.id_to_piece(336).replace("▁", " ")
     with pytest.raises(InputError, match="336, but the model has 331: wrong tokenizer"):
         answer(load(folder), strange, raw=True)
 

@@ -1,24 +1,16 @@
 """Both tokenizer libraries behind one face: ids, BOS, chat templates, and text that streams in
 whole characters."""
 
-import json
-
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common.files import InputError
 from common.tokenizer import TextStream, Tokenizer
-from helpers_models import tokenizer_bytes
+from helpers_tokenizers import write_tokenizer
 
-LINES = [
-    "the quick brown fox jumps over the lazy dog",
-    "what is the plural of mouse",
-    "für Straße 日本 🎉",
-] * 3
 TEXTS = [
     "the plural of fox",
     " leading and trailing ",
@@ -31,52 +23,6 @@ TEXTS = [
     "",
 ]
 KINDS = ("sentencepiece", "llama2", "llama3", "bytes")
-
-
-def llama2_json():
-    """As Llama 2's: a prepended space, byte fallback, a decoder that strips it again, BOS from the
-    post-processor."""
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "f"), ("▁", "of"), ("▁", "p"), ("▁", "▁")]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", *"abcdefghijklmnopqrstuvwxyz.,:ß日", *(a + b for a, b in merges)]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    fast = Fast(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(steps)
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return fast
-
-
-def bytes_json(specials=(), bos=None):
-    """Byte-level BPE as GPT-2's; with `bos` as Llama 3's."""
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=307, special_tokens=list(specials), initial_alphabet=alphabet)
-    fast.train_from_iterator(LINES, trainer)
-    if bos:
-        template = {"single": f"{bos} $A", "special_tokens": [(bos, fast.token_to_id(bos))]}
-        fast.post_processor = processors.TemplateProcessing(**template)
-    return fast
-
-
-def write_tokenizer(folder, kind, **config):
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "sentencepiece":
-        (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
-    elif kind == "llama2":
-        llama2_json().save(str(folder / "tokenizer.json"))
-    elif kind == "llama3":
-        specials = ["<|begin_of_text|>", "<|end_of_text|>"]
-        bytes_json(specials, specials[0]).save(str(folder / "tokenizer.json"))
-    else:
-        bytes_json(["<|endoftext|>"]).save(str(folder / "tokenizer.json"))
-    if config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +80,7 @@ def test_one_bos_at_the_start_and_none_inside(tokenizers, kind):
         assert ours.encode(text) == ([ours.bos_id] if has else []) + bare
         assert ours.decode(ours.encode(text)) == text
     if kind.startswith("llama"):  # a text that begins with BOS itself, written out
-        ids = ours.encode(ours.backend.token(ours.bos_id) + "the fox")
+        ids = ours.encode(ours.special_tokens["bos_token"] + "the fox")
         assert ids.count(ours.bos_id) == 1
 
 
@@ -170,93 +116,6 @@ def test_tokenizer_json_comes_first(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tiktoken"):
         Tokenizer(folder)
-
-
-# Chat templates -----------------------------------------------------------------------------------
-
-MESSAGES = [
-    {"role": "system", "content": "be <brief> & 'kind'"},
-    {"role": "user", "content": "  {{ what }}  ß🎉"},
-    {"role": "assistant", "content": "mice"},
-    {"role": "user", "content": "and fox?"},
-]
-TEMPLATE = """{{ bos_token }}
-{%- if messages[0]['role'] == 'assistant' %}
-    {{ raise_exception('begin with the user') }}
-{%- endif %}
-{% for message in messages %}
-    {% if loop.first %}
-[{{ message | tojson }}]
-    {% elif message['role'] == 'user' %}
-{{ loop.index0 }}: {{ message['content'] | trim }}
-    {% else %}
-{{ '\n' + message.content + eos_token }}
-    {%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-    <answer>
-{%- endif %}
-"""
-LOOP = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role }};{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [TEMPLATE, LOOP], ids=["whitespace, filters, specials", "loop controls"])
-def test_chat_equals_transformers(tmp_path, template):
-    """A chat model that gets one line break too many, or no BOS, answers worse, and nothing says
-    so."""
-    from helpers_oracles import PreTrainedTokenizerFast
-
-    folder = write_tokenizer(
-        tmp_path / "t", "llama2", bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-    want = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert Tokenizer(folder).chat(MESSAGES) == want
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "llama2"])
-def test_chat_text_becomes_special_tokens(tmp_path, kind):
-    """A template writes its special tokens out as text: each must become its one id again, BOS
-    once. As pieces ("<", "s", ">") the model has never seen them."""
-    ours = Tokenizer(
-        write_tokenizer(tmp_path / "t", kind, chat_template="{{ bos_token }}the {{ eos_token }}fox")
-    )
-    ids = ours.encode(ours.chat(MESSAGES), start=False)
-    assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
-    assert ids.count(ours.eos_id) == 1
-
-
-def test_chat_template_is_found_in_every_place(tmp_path):
-    """Newer folders keep it in a file of its own, some name several: a template that isn't found is
-    no chat at all."""
-    listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    folder = write_tokenizer(tmp_path / "t", "llama2", chat_template=listed)
-    assert Tokenizer(folder).chat(MESSAGES) == "plain"
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert Tokenizer(folder).chat(MESSAGES) == "from the file"
-    for kind in ("llama2", "sentencepiece"):
-        with pytest.raises(InputError, match="no chat template"):
-            Tokenizer(write_tokenizer(tmp_path / f"bare {kind}", kind)).chat(MESSAGES)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{% for m in messages %}",
-        "{{ messages[0].nothing.at_all }}",
-        "{{ messages[0]['content'] + 1 }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_bad_templates_are_refused(tmp_path, template):
-    """Templates come with downloaded checkpoints: they must neither reach Python's insides nor end
-    in a traceback."""
-    ours = Tokenizer(write_tokenizer(tmp_path / "t", "llama2", chat_template=template))
-    with pytest.raises(InputError, match="chat template"):
-        ours.chat(MESSAGES)
 
 
 # Streaming ----------------------------------------------------------------------------------------
