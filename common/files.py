@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
+
 
 class InputError(Exception):
     """Bad input. The message is one line: file, field, what was found, what was expected."""

@@ -103,6 +103,12 @@ def linear_shapes(model: Llama) -> dict[str, tuple[int, int]]:
 # PEFT folders -----------------------------------------------------------------------------------
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of an adapter that a PEFT folder holds."""
+    names = ("adapter_config.json", "adapter_model.safetensors", "samples.jsonl")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
 def adapter_folders(path: Path) -> list[Path]:
     """The PEFT folders directly inside a folder, sorted."""
     return sorted(file.parent for file in path.glob("*/adapter_config.json"))
