@@ -1,5 +1,7 @@
 """What --resume may go on with: the same options, base, adapters and data; and what is finished."""
 
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from common.files import (
     write_jsonl,
     write_safetensors,
 )
+from common.locks import alone
 from helpers_commands import assert_refused, command
 from helpers_training import argv, assert_same, contents, killed_at_write, options, run, run_folder
 
@@ -155,3 +158,24 @@ def assert_refused_last(done, *words):
     """assert_refused, but for the options that train.py prints first."""
     done.stderr = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("{"))
     assert_refused(done, *words)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "joint", "top2", "base", "router", "lorahub", "retriever"])
+def test_a_second_trainer_in_one_folder(kind, small_model, tmp_path):
+    """Both would write one checkpoint and one log, and the later one's weights would be half the
+    other's; and the second must hear it before it loads a model for minutes."""
+    o = options("adapters" if kind in ("joint", "retriever") else kind, small_model, tmp_path / "out")
+    runs = {"joint": "lora_b", "lorahub": "lorahub", "retriever": "retriever"}
+    folder = tmp_path / "out" / "runs" / runs.get(kind, run_folder(o).name)
+    if kind == "joint":
+        o = dataclasses.replace(o, joint="lora_b")
+    line = argv(o)
+    if kind == "retriever":
+        line = ["retriever", f"--model={o.model}", f"--tasks={o.tasks}", f"--pool={o.pool}"]
+    if kind != "base":
+        line.append(f"--model={tmp_path}/nowhere")
+    before = {file for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    with alone(folder):
+        done = command("train.py", *line)
+        assert_refused_last(done, f"error: {folder}: process {os.getpid()} on ", "is at work here")
+    assert {file for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
