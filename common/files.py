@@ -223,13 +223,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_header(path: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor on the meta device} of a safetensors file: shapes alone, no data is read."""
+def read_header(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """read_safetensors with tensors on the meta device: shapes alone, no data is read."""
     tensors = {}
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-    return tensors
+        return tensors, file.metadata() or {}
 
 
 def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
