@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import InputError, read_metadata, run_script, write_json, write_jsonl, write_text
+from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
 from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -292,6 +293,12 @@ def main() -> None:
     """The command: scores methods on tasks and composites, writes results and tables."""
     args = parse_args(Options, description="Score methods of choosing adapters on tasks.")
     methods, sizes, temperatures = check_options(args)
+    with alone(args.out):
+        run(args, methods, sizes, temperatures)
+
+
+def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[float]) -> None:
+    """Scores `methods` on tasks and on composites of `sizes` questions; writes OUT."""
     embed = sentence_encoder(args.encoder) if args.encoder else None
     mole = load_mole(args.model or TINY, args.pool or None, (), args.dtype, args.device)
     mole.embed = embed

@@ -3,15 +3,18 @@
 Every file of a user passes through here. So a truncated download, a Git LFS pointer or a pickle
 under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model.
 Files are written beside their target, flushed to disk and renamed: a kill at any moment leaves the
-earlier file whole.
+earlier file whole, and two processes never write into one file.
 """
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
 
 
 class InputError(Exception):
@@ -218,13 +223,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_header(path: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor on the meta device} of a safetensors file: shapes alone, no data is read."""
+def read_header(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """read_safetensors with tensors on the meta device: shapes alone, no data is read."""
     tensors = {}
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-    return tensors
+        return tensors, file.metadata() or {}
 
 
 def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
@@ -243,10 +248,11 @@ def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
 def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
     """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new.
 
-    Raises InputError where it can't be written.
+    Of several writers the last one wins, and each writes a file of its own: .NAME.HEX.partial,
+    locked until it is complete. Raises InputError where it can't be written.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
-    partial = path.with_name(f".{path.name}.partial")  # after a kill the next save overwrites it
+    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A device or a pipe has no earlier content to keep; a folder gives an OSError.
@@ -254,16 +260,44 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
             with open(path, "wb") as file:
                 file.write(b"".join(parts))
             return
-        with open(partial, "wb") as file:
+        _remove_leftovers(path)
+        with _open_partial(path) as file:
+            partial = Path(file.name)
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if partial:
+            with contextlib.suppress(OSError):
+                partial.unlink()
         raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _open_partial(path):
+    """A new file beside `path`, locked until it is closed or its writer dies."""
+    while True:
+        name = f".{path.name}.{secrets.token_hex(8)}.partial"
+        file = open(path.with_name(name), "xb")  # noqa: SIM115 (x: O_EXCL, which follows no link)
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):
+            return file
+        file.close()  # another writer took it for a leftover before it was locked
+
+
+def _remove_leftovers(path):
+    """Removes the partial files of `path` that nobody holds locked: their writers were killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
+        with contextlib.suppress(OSError), open(partial, "rb+", opener=open_no_link) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """An opener for open(), of files that anybody may have put there: a link is an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # nor does a pipe block
 
 
 def write_text(path: str | Path, text: str) -> None:

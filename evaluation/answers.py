@@ -1,13 +1,13 @@
 """Answers of a method on a task, and a cache of them, so that a stopped run can go on."""
 
+import contextlib
 import hashlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from common.files import read_json, warn, write_json
+from common.files import MARK, InputError, read_json, warn, write_json
 from decoding.loop import decode
 from decoding.prompts import by_length, encode_prompt
 from decoding.sampling import Sampling
@@ -33,17 +33,20 @@ def answer_all(mole: Mole, prompts: list[str], method: str, args, exclude: Names
 class AnswerCache:
     """OUT/cells: the answers of each method on each task, written as soon as they are complete.
 
-    A later run with the same options, base and adapters reads them; another run begins anew.
+    A later run with the same options, base and adapters reads them; another run begins anew. Each
+    file carries MARK, and none without it is removed: the folder may be somebody else's as well.
     """
 
     def __init__(self, out: Path | str, meta: dict):
+        """Raises InputError where OUT/cells/meta.json is another program's."""
         self.folder = Path(out) / "cells"
-        known = self.folder / "meta.json"
-        if self.folder.exists() and (not known.exists() or read_json(known) != meta):
+        self.meta = self.folder / "meta.json"
+        if self.meta.exists() and not _is_ours(self.meta):
+            raise InputError(f"{self.meta}: another program wrote it: name another folder with --out")
+        if self.meta.exists() and read_json(self.meta) != MARK | meta:
             warn(f"{self.folder}: of a run with other options, base or adapters: begins anew")
-            shutil.rmtree(self.folder)
-        if not known.exists():
-            write_json(known, meta)
+            self.remove()
+        write_json(self.meta, MARK | meta)
 
     def get(self, name: str, make: Callable[[], dict]) -> dict:
         """What make() returned for the cell `name`, now or earlier, and the "seconds" it took."""
@@ -52,12 +55,23 @@ class AnswerCache:
         if not file.exists():
             begin = time.perf_counter()
             made = make()
-            write_json(file, made | {"seconds": round(time.perf_counter() - begin, 3)})
+            write_json(file, MARK | made | {"seconds": round(time.perf_counter() - begin, 3)})
         return read_json(file)
 
     def remove(self) -> None:
-        """Deletes the cache, once the run is complete."""
-        shutil.rmtree(self.folder)
+        """Deletes the cache, once the run is complete; meta.json, which says whose it is, last."""
+        files = sorted(self.folder.glob("*.json"), key=lambda file: file == self.meta)
+        for file in files:
+            if _is_ours(file):
+                file.unlink()
+        with contextlib.suppress(OSError):  # something else is in it
+            self.folder.rmdir()
+
+
+def _is_ours(file):
+    with contextlib.suppress(InputError):
+        return MARK.items() <= read_json(file).items()
+    return False
 
 
 def sha256(data: bytes) -> str:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import InputError, write_text
+from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
 from common.tokenizer import Tokenizer
@@ -134,6 +135,11 @@ def train_retriever(args: RetrieverRun) -> None:
     names = some_tasks(tasks, args.share, args.seed)
     if args.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
+    with alone(folder / "runs" / "retriever"):
+        _train_retriever(folder, known, tasks, names, args)
+
+
+def _train_retriever(folder, known, tasks, names, args):
     model = load_base(args.model, args.dtype, args.device)
     tokenizer = Tokenizer(args.model)
     layers = model.config.num_hidden_layers

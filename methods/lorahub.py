@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
+from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
@@ -24,8 +25,9 @@ from pool.folder import read_pool
 from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
-from training.inputs import load_with_pool
-from training.loop import lm_losses, required
+from training.inputs import data_of, load_with_pool
+from training.loop import required
+from training.losses import lm_losses
 
 
 def lorahub(pool: Pool, weights: dict[str, float]) -> Adapter:
@@ -135,25 +137,38 @@ class LorahubRun:
 
 def train_lorahub(args: LorahubRun) -> None:
     """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}};
-    tasks that it holds already, searched with these options over these adapters, are kept (LoraHub,
-    section 2.2)."""
+    tasks that it holds already, searched with these options, this base, these adapters and this
+    data, are kept (LoraHub, section 2.2)."""
     known = read_pool(required(args, "pool"))
     tasks = load_tasks(required(args, "tasks"), args.only or None)
+    with alone(known.path / "runs" / "lorahub"):
+        _train_lorahub(known, tasks, args)
+
+
+def _train_lorahub(known, tasks, args):
     model, tokenizer, pool = load_with_pool(args, known, sorted(known.adapters), torch.float32)
     like = model.head_weight
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
     names = sorted(pool.names)
-    searched = {"adapters": {name: pool.members[name].hash for name in names}}
+    searched = {"base": model.fingerprint}
+    searched["adapters"] = {name: pool.members[name].hash for name in names}
     options = ("shots", "steps", "l1", "seed", "max_length")
     searched["options"] = {name: getattr(args, name) for name in options}
+    hashes = data_of(tasks, examples)
+    data = {}
     found = {}
     if file.exists():
         earlier = read_json(file)
         found = earlier.pop("weights", {})
+        data = earlier.pop("data", {})
         if earlier != searched:
             warn(f"{file}: searched over other adapters or with other options: begins anew")
             found = {}
+            data = {}
+    for task in tasks:
+        if data.get(f"data of {task}") != hashes[f"data of {task}"]:
+            found.pop(task, None)
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
@@ -173,5 +188,6 @@ def train_lorahub(args: LorahubRun) -> None:
 
         weights, _ = lorahub_search(loss, len(used), args.steps, args.seed, args.l1)
         found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
-        write_json(file, searched | {"weights": found})
+        data[f"data of {task}"] = hashes[f"data of {task}"]
+        write_json(file, searched | {"data": data, "weights": found})
     print(f"wrote {file}", file=sys.stderr)

@@ -28,7 +28,7 @@ from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
 from pool.slots import Pool
 from tasks.folders import Batch, collate, pick
 from training.gates import GatesRun, GatesTraining
-from training.loop import hidden_states
+from training.losses import hidden_states
 
 
 @dataclass

@@ -10,6 +10,7 @@ nothing. In training each candidate is left out with probability --drop, two sta
 the router doesn't learn "always the task's own". Retrieval is LoraRetriever's: pool/retriever.py.
 """
 
+import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from common.devices import DTYPES
 from common.files import InputError, read_safetensors, write_safetensors
+from common.locks import alone
 from common.options import Count, NotNegative
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
@@ -29,8 +31,9 @@ from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
 from pool.folder import read_pool
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
-from training.inputs import bound_to, load_with_pool
-from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
+from training.inputs import bound_to, data_of, load_with_pool
+from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.losses import lm_losses
 
 
 class Ramole(ByText, Gated):
@@ -239,17 +242,26 @@ def train_router(args: RouterRun) -> None:
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
     tasks = load_tasks(required(args, "tasks"), names)
+    run = known.path / "runs" / "router"
+    with alone(run):
+        _train_router(known, names, tasks, run, args)
+
+
+def _train_router(known, names, tasks, run, args):
     # Without the other tasks' adapters: they would never be right, and the router would learn to
     # avoid them.
     model, tokenizer, pool = load_with_pool(args, known, names)
-    file = Path(known.path) / "router.safetensors"
-    run = file.parent / "runs" / "router"
-    checkpoint = Checkpoint(run, args, [*names, *bound_to(model, pool)])
+    file = known.path / "router.safetensors"
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
+    bound = bound_to(model, pool) | data_of(tasks, examples)
+    retrieves = args.candidates == "retrieved" or args.prior > 0
+    if retrieves:
+        bound["retriever"] = _hash_of_retriever(known, pool)
+    checkpoint = Checkpoint(run, args, bound)
     if checkpoint.finished:
         return finished(checkpoint)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     scores = None
-    if args.candidates == "retrieved" or args.prior:
+    if retrieves:
         retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))
         if silent := [name for name in names if name not in retriever.vectors]:
             found = f"adapter {silent[0]}: no samples.jsonl"
@@ -278,7 +290,16 @@ def train_router(args: RouterRun) -> None:
     for param in params.values():
         param.data = param.data.to(DTYPES[args.save_dtype])
     save_routers(file, routers, model, {"tasks": "\n".join(names)})
-    checkpoint.finish(file)
+    checkpoint.finish(file, [file])
+
+
+def _hash_of_retriever(known, pool):
+    """Of all that decides which adapters are retrieved: the encoder and the adapters' samples."""
+    file = known.path / "retriever.safetensors"
+    digest = hashlib.sha256(file.read_bytes() if file.exists() else b"")
+    for name in sorted(pool.names):
+        digest.update(repr((name, pool.members[name].adapter.samples)).encode())
+    return digest.hexdigest()
 
 
 def draw_candidates(task: str, scores: dict[str, float], rng: random.Random, args) -> Ranking:

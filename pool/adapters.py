@@ -6,6 +6,7 @@ so no adapter loads and silently does nothing. What this module can't represent 
 biases, whole replaced modules, ...) it refuses by name.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -27,8 +28,8 @@ from common.files import (
     write_jsonl,
     write_safetensors,
 )
-from common.options import nearest
 from model import Llama
+from pool.adapter_checks import check_shapes, check_targets, compile_pattern
 
 TEMPLATE = "[INST] {prompt} [/INST]\n"  # the one that MeteoRA uses
 PREFIX = "base_model.model."
@@ -103,6 +104,12 @@ def linear_shapes(model: Llama) -> dict[str, tuple[int, int]]:
 # PEFT folders -----------------------------------------------------------------------------------
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of an adapter that a PEFT folder holds."""
+    names = ("adapter_config.json", "adapter_model.safetensors", "samples.jsonl")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
 def adapter_folders(path: Path) -> list[Path]:
     """The PEFT folders directly inside a folder, sorted."""
     return sorted(file.parent for file in path.glob("*/adapter_config.json"))
@@ -133,13 +140,14 @@ def load_adapter(
                 "save it again from PEFT with safe_serialization=True"
             )
         raise InputError(f"{file}: missing")
-    tensors = read_header(file) if header else read_safetensors(file)[0]
+    tensors, metadata = read_header(file) if header else read_safetensors(file)
     A, B = _split_keys(tensors, file)
     scale = {path: _scale(config, config_file, path, len(a)) for path, a in A.items()}
+    _check_saved_together(config, metadata, config_file)
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
-        _check_shapes(adapter, file, shapes)
-        _check_targets(adapter, config_file, shapes)
+        check_shapes(adapter.A, adapter.B, file, shapes)
+        check_targets(config, adapter.A.keys(), config_file, shapes)
     if not (header or quiet):
         for key in sorted(config.keys() - HARMLESS - REFUSED.keys()):
             if config[key]:
@@ -200,7 +208,7 @@ def _check_config(config, file):
         if not all(map(math.isfinite, pattern.values())):
             refuse(name, "finite numbers")
         for key in pattern:
-            _compile(key, file, name)
+            compile_pattern(key, file, name)
     for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
         kind = int if name == "layers_to_transform" else str
         value = config.get(name)
@@ -208,18 +216,25 @@ def _check_config(config, file):
             refuse(name, f"{'text' if kind is str else 'a number'} or a list of them")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
-            _compile(config[name], file, name)
+            compile_pattern(config[name], file, name)
 
 
 def _all_are(kind, values):
     return all(isinstance(value, kind) for value in values)
 
 
-def _compile(pattern, file, field_name):
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{file}: {field_name}: bad pattern {pattern!r}: {error}") from None
+def _scale_fields(config):
+    """The fields that give the scales and ranks, as text."""
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    return json.dumps({name: config.get(name) or None for name in names})
+
+
+def _check_saved_together(config, metadata, file):
+    """Raises InputError where the tensors were saved by save_adapter with other scales."""
+    saved = metadata.get("saved_with")
+    if saved not in (None, _scale_fields(config)):
+        why = "a save was interrupted, or the file edited: save or train the adapter again"
+        raise InputError(f"{file}: found {_scale_fields(config)}, its tensors were saved with {saved}: {why}")
 
 
 def _split_keys(tensors, file):
@@ -269,73 +284,17 @@ def _scale(config, file, path, rank):
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
-def _check_shapes(adapter, file, shapes):
-    """Raises InputError unless the base has every adapted module, with the same features."""
-    unknown = [path for path in adapter.A if path not in shapes]
-    if unknown:
-        layers = 1 + max(map(_layer, shapes), default=-1)
-        deepest = max(map(_layer, unknown))
-        if deepest >= layers:
-            found = f"it adapts layer {deepest}, this one has {layers} layers"
-            raise InputError(f"{file}: made for a deeper base: {found}")
-        raise InputError(
-            f"{file}: {len(unknown)} of {len(adapter.A)} adapted modules are not Linears of this "
-            f"base's blocks, first {unknown[0]}{nearest(unknown[0], shapes)}"
-        )
-    for path, a in adapter.A.items():
-        o = len(adapter.B[path])
-        i = a.shape[1]
-        if (o, i) != shapes[path]:
-            base_o, base_i = shapes[path]
-            maps = f"{path} maps {i} -> {o}, this base's {base_i} -> {base_o}"
-            raise InputError(f"{file}: {maps} features")
-
-
-def _layer(path):
-    """The number of the layer that a module path names, -1 where it names none."""
-    match = re.search(r"layers\.(\d+)\.", path)
-    return int(match[1]) if match else -1
-
-
-def _check_targets(adapter, file, shapes):
-    """Raises InputError unless the modules that the config names are those that have tensors."""
-    config = adapter.config
-    targets = config.get("target_modules")
-    excluded = config.get("exclude_modules")
-    if targets is None:
-        raise InputError(f"{file}: target_modules is missing")
-
-    def matches(names, path):
-        if isinstance(names, str):
-            return names.lower() == "all-linear" or re.fullmatch(names, path)
-        return any(path == name or path.endswith(f".{name}") for name in names or ())
-
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    pattern = config.get("layers_pattern") or r"[^.]*"
-    pattern = pattern if isinstance(pattern, str) else "|".join(pattern)
-    _compile(pattern, file, "layers_pattern")
-    named = set()
-    for path in shapes:
-        if not matches(targets, path) or (excluded and matches(excluded, path)):
-            continue
-        layer = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) if layers else None
-        if not layers or (layer and int(layer[1]) in layers):
-            named.add(path)
-    problems = {
-        "named by target_modules have no tensors": named - adapter.A.keys(),
-        "not named by target_modules have tensors": adapter.A.keys() - named,
-    }
-    for problem, paths in problems.items():
-        if paths:
-            raise InputError(f"{file}: {len(paths)} modules {problem}, first {min(paths)}")
-
-
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:
-    """Writes a folder that PEFT loads; samples.jsonl too where the adapter has samples."""
+    """Writes a folder that PEFT loads; samples.jsonl too where the adapter has samples.
+
+    Each file is replaced at once, the folder is not: a kill after the first file leaves new tensors
+    under the earlier config. So the tensors' metadata holds the config's scales, and load_adapter
+    refuses other ones. PEFT's own files have no such metadata and load without this check.
+    """
     folder = Path(folder)
-    write_safetensors(folder / "adapter_model.safetensors", adapter.tensors())
-    if adapter.samples:
+    metadata = {"saved_with": _scale_fields(adapter.config)}
+    write_safetensors(folder / "adapter_model.safetensors", adapter.tensors(), metadata)
+    if adapter.samples or (folder / "samples.jsonl").exists():  # an earlier adapter's
         write_jsonl(folder / "samples.jsonl", [{"prompt": prompt} for prompt in adapter.samples])
     write_json(folder / "adapter_config.json", adapter.config)
 

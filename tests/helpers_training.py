@@ -3,6 +3,7 @@ behind."""
 
 import dataclasses
 import itertools
+import os
 import random
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
 from methods.lorahub import LorahubRun
 from methods.meteora import MeteoraRun
+from methods.ramole import RouterRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
 from pool.adapters import TEMPLATE, linear_shapes, load_adapter
@@ -77,6 +79,11 @@ def options(kind, model, out, **more):
         paths = {"model": str(out), "text": str(out.parent / "text.txt")}
         return BaseRun(**paths | sizes | {"steps": 5, "save_every": 2} | more)
     write_random_pool(out, model)
+    if kind == "router":
+        for name in ANSWERS:
+            rows = [{"prompt": text} for text in prompts(name, 3, seed=1)]
+            write_jsonl(out / "adapters" / name / "samples.jsonl", rows)
+        return RouterRun(**shared | {"share": 1.0, "r": 3, "retrieve": 2, "batch_size": 3} | more)
     if kind == "lorahub":
         return LorahubRun(**paths | {"steps": 4} | more)
     return MeteoraRun(**shared | {"top_k": int(kind[-1]), "batch_size": 3} | more)
@@ -87,10 +94,39 @@ def run(o, **more):
     COMMANDS[type(o)][1](o)
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def killed_at_write(monkeypatch, o, number, after):
+    """Runs until the `number`-th file is put in its place, and ends just before or `after` that;
+    was it reached?"""
+    count, replace = 0, os.replace
+
+    def dying_replace(source, target):
+        nonlocal count
+        count += 1
+        if count == number and not after:
+            raise Killed
+        replace(source, target)
+        if count == number:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying_replace)
+        try:
+            run(o)
+        except Killed:
+            return True
+    return False
+
+
 def run_folder(o):
     if isinstance(o, GatesRun):
         return Path(o.pool) / "runs" / f"gates_top{o.top_k}"
-    return Path(o.model) / "runs" / "base" if isinstance(o, BaseRun) else Path(o.pool) / "runs" / "adapters"
+    if isinstance(o, BaseRun):
+        return Path(o.model) / "runs" / "base"
+    return Path(o.pool) / "runs" / ("router" if isinstance(o, RouterRun) else "adapters")
 
 
 def contents(o):

@@ -18,16 +18,18 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.locks import alone
 from common.options import Count, Whole
 from model import Llama
 from moe_lora import KnownAdapterGate, attach
-from pool.adapters import TEMPLATE, Adapter, linear_shapes, peft_config, save_adapter
+from pool.adapters import TEMPLATE, Adapter, adapter_files, linear_shapes, peft_config, save_adapter
 from pool.folder import PoolFolder, check_pool, is_pool, read_pool, write_pool
 from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
-from training.inputs import load_frozen
-from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
+from training.inputs import data_of, load_frozen
+from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.losses import lm_losses
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -66,19 +68,24 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
     tasks = load_tasks(required(args, "tasks"), args.only)
     check_composite(args.composite, args.batch_size * len(tasks))
     folder = Path(required(args, "pool"))
+    run = folder / "runs" / (args.name or args.joint or "adapters")
+    with alone(run):
+        _train_adapters(tasks, folder, run, args, sampling)
+
+
+def _train_adapters(tasks, folder, run, args, sampling):
     has_file = (folder / "pool.json").exists()
     if is_pool(folder) and not has_file:
         found = "holds PEFT folders and no pool.json, which would leave them out"
         raise InputError(f"{folder}: {found}: name another --pool")
     model, tokenizer = load_frozen(args)
-    name = args.name or args.joint
-    run = folder / "runs" / (name or "adapters")
-    checkpoint = Checkpoint(run, args, [*tasks, f"base {model.fingerprint}"])
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
+    checkpoint = Checkpoint(run, args, {"base": model.fingerprint, **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
     known = read_pool(folder) if has_file else PoolFolder(folder, {}, template=args.template)
     check_pool(known, model, args, args.template)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
+    name = args.name or args.joint
     targets = target_shapes(model, args)
     learners = list(tasks.values())
     if args.joint:
@@ -109,10 +116,11 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
     if args.joint:
         written = folder / "baselines" / name
         save_adapter(trained(pool, name, args), written)
+        files = adapter_files(written)
     else:
         written = f"{known.path / 'adapters'}/{{{','.join(tasks)}}}"
-        save_adapters(pool, tasks, model, known, args)
-    checkpoint.finish(written)
+        files = save_adapters(pool, tasks, model, known, args)
+    checkpoint.finish(written, files)
 
 
 def check_adapter_options(args: AdaptersRun) -> None:
@@ -225,13 +233,19 @@ def clip_each(stacks: list[torch.Tensor], limit: float) -> float:
 
 def save_adapters(
     pool: Pool, tasks: dict[str, Task], model: Llama, known: PoolFolder, args: AdaptersRun
-) -> None:
-    """Writes the adapters, then a pool.json that names them beside those that were there."""
+) -> list[Path]:
+    """Writes the adapters, then a pool.json that names them beside those that were there.
+
+    Returns the files.
+    """
     adapters = dict(known.adapters)
+    files = [known.path / "pool.json"]
     for name in tasks:
         adapters[name] = known.path / "adapters" / name
         save_adapter(trained(pool, name, args), adapters[name])
+        files += adapter_files(adapters[name])
     write_pool(PoolFolder(known.path, adapters, model.fingerprint, args.template))
+    return files
 
 
 def trained(pool: Pool, name: str, args) -> Adapter:

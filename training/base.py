@@ -4,6 +4,7 @@ It exists for tiny/: all of that base's pretraining text is known, so that what 
 is known too. Real bases come from Hugging Face folders.
 """
 
+import hashlib
 import io
 import math
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from common.devices import find_device
 from common.files import InputError, read_text, write_bytes, write_json, write_safetensors
+from common.locks import alone
 from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
@@ -24,6 +26,7 @@ from pool.load import compile_blocks, make_fast
 from training.loop import Checkpoint, Run, finished, fit
 
 SYMBOLS = ("[", "[/", "]", "\n")
+FILES = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass
@@ -100,10 +103,16 @@ def train_base(args: BaseRun) -> None:
     if (folder / "config.json").exists() and not (run / "config.json").exists():
         found = "holds a model that this command didn't make"
         raise InputError(f"{folder}: {found}: name another --model")
-    checkpoint = Checkpoint(run, args)
+    text = read_text(args.text)
+    with alone(run):
+        _train_base(text, folder, run, args)
+
+
+def _train_base(text, folder, run, args):
+    data = {f"data of {args.text}": hashlib.sha256(text.encode()).hexdigest()}
+    checkpoint = Checkpoint(run, args, data)
     if checkpoint.finished:
         return finished(checkpoint)
-    text = read_text(args.text)
     if not checkpoint.file.exists():
         train_tokenizer(text, args, folder)
     tokenizer = Tokenizer(folder)
@@ -136,7 +145,7 @@ def train_base(args: BaseRun) -> None:
     tensors = {name: param.data.to(torch.bfloat16) for name, param in params.items()}
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", raw)
-    checkpoint.finish(folder)
+    checkpoint.finish(folder, [folder / name for name in FILES])
 
 
 def check_heads(args: BaseRun) -> None:

@@ -13,18 +13,20 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.locks import alone
 from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
 from model import Llama
-from pool.adapters import linear_shapes, save_adapter
+from pool.adapters import adapter_files, linear_shapes, save_adapter
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
 from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
-from training.inputs import bound_to, load_with_pool
-from training.loop import Checkpoint, Run, compile_for, finished, fit, lm_losses, required
+from training.inputs import bound_to, data_of, load_with_pool
+from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.losses import lm_losses
 
 
 @dataclass
@@ -62,26 +64,36 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     if args.adapters_too and Path(args.adapters_too).resolve() == known.path.resolve():
         found = f"{args.adapters_too}, the pool itself"
         raise InputError(f"--adapters_too is {found}: name another folder")
+    run = Path(args.adapters_too or known.path) / "runs" / kind.run_folder(args)
+    with alone(run):
+        _train_gates(kind, known, names, tasks, run, args)
+
+
+def _train_gates(kind, known, names, tasks, run, args):
     dtype = torch.float32 if args.adapters_too else None
     model, tokenizer, pool = load_with_pool(args, known, names, dtype)
     shapes = linear_shapes(model)
     folder = Path(args.adapters_too or known.path)
     file = folder / "gates" / f"{kind.run_name(args)}.safetensors"
-    checkpoint = Checkpoint(folder / "runs" / kind.run_folder(args), args, bound_to(model, pool))
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
+    checkpoint = Checkpoint(run, args, bound_to(model, pool) | data_of(tasks, examples))
     if checkpoint.finished:
         return finished(checkpoint)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)
         train_by_steps(training, tokenizer, examples, known.template, checkpoint)
         gates = training.gates
+    files = [file]
     if args.adapters_too:
         pool = save_pool(known, pool, shapes, args)
+        files += [folder / "pool.json"]
+        for name in pool.names:
+            files += adapter_files(folder / "adapters" / name)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[args.save_dtype])
     save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names)
-    checkpoint.finish(file)
+    checkpoint.finish(file, files)
 
 
 class GatesTraining:

@@ -1,4 +1,6 @@
-"""How trainers with a frozen base begin: the base, its tokenizer, and the adapters of a pool."""
+"""How trainers with a frozen base begin: the base, its tokenizer, the adapters of a pool, the data."""
+
+import hashlib
 
 import torch
 
@@ -8,6 +10,7 @@ from pool.adapters import linear_shapes
 from pool.folder import PoolFolder, check_pool
 from pool.load import load_base
 from pool.slots import Pool, alloc_B_of
+from tasks.folders import Example, Task
 
 
 def load_frozen(args) -> tuple[Llama, Tokenizer]:
@@ -33,7 +36,23 @@ def load_with_pool(
     return model, tokenizer, pool
 
 
-def bound_to(model: Llama, pool: Pool) -> list[str]:
-    """What a run is bound to, for its Checkpoint: each adapter's name and hash, and the base."""
-    adapters = [f"{name} {pool.members[name].hash}" for name in pool.names]
-    return [*adapters, f"base {model.fingerprint}"]
+def bound_to(model: Llama, pool: Pool) -> dict[str, str]:
+    """{what: hash} that a run is bound to, for its Checkpoint: the base and each adapter."""
+    adapters = {f"adapter {name}": pool.members[name].hash for name in pool.names}
+    return {"base": model.fingerprint, **adapters}
+
+
+def data_of(tasks: dict[str, Task], examples: dict[str, list[Example]]) -> dict[str, str]:
+    """{"data of TASK": hash} of the train splits, as they are and as `examples`, their tokens.
+
+    So a resumed run notices another line as well as another template or tokenizer.
+    """
+    hashes = {}
+    for name, task in tasks.items():
+        digest = hashlib.sha256()
+        for row in task.train:
+            digest.update(repr((row["prompt"], row["response"])).encode())
+        for example in examples[name]:
+            digest.update(repr((example.n_prompt, example.ids)).encode())
+        hashes[f"data of {name}"] = digest.hexdigest()
+    return hashes

@@ -1,13 +1,15 @@
 """The training loop of all trainers: optimizer, warmup and cosine, clipping, log, checkpoints.
 
-Every step is a pure function of the seed, the step and the weights. A checkpoint holds weights,
-optimizer and RNG, so a resumed run ends with the same bits as one that was never interrupted. On a
-GPU, which adds in no fixed order, the two are equal up to rounding.
+Every step is a pure function of the seed, the step, the data and the weights. A checkpoint holds
+weights, optimizer and RNG, so a resumed run ends with the same bits as one that was never
+interrupted. On a GPU, which adds in no fixed order, the two are equal up to rounding. What a run
+was given (options, base, adapters, data) is in its config.json: other input is not resumed.
 """
 
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,8 +20,10 @@ import torch
 from tqdm import tqdm
 
 from common.files import (
+    MARK,
     InputError,
     read_json,
+    read_metadata,
     read_safetensors,
     read_text,
     warn,
@@ -30,9 +34,7 @@ from common.files import (
 from common.options import Count, NotNegative, Seed
 from model import Llama
 from pool.load import compile_blocks
-from tasks.folders import Batch, Example
-
-BLOCK = 2048  # vocabulary entries at a time, so that their logits and weights stay in the caches
+from tasks.folders import Example
 
 
 @dataclass
@@ -89,64 +91,6 @@ def learning_rate(step: int, args: Run) -> float:
     return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-class BlockwiseCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden states (n, h) under a frozen head W (v, h), and its gradient.
-
-    It goes through the vocabulary block by block, as flash attention goes through keys: there are
-    no (n, v) logits, and each weight of the head is read once. `linear` computes x W^T. The target
-    is kept apart from the other entries: where the model is nearly certain of it, the gradient is
-    a small difference, which rounding would swallow.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor, linear: Callable
-    ) -> torch.Tensor:
-        """hidden (n, h), W (v, h), targets (n,) -> losses (n,), float32."""
-        W_target = W[targets].float()  # (n, h)
-        logit = (hidden.float() * W_target).sum(-1, True)  # (n, 1), the target's
-        top = logit  # the highest so far
-        rest = torch.zeros_like(logit)  # sum over the other entries of p = exp(their logit - top)
-        W_rest = torch.zeros_like(W_target)  # sum of their rows of W, each times its p
-        for first, block in zip(range(0, len(W), BLOCK), W.split(BLOCK), strict=True):
-            logits = linear(hidden, block).float()  # (n, BLOCK)
-            entries = torch.arange(first, first + len(block), device=W.device)
-            logits.masked_fill_(entries == targets[:, None], float("-inf"))
-            highest = torch.maximum(top, logits.amax(-1, True))
-            rescale = (top - highest).exp()
-            p = logits.sub_(highest).exp_()
-            rest = rest * rescale + p.sum(-1, True)
-            W_rest = W_rest * rescale + linear(p.to(W.dtype), block.T)
-            top = highest
-        total = rest + (logit - top).exp()
-        ctx.save_for_backward(((W_rest - rest * W_target) / total).to(hidden.dtype))
-        return (total.log() + top - logit)[:, 0]
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The gradient of `hidden` alone, which forward computed with the losses."""
-        (slopes,) = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
-
-
-def hidden_states(model: Llama, batch: Batch, padded: bool = False) -> torch.Tensor:
-    """(n, h) of the tokens before a response's tokens, in the order of batch.predicts.
-
-    The sequences are packed, so no padding is computed; `padded` rows are for gates that need them.
-    """
-    if padded:
-        return model.model(batch.ids)[batch.predicts]
-    hidden = model.model(batch.ids[batch.real][None], lengths=batch.lengths)  # (1, n, h)
-    return hidden[0, batch.predicts[batch.real]]
-
-
-def lm_losses(model: Llama, batch: Batch, padded: bool = False) -> torch.Tensor:
-    """Cross-entropy of each response token: the head sees only those positions."""
-    hidden = hidden_states(model, batch, padded)
-    targets = batch.ids.roll(-1, 1)[batch.predicts]
-    return BlockwiseCrossEntropy.apply(hidden, model.head_weight, targets, model.linear)
-
-
 def clip_norm(params: list[torch.Tensor], limit: float) -> float:
     """Scales all gradients so that their joint norm is at most `limit`; returns the norm before."""
     return float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
@@ -161,18 +105,23 @@ class Checkpoint:
     """RUN/checkpoint.safetensors: step, trained tensors, optimizer state, RNG.
 
     config.json and log.csv lie beside it. A finished run leaves config.json with "finished": true
-    and no checkpoint.
+    and "wrote", the files that it made, and no checkpoint.
     """
 
-    def __init__(self, folder: Path | str, args: Run, names: Iterable[str] = ()):
-        """`names`: tasks, base and adapters; with the options they say which run it is."""
+    def __init__(self, folder: Path | str, args: Run, bound: dict[str, str] | None = None):
+        """`bound` {what: hash} of base, adapters and data: with the options they say which run it is.
+
+        Raises InputError where an unfinished run or, on resuming, one of other input is here.
+        """
         self.folder = Path(folder)
         self.file = self.folder / "checkpoint.safetensors"
         self.config = {k: v for k, v in asdict(args).items() if k not in NOT_THE_RUN}
-        self.config["names"] = list(names)
+        self.config["bound"] = bound or {}
         self.step = 0
         self.finished = False
         self.rows = []
+        if self.file.exists() and not MARK.items() <= read_metadata(self.file).items():
+            raise InputError(f"{self.file}: not a checkpoint that train.py made: move it elsewhere")
         file = self.folder / "config.json"
         if file.exists():
             known = read_json(file)
@@ -182,6 +131,7 @@ class Checkpoint:
     def _check_known(self, known, resume):
         """A run is here already: resume it, or refuse to overwrite it."""
         finished = known.pop("finished", False)
+        wrote = known.pop("wrote", [])
         if finished:  # killed before finish() could remove it
             self.file.unlink(missing_ok=True)
         if not resume and not finished:
@@ -189,18 +139,20 @@ class Checkpoint:
             raise InputError(f"{self.folder}: {message}")
         if not resume:
             return warn(f"{self.folder}: a finished run is here: training again replaces what it wrote")
-        differ = []
-        for name, value in self.config.items():
-            if known.get(name) != value:
-                differ.append(f"{name} was {known.get(name)!r}, now {value!r}")
-        if differ:
+        if differ := differences(known, self.config):
             file = self.folder / "config.json"
-            raise InputError(f"{file}: can't resume with other options: {'; '.join(differ)}")
-        self.finished = finished
+            found = "; ".join(differ)
+            raise InputError(f"{file}: can't resume with other options or data: {found}")
+        gone = [name for name in wrote if not (self.folder / name).exists()]
+        if gone:
+            file = os.path.normpath(self.folder / gone[0])
+            warn(f"{file}: a finished run wrote it, and it is gone: training again")
+        self.finished = finished and not gone
 
-    def write_config(self, finished: bool) -> None:
+    def write_config(self, finished: bool = False, wrote: Iterable[Path] = ()) -> None:
         """Writes RUN/config.json."""
-        write_json(self.folder / "config.json", self.config | {"finished": finished})
+        files = sorted(os.path.relpath(file, self.folder) for file in wrote)
+        write_json(self.folder / "config.json", self.config | {"finished": finished, "wrote": files})
 
     def load(self, params: Params, optimizers: Optimizers) -> None:
         """Restores the run's state, if there is one, into `params` and `optimizers`."""
@@ -238,13 +190,28 @@ class Checkpoint:
         for name, param, state in states(params, optimizers):
             for kind, value in state[param].items():
                 tensors[f"{kind}.{name}"] = value
-        write_safetensors(self.file, tensors, {"step": str(step)})
+        write_safetensors(self.file, tensors, MARK | {"step": str(step)})
 
-    def finish(self, written: Path | str) -> None:
-        """Marks the run as finished and says what it wrote."""
-        self.write_config(finished=True)
+    def finish(self, written: Path | str, files: Iterable[Path]) -> None:
+        """Marks the run as finished with `files`, and says that it wrote them, as `written`."""
+        self.write_config(finished=True, wrote=files)
         self.file.unlink(missing_ok=True)
         print(f"wrote {written}", file=sys.stderr)
+
+
+def differences(was: dict, now: dict) -> list[str]:
+    """What differs between two runs' options, and between the hashes of what they are bound to."""
+    found = []
+    for name in sorted((was.keys() | now.keys()) - {"bound"}):
+        if was.get(name) != now.get(name):
+            found.append(f"{name} was {was.get(name)!r}, now {now.get(name)!r}")
+    was = was.get("bound", {})
+    now = now["bound"]
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            how = "is new" if name not in was else "is gone" if name not in now else "has changed"
+            found.append(f"{name} {how}")
+    return found
 
 
 def states(params: Params, optimizers: Optimizers) -> Iterator[tuple]:
@@ -292,7 +259,7 @@ def fit(
     Writes checkpoints and log.csv (step, learning rate, gradient norm, and what step_loss returns).
     `rates` {name: factor} gives some params another learning rate.
     """
-    checkpoint.write_config(finished=False)
+    checkpoint.write_config()
     torch.manual_seed(args.seed)
     for param in params.values():
         param.requires_grad_(True)

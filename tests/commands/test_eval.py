@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from sacrebleu import corpus_bleu
 
 import eval as evaluation
 from common.files import read_safetensors, run_script, write_json, write_jsonl, write_safetensors
+from common.locks import alone
 from evaluation import answers
 from evaluation import composites as composing
 from generate import answer, load
@@ -267,6 +269,60 @@ def test_cells_of_another_run_are_not_used(wide, tmp_path, changed):
     assert ("old" in said) == (changed == "nothing") and "new" in said
     warned = f"warning: {out / 'cells'}: of a run with other options, base or adapters: begins anew"
     assert (warned in err.splitlines()) == (changed != "nothing")
+
+
+THEIRS = ("notes.txt", "a-01234567.json", ".hidden", "inside/answers.json", "list.json")
+
+
+def write_theirs(cells):
+    """Files of another program in OUT/cells: {name: what is in it}."""
+    contents = {name: b"theirs" for name in THEIRS} | {"list.json": b"[1]", "a-01234567.json": b'{"a": 1}'}
+    for name, data in contents.items():
+        (cells / name).parent.mkdir(parents=True, exist_ok=True)
+        (cells / name).write_bytes(data)
+    return contents
+
+
+def read_all(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("when", ["before", "stopped", "other options"])
+def test_what_others_keep_in_cells_stays(wide, whole, tmp_path, when):
+    """OUT may be a folder of somebody's work, and cells is a common word: it was deleted whole."""
+    out = tmp_path / "out"
+    if when != "before":
+        more = ["--max_new_tokens", 2] if when == "other options" else []
+        stop, _ = counted("answer_all", 3)
+        assert run_eval(*wide, *more, "--out", out, answer_all=stop)[0] == 130
+        assert len(list((out / "cells").glob("*.json"))) == 3  # the mark and two answers
+    theirs = write_theirs(out / "cells")
+    assert run_eval(*wide, "--out", out)[0] == 0
+    assert read_all(out / "cells") == theirs and written(out) == written(whole)
+
+
+@pytest.mark.parametrize("meta", ["{}", '["made_by"]', '{"made_by": "somebody"}', "no JSON"])
+def test_cells_of_another_program_are_refused(wide, tmp_path, meta):
+    """Its meta.json would be overwritten by ours."""
+    cells = tmp_path / "out" / "cells"
+    theirs = write_theirs(cells) | {"meta.json": meta.encode()}
+    (cells / "meta.json").write_text(meta)
+    status, stdout, err = run_eval(*wide, "--out", tmp_path / "out")
+    assert (status, stdout) == (2, "")
+    expected = f"error: {cells / 'meta.json'}: another program wrote it: name another folder with --out"
+    assert err.splitlines()[-1] == expected
+    assert read_all(tmp_path / "out") == {f"cells/{name}": data for name, data in theirs.items()}
+
+
+def test_a_second_eval_in_one_folder(wide, tmp_path):
+    """Two that share OUT would read each other's answers and delete the folder under each other;
+    the second one must hear it before it loads a model for minutes."""
+    with alone(tmp_path / "out"):
+        args = ["--model", tmp_path / "nowhere", *wide[2:], "--out", tmp_path / "out"]
+        status, stdout, err = run_eval(*args)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(rf"error: {tmp_path}/out: process {os.getpid()} on .* is at work here: .*\n", err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_meta_says_what_was_evaluated(wide, whole):

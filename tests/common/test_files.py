@@ -1,10 +1,13 @@
 """Checked reading, atomic writing, hashes, and how a script ends."""
 
+import fcntl
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -263,7 +266,7 @@ def test_old_file_stays(tmp_path, monkeypatch, where):
 
         def half_open(name, mode="r", **options):
             file = real(name, mode, **options)
-            if "w" in mode:
+            if "x" in mode:
                 return HalfWriter(file)
             return file
 
@@ -284,6 +287,7 @@ class HalfWriter:
 
     def __init__(self, file):
         self.file = file
+        self.name, self.fileno = file.name, file.fileno
 
     def __enter__(self):
         return self
@@ -304,6 +308,87 @@ def test_flushed_before_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
     write_bytes(tmp_path / "w", b"12345")
     assert calls[:2] == [("fsync", 5), ("replace", "w")]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """With one partial file for all, a second writer empties the first one's or renames it away:
+    files of two halves, and 'No such file' for who had written a whole one."""
+    path, wrong = tmp_path / "w.bin", []
+
+    def write(byte):
+        try:
+            for _ in range(25):
+                write_bytes(path, bytes([byte]) * 70_001)
+                found = path.read_bytes()
+                if len(found) != 70_001 or len(set(found)) != 1:
+                    wrong.append(found[:9])
+        except InputError as error:
+            wrong.append(error)
+
+    writers = [threading.Thread(target=write, args=(byte,)) for byte in range(5)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert wrong == [] and os.listdir(tmp_path) == ["w.bin"]
+
+
+def partial_of(path, digit):
+    return path.with_name(f".{path.name}.{digit * 16}.partial")
+
+
+def test_no_planted_link_is_followed(tmp_path, monkeypatch):
+    """In a folder that others can write to, a link of the name that comes next would have us write
+    over a file of ours that they can't reach."""
+    path, target = tmp_path / "w.bin", tmp_path / "target"
+    target.write_bytes(b"mine")
+    partial_of(path, "7").symlink_to(target)
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "7" * 2 * n)
+    with pytest.raises(InputError, match=f"{path}: File exists"):
+        write_bytes(path, b"new")
+    assert target.read_bytes() == b"mine" and partial_of(path, "7").is_symlink() and not path.exists()
+
+
+def test_a_dead_writers_leftover_goes_and_no_other_file(tmp_path):
+    """Each kill during a save would leave gigabytes for ever; and what a living writer holds, or
+    what only looks alike, isn't ours to remove."""
+    path = tmp_path / "w[1].bin"
+    dead, alive, linked = (partial_of(path, digit) for digit in "abc")
+    for partial in (dead, alive):
+        partial.write_bytes(b"half")
+    linked.symlink_to(tmp_path / "target")
+    others = [
+        ".w[1].bin.partial",
+        ".w[1].bin.notes.partial",
+        "w[1].bin.partial",
+        ".w1.bin." + "a" * 16 + ".partial",
+    ]
+    for name in [*others, "target"]:
+        (tmp_path / name).write_bytes(b"theirs")
+    with open(alive, "rb+") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        write_bytes(path, b"whole")
+        kept = {path.name, alive.name, linked.name, "target", *others}
+        assert set(os.listdir(tmp_path)) == kept
+    write_bytes(path, b"whole")  # its writer has died
+    assert set(os.listdir(tmp_path)) == kept - {alive.name}
+
+
+def test_a_partial_that_is_taken_before_it_is_locked(tmp_path, monkeypatch):
+    """Between making a file and locking it a second writer may take it for a leftover: the first
+    one's rename would then fail, and what it had written would be lost."""
+    path, flock, turns = tmp_path / "w.bin", fcntl.flock, []
+
+    def late(file, how):
+        turns.append(how)
+        if turns == [fcntl.LOCK_EX]:
+            files._remove_leftovers(path)
+            assert os.listdir(tmp_path) == []
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_bytes(path, b"whole")
+    assert len(turns) == 3 and os.listdir(tmp_path) == ["w.bin"] and path.read_bytes() == b"whole"
 
 
 # Hashes -------------------------------------------------------------------------------------------

@@ -197,5 +197,5 @@ def test_resume_notices_other_adapters(small_model, tmp_path):
     gates = options("top1", small_model, tmp_path / "out", steps=1)
     run(gates)
     write_adapters(Path(gates.pool) / "adapters", load_llama(small_model), reversed(ANSWERS))
-    with pytest.raises(InputError, match="names was"):
+    with pytest.raises(InputError, match="other options or data: adapter animals has changed"):
         run(gates, resume=True)

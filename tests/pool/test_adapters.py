@@ -1,7 +1,9 @@
 """PEFT in and out (logits and bytes), what is refused and in which words, and the pool."""
 
+import contextlib
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -242,6 +244,93 @@ def test_sub_folder(shapes, tmp_path):
         load_adapter(tmp_path / "outer")
     with pytest.raises(InputError, match="no such adapter folder"):
         load_adapter(tmp_path / "nowhere")
+
+
+# Replacing an adapter -----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_kill_while_an_adapter_is_replaced(shapes, tmp_path, monkeypatch, number):
+    """New tensors under the earlier alpha load without a word and answer fluently and wrong. So what
+    loads is the earlier adapter or the new one, whole."""
+    folder = tmp_path / "a"
+    old = random_adapter("a", shapes, r=3, alpha=7.0, seed=1)
+    new = random_adapter("a", shapes, r=3, alpha=5.0, seed=2)
+    old.samples, new.samples = ["an earlier prompt"], ["a prompt"]
+    save_adapter(old, folder)
+    replace, done = os.replace, []
+
+    def dying_replace(source, target):
+        done.append(target)
+        if len(done) == number:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying_replace)
+        with contextlib.suppress(Killed):
+            save_adapter(new, folder)
+    if number == 1:
+        assert load_adapter(folder, shapes=shapes).hash == old.hash
+    elif number == 4:
+        assert len(done) == 3 and load_adapter(folder, shapes=shapes).hash == new.hash
+    else:
+        expected = r'adapter_config\.json: found .*"lora_alpha": 7\.0.* saved with .*"lora_alpha": 5\.0'
+        for header in (False, True):  # a pool of many reads the headers first
+            with pytest.raises(InputError, match=expected):
+                load_adapter(folder, header=header)
+    save_adapter(new, folder)
+    assert load_adapter(folder, shapes=shapes).hash == new.hash
+    assert load_adapter(folder).samples == new.samples
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 5},
+        {"lora_alpha": 8},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 1}},
+        {"alpha_pattern": {"proj": 1, "q_proj": 2}},
+    ],
+)
+def test_each_field_that_gives_a_scale_goes_with_its_tensors(shapes, tmp_path, change):
+    """A field that the check forgets is one under which half-replaced adapters load."""
+    adapter = random_adapter("a", shapes, r=3, alpha=7.0)
+    adapter.config["alpha_pattern"] = {"q_proj": 2, "proj": 1}
+    save_adapter(adapter, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(adapter.config | change))
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path / "a", shapes=shapes)
+    harmless = {"lora_dropout": 0.5, "base_model_name_or_path": "elsewhere", "rank_pattern": {}}
+    file.write_text(json.dumps(adapter.config | harmless))
+    assert load_adapter(tmp_path / "a", shapes=shapes).A.keys() == adapter.A.keys()
+
+
+def test_pefts_own_config_may_be_edited(base, shapes, tmp_path):
+    """PEFT's tensors say nothing of their config: many people set lora_alpha by hand, and PEFT reads
+    what they set."""
+    peft_adapter(base[0], tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 2.5}))
+    adapter, peer = load_adapter(tmp_path / "a", shapes=shapes), peft_reads(base[0], tmp_path / "a")
+    for path, scale in adapter.scale.items():
+        assert scale == peer.get_submodule(PREFIX + path).scaling["default"]
+
+
+def test_an_adapter_without_samples_takes_the_earlier_ones_away(shapes, tmp_path):
+    """The new adapter would be found by the prompts of the one that it replaced."""
+    adapter = random_adapter("a", shapes)
+    adapter.samples = ["an earlier prompt"]
+    save_adapter(adapter, tmp_path / "a")
+    adapter.samples = []
+    save_adapter(adapter, tmp_path / "a")
+    assert load_adapter(tmp_path / "a").samples == []
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ overwritten."""
 
 import dataclasses
 import itertools
-import os
 import random
 import signal
 import subprocess
@@ -18,8 +17,21 @@ import torch.nn.functional as F
 
 from common.files import InputError, read_json
 from helpers_commands import ROOT, command
-from helpers_training import KINDS, argv, assert_same, contents, main, options, run, run_folder, write_tasks
+from helpers_training import (
+    KINDS,
+    Killed,
+    argv,
+    assert_same,
+    contents,
+    killed_at_write,
+    main,
+    options,
+    run,
+    run_folder,
+    write_tasks,
+)
 from training import loop
+from training import losses as lm
 
 # Loss ---------------------------------------------------------------------------------------------
 
@@ -30,7 +42,7 @@ def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
     """A block that forgets what earlier ones added, a target in the last, shorter block, or a
     gradient that is the difference of two rounded numbers, where a token is nearly certain: wrong,
     and hard to see in a loss curve."""
-    monkeypatch.setattr(loop, "BLOCK", 13)
+    monkeypatch.setattr(lm, "BLOCK", 13)
     g = torch.Generator().manual_seed(n)
     W, targets = torch.randn(3 * 13 + 5, 19, generator=g).to(dtype), torch.randint(44, (n,), generator=g)
     targets[-1] = 43
@@ -38,7 +50,7 @@ def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
     hidden[::2] += W[targets[::2]].float()  # nearly certain of these
     hidden, cotangent = hidden.to(dtype), torch.randn(n, generator=g)
     x, want = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    losses = loop.BlockwiseCrossEntropy.apply(x, W, targets, F.linear)
+    losses = lm.BlockwiseCrossEntropy.apply(x, W, targets, F.linear)
     expected = F.cross_entropy(want @ W.double().T, targets, reduction="none")
     assert n == 1 or expected.min() < 1e-3 < 1 < expected.max()
     torch.testing.assert_close(losses.double(), expected, rtol=error, atol=error)  # of logits up to 30
@@ -49,33 +61,6 @@ def test_losses_by_blocks_of_the_vocabulary(n, dtype, error, monkeypatch):
 
 
 # Resume -------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program may catch it."""
-
-
-def killed_at_write(monkeypatch, o, number, after):
-    """Runs until the `number`-th file is put in its place, and ends just before or `after` that;
-    was it reached?"""
-    count, replace = 0, os.replace
-
-    def dying_replace(source, target):
-        nonlocal count
-        count += 1
-        if count == number and not after:
-            raise Killed
-        replace(source, target)
-        if count == number:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying_replace)
-        try:
-            run(o)
-        except Killed:
-            return True
-    return False
 
 
 @pytest.mark.parametrize(
