@@ -164,7 +164,7 @@ def train_lorahub(args: LorahubRun) -> None:
     if {key: known_weights.get(key) for key in ("adapters", "options")} != {
         key: made[key] for key in ("adapters", "options")
     }:
-        warn(f"{file}: made for other adapters or with other options: begins anew")
+        warn(f"{file}: searched over other adapters or with other options: begins anew")
         known_weights = made
     found = known_weights["weights"]
     gate = SampleGate()

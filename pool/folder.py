@@ -67,9 +67,9 @@ def write_pool(folder: PoolFolder) -> None:
 
 
 def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:
-    """Raises InputError where a pool's adapters were trained with another base or template."""
+    """Raises InputError where a pool's adapters were trained on another base or with another template."""
     file = folder.path / "pool.json"
     if folder.fingerprint not in (None, model.fingerprint):
-        raise InputError(f"{file}: made for another base than {args.model} (fingerprint differs)")
+        raise InputError(f"{file}: trained on another base than {args.model} (fingerprint differs)")
     if folder.adapters and folder.template != template:
         raise InputError(f"{file}: template is {folder.template!r}, this run's {template!r}")

@@ -63,7 +63,7 @@ class GateFile:
                 wrong.append(f"{name} (trained with {digest[:12]}, the pool's is {found[:12]})")
         if wrong or len(names) != len(hashes):
             listed = ", ".join(wrong)
-            raise InputError(f"{file}: made for other adapters: {listed}; train the gates again")
+            raise InputError(f"{file}: trained with other adapters: {listed}; train the gates again")
         if strangers := [name for name in pool.names if name not in names]:
             warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
         if not self.rows:

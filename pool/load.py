@@ -83,7 +83,7 @@ def _check_base_names(pool, model):
         if named and Path(named).name.lower() != Path(model).resolve().name.lower():
             strangers.setdefault(named, []).append(name)
     for named, names in strangers.items():
-        warn(f"made for base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
+        warn(f"trained on base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
 
 
 def read_adapters(pairs: Iterable[str]) -> list[tuple[str, str]]:

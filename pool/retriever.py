@@ -250,7 +250,7 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     base = metadata["base"]
     if base != model.fingerprint:
         raise InputError(
-            f"{file}: made for base {base[:12]}, this one is {model.fingerprint[:12]}: "
+            f"{file}: trained on base {base[:12]}, this one is {model.fingerprint[:12]}: "
             "python train.py retriever makes one for it"
         )
     mean = tensors["encoder.mean"].float()

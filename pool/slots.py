@@ -1,9 +1,8 @@
 """The slots of a pool: named adapters of mixed rank and mixed targets, stacked for the kernels."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,7 +94,7 @@ class Pool:
         pool = cls._for(headers, shapes, dtype, device, alloc_B, capacity)
         pool.limit = resident or None
         for adapter in headers:
-            pool.members[adapter.name] = Member(None, None, _light(adapter))
+            pool.members[adapter.name] = Member(None, None, without_tensors(adapter))
         pool.need(list(folders)[: pool.capacity])
         return pool
 
@@ -158,7 +157,7 @@ class Pool:
                 folder = member.adapter.folder
                 adapter = load_adapter(folder, name, self.shapes, quiet=loaded_before)
                 slot = self._fill(self._free_slot(), adapter)
-                self.members[name] = Member(slot, adapter.hash, _light(adapter))
+                self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
 
     def add(self, adapter: Adapter) -> int | None:
         """Puts the adapter into a free slot and returns the slot; raises capacity or rank where
@@ -180,7 +179,7 @@ class Pool:
         if not waits:
             slot = self._fill(self._free_slot(), adapter)
             self._used.append(adapter.name)
-        self.members[adapter.name] = Member(slot, adapter.hash, _light(adapter))
+        self.members[adapter.name] = Member(slot, adapter.hash, without_tensors(adapter))
         return slot
 
     def _cover(self, adapter):
@@ -268,8 +267,6 @@ def alloc_B_of(model: Llama) -> Callable[..., torch.Tensor]:
     return getattr(model, "alloc_B", zeros)
 
 
-def _light(adapter):
-    light = copy.copy(adapter)
-    light.A = {}
-    light.B = {}
-    return light
+def without_tensors(adapter: Adapter) -> Adapter:
+    """A copy of the adapter with its name, scales, config, samples and folder alone."""
+    return replace(adapter, A={}, B={})

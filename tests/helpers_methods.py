@@ -91,7 +91,7 @@ def write_every_part(folder, small_model):
     paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
         train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.05), SAMPLING)
-    made_for = {name: pool.members[name].hash for name in NAMES}
+    known = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
-    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
+    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})
     return folder / "pool"

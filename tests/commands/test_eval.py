@@ -150,9 +150,9 @@ def wide(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     gates = {p: MeteoraGate(torch.randn(3, A.shape[2], generator=generator), 2) for p, A in pool.A.items()}
     save_gates(folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names)
-    made_for = {name: pool.members[name].hash for name in WIDE}
+    known = {name: pool.members[name].hash for name in WIDE}
     weights = {name: {"ant": 1.0} for name in WIDE}
-    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
+    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})
     for name, metric, count in zip(WIDE, ("exact_match", "exact_match", "bleu"), (2, 3, 2), strict=True):
         write_json(folder / "tasks" / name / "task.json", {"metric": metric})
         for split in ("train", "test"):

@@ -512,7 +512,7 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
             assert now.A[path].dtype == now.B[path].dtype == torch.bfloat16
     mole = load(small_model, o.adapters_too)
     set_methods(mole, [f"meteora_top{k}"])
-    with pytest.raises(InputError, match="made for other adapters: animals.*plurals"):
+    with pytest.raises(InputError, match="trained with other adapters: animals.*plurals"):
         load_gates(
             Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors", load(small_model, o.pool).pool
         )
@@ -741,7 +741,7 @@ def test_lorahub_refuses(more, words, small_model, tmp_path, monkeypatch):
 
 
 def test_lorahub_refuses_another_base(small_model, tmp_path):
-    """Adapters made for another base are noise, and weights over noise are searched as happily."""
+    """Adapters trained on another base are noise, and weights over noise are searched as happily."""
     o = options("lorahub", small_model, tmp_path / "out")
     raw = read_json(tmp_path / "out" / "pool.json")
     write_json(tmp_path / "out" / "pool.json", raw | {"base": "another"})

@@ -108,7 +108,7 @@ def test_file(encoder, tmp_path):
     assert metadata["tasks"] == "x" and again.digests == retriever.digests
     assert again(["the lazy fox"], 2) == retriever(["the lazy fox"], 2)
     encoder.model.fingerprint = "f" * 64
-    with pytest.raises(InputError, match=r"retriever.safetensors: made for base .*train.py retriever"):
+    with pytest.raises(InputError, match=r"retriever.safetensors: trained on base .*train.py retriever"):
         load_retriever(file, encoder.model, encoder.tokenizer)
 
 
