@@ -170,7 +170,9 @@ def _check_header(path):
             head = file.read(512)
             begin = 8 + int.from_bytes(head[:8], "little")
             found = f"{size} bytes present"
-            if stranger := _stranger(head):
+            # By chance a header's length may begin as a pickle does, but then { follows it.
+            plausible = begin <= size and head[8:9] == b"{"
+            if not plausible and (stranger := _stranger(head)):
                 raise InputError(f"{path}: is {stranger}")
             if size < 8 or begin > size:
                 raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")

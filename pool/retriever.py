@@ -222,11 +222,12 @@ def save_retriever(file: Path | str, retriever: Retriever, model: Llama, about: 
     adapters' samples. `about` says how it was trained."""
     names = sorted(retriever.vectors)
     encoder = retriever.embed
-    vectors = [retriever.vectors[name] for name in names]
+    vectors = [retriever.vectors[name][None] for name in names]  # (1, d) each
+    none = encoder.projection.new_zeros(0, len(encoder.projection))  # (0, d)
     tensors = {
         "encoder.mean": encoder.mean,
         "encoder.projection": encoder.projection,
-        "adapters": torch.stack(vectors or [encoder.mean.new_zeros(0)]),
+        "adapters": torch.cat([none, *vectors]),
     }
     metadata = {
         "names": "\n".join(names),

@@ -112,6 +112,19 @@ def test_file(encoder, tmp_path):
         load_retriever(file, encoder.model, encoder.tokenizer)
 
 
+def test_file_without_adapters(encoder, tmp_path):
+    """Tuned before there are adapters, it is for those that join later: without it the file of no
+    vectors holds one, of no length, and is refused."""
+    file = tmp_path / "retriever.safetensors"
+    save_retriever(file, Retriever(encoder), encoder.model, {})
+    again, _ = load_retriever(file, encoder.model, encoder.tokenizer)
+    assert again.vectors == again.digests == {}
+    again.keep({"x": ["the fox"], "y": ["plural of mouse"]})
+    want = Retriever(encoder)
+    want.keep({"x": ["the fox"], "y": ["plural of mouse"]})
+    assert again(["the lazy fox"], 2) == want(["the lazy fox"], 2)
+
+
 def test_strip_shared():
     """Instructions are alike within a task: with them in, retrieval would measure nothing but that."""
     prompts = [
