@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.devices import DTYPES
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError, cast_finite, read_safetensors, write_safetensors
 from common.options import Count, NotNegative
 from common.tokenizer import Tokenizer
 from kernels import linear_in, sum_dtype
@@ -208,7 +208,9 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
             expected = f"router_A (r, {i}) and router_B ({o}, r)"
             raise InputError(f"{file}: {path}: expected {expected}, found {found}")
         how = float(metadata["divisor"]), metadata["scaled"] == "1", float(metadata["prior"])
-        routers[path] = RouterLoRA(A_r.to(A.device, dtype), B_r.to(A.device, dtype), *how)
+        A_r = cast_finite(file, f"{path}.router_A.weight", A_r, dtype).to(A.device)
+        B_r = cast_finite(file, f"{path}.router_B.weight", B_r, dtype).to(A.device)
+        routers[path] = RouterLoRA(A_r, B_r, *how)
         routers[path].requires_grad_(False).eval().bind(pool.B[path], pool.scale[path])
     return routers
 

@@ -32,6 +32,7 @@ from model import Llama
 
 TEMPLATE = "[INST] {prompt} [/INST]\n"  # the one that MeteoRA uses
 PREFIX = "base_model.model."
+LARGEST = torch.finfo(torch.float32).max
 
 # LoraConfig fields that change the mathematics where they are set: {field: what the refusal says}.
 REFUSED = {
@@ -177,8 +178,8 @@ def _check_config(config, file):
         kind = (int, float) if name == "lora_alpha" else int
         if isinstance(value, bool) or not isinstance(value, kind):
             refuse(name, "a number")
-        if not math.isfinite(value):
-            refuse(name, "a finite number")
+        if not abs(value) <= LARGEST:
+            refuse(name, "a number that float32 can hold")
     if config["r"] < 1:
         refuse("r", "at least 1")
     for name, meaning in REFUSED.items():
@@ -195,10 +196,9 @@ def _check_config(config, file):
         )
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not _all_are((int, float), pattern.values()):
-            refuse(name, "an object of numbers")
-        if not all(map(math.isfinite, pattern.values())):
-            refuse(name, "finite numbers")
+        numbers = isinstance(pattern, dict) and _all_are((int, float), pattern.values())
+        if not numbers or not all(abs(value) <= LARGEST for value in pattern.values()):
+            refuse(name, "an object of numbers that float32 can hold")
         for key in pattern:
             _compile(key, file, name)
     for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import InputError, read_safetensors, warn, write_safetensors
+from common.files import InputError, cast_finite, read_safetensors, warn, write_safetensors
 from moe_lora import MeteoraGate, meteora_gates
 from pool.slots import Pool
 
@@ -83,8 +83,9 @@ class GateFile:
             if key not in self.tensors or tuple(self.tensors[key].shape) != want:
                 found = tuple(self.tensors[key].shape) if key in self.tensors else "nothing"
                 raise InputError(f"{self.file}: {key}: expected {want}, found {found}")
+            rows = cast_finite(self.file, key, self.tensors[key][self.rows], dtype)
             param.data = torch.zeros(param.shape, dtype=dtype, device=param.device)
-            param.data[self.slots] = self.tensors[key][self.rows].to(param.device, dtype)
+            param.data[self.slots] = rows.to(param.device)
             param.requires_grad_(False)
         return gates
 

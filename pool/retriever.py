@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.files import InputError, read_safetensors, warn, write_safetensors
+from common.files import InputError, cast_finite, read_safetensors, warn, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap
@@ -243,6 +243,7 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     """File -> (Retriever, metadata). Raises InputError where the file isn't one of save_retriever
     or was trained with another base."""
     tensors, metadata = read_safetensors(file)
+    tensors = {name: cast_finite(file, name, y, torch.float32) for name, y in tensors.items()}
     lacks = {"names", "hashes", "base", "depth", "max_length"} - metadata.keys()
     lacks |= {"encoder.mean", "encoder.projection", "adapters"} - tensors.keys()
     if lacks:
@@ -254,8 +255,8 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
             f"{file}: trained on base {base[:12]}, this one is {model.fingerprint[:12]}: "
             "python train.py retriever makes one for it"
         )
-    mean = tensors["encoder.mean"].float()
-    projection = tensors["encoder.projection"].float()
+    mean = tensors["encoder.mean"]
+    projection = tensors["encoder.projection"]
     h = model.config.hidden_size
     if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != h:
         raise InputError(
@@ -267,7 +268,7 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
     names = metadata["names"].split("\n") if metadata["names"] else []
     hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []
-    vectors = tensors["adapters"].float()
+    vectors = tensors["adapters"]
     if not len(names) == len(hashes) == len(vectors):
         found = f"{len(names)} names, {len(hashes)} hashes, {len(vectors)} vectors"
         raise InputError(f"{file}: {found}; expected as many of each")
