@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 class InputError(Exception):
     """Bad input. The message is one line: file, field, what was found, what was expected."""

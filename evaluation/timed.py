@@ -88,7 +88,9 @@ def with_adapters(args, e, backend="auto", folder=""):
     dtype = DTYPES[args.dtype]
     if folder:
         pool = Pool.load(read_pool(folder).adapters, shapes, dtype, args.device, alloc_B=alloc_B_of(model))
-        gates = load_gates(Path(folder) / "gates" / f"meteora_top{args.k}.safetensors", pool, dtype=dtype)
+        gates = load_gates(
+            Path(folder) / "gates" / f"meteora_top{args.k}.safetensors", pool, model.fingerprint, dtype=dtype
+        )
     else:
         pool = Pool.of(random_adapters(args, e, shapes), shapes, dtype, args.device, alloc_B_of(model))
         gates = random_gates(args, e, shapes)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common.files import InputError, read_json, warn, write_json
+from common.files import LARGEST, InputError, read_json, warn, write_json
 from common.options import Count, NotNegative, Seed, nearest
 from common.tokenizer import Tokenizer
 from methods.protocol import Merged
@@ -71,6 +71,25 @@ def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[
     return w.tolist(), best
 
 
+def read_searched(file: Path) -> dict:
+    """A lorahub.json: {"adapters": {name: hash}, "weights": {task: {adapter: weight}}, ...}. Raises
+    InputError where a weight is no number, or that of an adapter it doesn't know."""
+    found = read_json(file)
+    adapters = found.get("adapters")
+    weights = found.get("weights")
+    again = "python train.py lorahub searches again"
+    if not isinstance(adapters, dict) or not isinstance(weights, dict):
+        raise InputError(f"{file}: expected objects adapters and weights: {again}")
+    for task, some in weights.items():
+        if not isinstance(some, dict) or not some.keys() <= adapters.keys():
+            raise InputError(f"{file}: {task}: expected a weight for some of its adapters: {again}")
+        for name, w in some.items():
+            if not isinstance(w, int | float) or not abs(w) <= LARGEST:
+                expected = "expected a number that float32 can hold"
+                raise InputError(f"{file}: {task}: the weight of {name} is {w!r}, {expected}: {again}")
+    return found
+
+
 class LoraHub(Merged):
     """A merged adapter of a task's own weights."""
 
@@ -103,7 +122,7 @@ class LoraHub(Merged):
             found = file or "a pool folder with its parts"
             command = "train.py lorahub" + " --ood" * ood
             raise InputError(f"method lorahub: needs {found}: python {command} makes it")
-        found = read_json(file)
+        found = read_searched(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
         if found.get("adapters") != {name: member.hash for name, member in mole.pool.members.items()}:
             hint = "python train.py lorahub makes it again"
@@ -160,7 +179,7 @@ def train_lorahub(args: LorahubRun) -> None:
         "max_length": args.max_length,
     }
     made = {"adapters": {name: pool.members[name].hash for name in names}, "options": how, "weights": {}}
-    known_weights = read_json(file) if file.exists() else made
+    known_weights = read_searched(file) if file.exists() else made
     if {key: known_weights.get(key) for key in ("adapters", "options")} != {
         key: made[key] for key in ("adapters", "options")
     }:

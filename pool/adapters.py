@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.files import (
+    LARGEST,
     InputError,
     hash_tensors,
     read_header,
@@ -32,7 +33,6 @@ from model import Llama
 
 TEMPLATE = "[INST] {prompt} [/INST]\n"  # the one that MeteoRA uses
 PREFIX = "base_model.model."
-LARGEST = torch.finfo(torch.float32).max
 
 # LoraConfig fields that change the mathematics where they are set: {field: what the refusal says}.
 REFUSED = {

@@ -25,6 +25,7 @@ from common.files import InputError, cast_finite, read_safetensors, warn, write_
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap
+from pool.folder import check_base, read_number
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's I
 
@@ -249,12 +250,8 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     if lacks:
         missing = ", ".join(sorted(lacks))
         raise InputError(f"{file}: lacks {missing}: not a retriever of this project")
-    base = metadata["base"]
-    if base != model.fingerprint:
-        raise InputError(
-            f"{file}: trained on base {base[:12]}, this one is {model.fingerprint[:12]}: "
-            "python train.py retriever makes one for it"
-        )
+    again = "python train.py retriever trains it again"
+    check_base(file, metadata["base"], model.fingerprint, again)
     mean = tensors["encoder.mean"]
     projection = tensors["encoder.projection"]
     h = model.config.hidden_size
@@ -263,15 +260,18 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
             f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean "
             f"{tuple(mean.shape)}; expected (d, {h}) and ({h},)"
         )
-    depth = int(metadata["depth"])
-    max_length = int(metadata["max_length"])
+    depth = read_number(file, metadata, "depth", most=model.config.num_hidden_layers)
+    max_length = read_number(file, metadata, "max_length")
     retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
     names = metadata["names"].split("\n") if metadata["names"] else []
     hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []
     vectors = tensors["adapters"]
     if not len(names) == len(hashes) == len(vectors):
         found = f"{len(names)} names, {len(hashes)} hashes, {len(vectors)} vectors"
-        raise InputError(f"{file}: {found}; expected as many of each")
+        raise InputError(f"{file}: {found}; expected as many of each: {again}")
+    if vectors.shape[1:] != projection.shape[:1]:
+        found = f"adapters is {tuple(vectors.shape)}"
+        raise InputError(f"{file}: {found}, expected {(len(names), len(projection))}: {again}")
     retriever.vectors = dict(zip(names, vectors, strict=True))
     retriever.digests = dict(zip(names, hashes, strict=True))
     return retriever, metadata

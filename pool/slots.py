@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from common.files import InputError, cast_finite, dtype_name
+from common.files import LARGEST, InputError, cast_finite, dtype_name
 from common.options import nearest
 from model import Llama
-from pool.adapters import LARGEST, Adapter, _pattern, load_adapter
+from pool.adapters import Adapter, _pattern, load_adapter
 
 
 @dataclass
