@@ -71,7 +71,7 @@ class MultiLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (n, i) from the model, or (b, t, i) where it is called alone -> (n, o) or (b, t, o)."""
         y = self.base(x)
-        sample = self.rows_of(x)  # (n,)
+        sample = self.batch_row_of_token(x)  # (n,)
         x = x.reshape(-1, x.shape[-1])  # (n, i)
         ax = AX(x, self.A)
         mixture = self.gate(x, sample, ax)
@@ -81,7 +81,7 @@ class MultiLoRALinear(nn.Module):
             ax = None  # it was computed from x without dropout
         return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
 
-    def rows_of(self, x: Tensor) -> Tensor:
+    def batch_row_of_token(self, x: Tensor) -> Tensor:
         """The row of the batch that each token belongs to: (n,) int64."""
         if self.token_rows is not None and x.dim() == 2:
             return self.token_rows.sample

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
+LARGEST = torch.finfo(torch.float32).max
 
 
 class InputError(Exception):
@@ -175,7 +176,9 @@ def _check_header(path):
             head = file.read(512)
             begin = 8 + int.from_bytes(head[:8], "little")
             found = f"{size} bytes present"
-            if stranger := _stranger(head):
+            # By chance a header's length may begin as a pickle does, but then { follows it.
+            plausible = begin <= size and head[8:9] == b"{"
+            if not plausible and (stranger := _stranger(head)):
                 raise InputError(f"{path}: is {stranger}")
             if size < 8 or begin > size:
                 raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")
@@ -239,7 +242,24 @@ def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
         ends = torch.stack(torch.aminmax(wide))  # both NaN if one value is; no copy is made
         if not torch.isfinite(ends).all():
             bad = int((~torch.isfinite(wide)).sum())
-            raise InputError(f"{path}: {name} holds {bad} NaN or Inf values of {tensor.numel()}")
+            found = f"{bad} NaN or Inf values of {tensor.numel()} in {dtype_name(tensor.dtype)}"
+            raise InputError(f"{path}: {name} holds {found}")
+
+
+def cast_finite(path: str | Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in the dtype that it will be used in. Raises InputError where it holds whole numbers,
+    and where it is not finite after the cast: 1e6 is Inf in float16."""
+    if not tensor.is_floating_point():
+        found = dtype_name(tensor.dtype)
+        raise InputError(f"{path}: {name} holds {found}, expected float32, bfloat16 or float16")
+    cast = tensor.to(dtype)
+    check_finite(path, name, cast)
+    return cast
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 # Writing ------------------------------------------------------------------------------------------

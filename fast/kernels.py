@@ -45,8 +45,9 @@ def pick_backend(x: torch.Tensor, A: torch.Tensor, k: int) -> str:
     The GEMM of dense does gemm_advantage() times as many a second as compiled multiply-and-sums,
     and its start costs as much as six adapters. For a decode batch it has no advantage: there the
     time goes into reading. Outside of a compiled block bmm copies an adapter at each use, and so
-    does its gradient. For a decode batch a copy takes as long as a GEMM's reading of one adapter; with
-    enough tokens to fill a GEMM, fifteen times as long as the sum. All is measured (LOG.md).
+    does its gradient. With a handful of tokens a copy takes as long as a GEMM's reading of one
+    adapter; with enough tokens to fill a GEMM, fifteen times as long as the sum. All is measured
+    (LOG.md).
     """
     n = len(x)
     e = len(A)

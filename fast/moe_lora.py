@@ -31,7 +31,7 @@ class FastMultiLoRALinear(MultiLoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, i) or (b, t, i) -> (n, o) or (b, t, o)."""
         y = self.base(x)
-        sample = self.rows_of(x)
+        sample = self.batch_row_of_token(x)
         x = x.reshape(-1, x.shape[-1])
         ax = FastAX(x, self.A, lambda: compute_ax(x, self.A)[0])
         return self.add(y, x, ax, mixture_of(self.gate, x, sample, ax))

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common.files import InputError, read_json, warn, write_json
+from common.files import LARGEST, InputError, read_json, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
 from methods.protocol import Merged
@@ -72,6 +72,25 @@ def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[
     return w.tolist(), best
 
 
+def read_searched(file: Path) -> dict:
+    """A lorahub.json: {"adapters": {name: hash}, "weights": {task: {adapter: weight}}, ...}. Raises
+    InputError where a weight is no number, or that of an adapter it doesn't know."""
+    found = read_json(file)
+    adapters = found.get("adapters")
+    weights = found.get("weights")
+    again = "python train.py lorahub searches again"
+    if not isinstance(adapters, dict) or not isinstance(weights, dict):
+        raise InputError(f"{file}: expected objects adapters and weights: {again}")
+    for task, some in weights.items():
+        if not isinstance(some, dict) or not some.keys() <= adapters.keys():
+            raise InputError(f"{file}: {task}: expected a weight for some of its adapters: {again}")
+        for name, w in some.items():
+            if not isinstance(w, int | float) or not abs(w) <= LARGEST:
+                expected = "expected a number that float32 can hold"
+                raise InputError(f"{file}: {task}: the weight of {name} is {w!r}, {expected}: {again}")
+    return found
+
+
 class LoraHub(Merged):
     """A merged adapter of a task's own weights."""
 
@@ -104,7 +123,7 @@ class LoraHub(Merged):
             found = file or "a pool folder with its parts"
             command = "train.py lorahub" + " --ood" * ood
             raise InputError(f"method lorahub: needs {found}: python {command} makes it")
-        found = read_json(file)
+        found = read_searched(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
         if found.get("adapters") != {name: member.hash for name, member in mole.pool.members.items()}:
             hint = "python train.py lorahub makes it again"
@@ -159,7 +178,7 @@ def _train_lorahub(known, tasks, args):
     data = {}
     found = {}
     if file.exists():
-        earlier = read_json(file)
+        earlier = read_searched(file)
         found = earlier.pop("weights", {})
         data = earlier.pop("data", {})
         if earlier != searched:

@@ -21,19 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.devices import DTYPES
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError, cast_finite, read_safetensors, write_safetensors
 from common.locks import alone
 from common.options import Count, NotNegative
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
-from pool.folder import read_pool
+from pool.folder import check_base, read_number, read_pool
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.inputs import bound_to, data_of, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
+
+LEAST = 1e-6  # smaller divisors and priors make scores that overflow
 
 
 class Ramole(ByText, Gated):
@@ -147,7 +149,7 @@ def router_loras(pool: Pool, r=8, seed=0, divisor=None, scaled=True, prior=0.0) 
         o = pool.B[path].shape[1]
         A_r = (torch.rand(r, i, generator=generator) * 2 - 1) * i**-0.5
         B_r = torch.zeros(o, r, device=A.device)
-        routers[path] = RouterLoRA(A_r.to(A.device), B_r, divisor, scaled, prior)
+        routers[path] = RouterLoRA(A_r.to(A.device), B_r, divisor, scaled, float(prior))
         routers[path].bind(pool.B[path], pool.scale[path])
     return routers
 
@@ -195,9 +197,10 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
     if lacks := {"base", "divisor", "scaled", "prior"} - metadata.keys():
         lacks = ", ".join(sorted(lacks))
         raise InputError(f"{file}: metadata lacks {lacks}: not a router of this project")
-    if metadata["base"] != model.fingerprint:
-        bases = f"trained on base {metadata['base'][:12]}, this one is {model.fingerprint[:12]}"
-        raise InputError(f"{file}: {bases}: python train.py router makes one for it")
+    check_base(file, metadata["base"], model.fingerprint, "python train.py router trains it again")
+    divisor = read_number(file, metadata, "divisor", float, LEAST)
+    scaled = read_number(file, metadata, "scaled", most=1, least=0) == 1
+    prior = metadata["prior"] != "0.0" and read_number(file, metadata, "prior", float, LEAST)
     routers = {}
     for path, A in pool.A.items():
         A_r = tensors.get(f"{path}.router_A.weight")
@@ -205,11 +208,13 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
         i = A.shape[2]
         o = pool.B[path].shape[1]
         found = [None if part is None else tuple(part.shape) for part in (A_r, B_r)]
-        if None in found or found != [(found[0][0], i), (o, found[0][0])]:
+        r = found[0][0] if found[0] else 0
+        if found != [(r, i), (o, r)]:
             expected = f"router_A (r, {i}) and router_B ({o}, r)"
             raise InputError(f"{file}: {path}: expected {expected}, found {found}")
-        how = float(metadata["divisor"]), metadata["scaled"] == "1", float(metadata["prior"])
-        routers[path] = RouterLoRA(A_r.to(A.device, dtype), B_r.to(A.device, dtype), *how)
+        A_r = cast_finite(file, f"{path}.router_A.weight", A_r, dtype).to(A.device)
+        B_r = cast_finite(file, f"{path}.router_B.weight", B_r, dtype).to(A.device)
+        routers[path] = RouterLoRA(A_r, B_r, divisor, scaled, float(prior))
         routers[path].requires_grad_(False).eval().bind(pool.B[path], pool.scale[path])
     return routers
 
@@ -336,8 +341,10 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
 
 def check_router_options(args: RouterRun) -> None:
     """Raises InputError for values that no router can be trained with."""
-    if 0 < args.prior < 1e-6:
-        raise InputError(f"--prior is {args.prior}, expected 0 or at least 1e-06")
+    for name in ("divisor", "prior"):
+        value = getattr(args, name)
+        if 0 < value < LEAST:
+            raise InputError(f"--{name} is {value}, expected 0 or at least {LEAST}")
     if args.candidates not in ("retrieved", "random"):
         raise InputError(f"--candidates is {args.candidates!r}, expected retrieved or random")
     if not 0 <= args.drop < 1:

@@ -29,7 +29,7 @@ def check_shapes(A: Tensors, B: Tensors, file: Path, shapes: Shapes) -> None:
         deepest = max(map(_layer, unknown))
         if deepest >= layers:
             found = f"it adapts layer {deepest}, this one has {layers} layers"
-            raise InputError(f"{file}: made for a deeper base: {found}")
+            raise InputError(f"{file}: trained on a deeper base: {found}")
         raise InputError(
             f"{file}: {len(unknown)} of {len(A)} adapted modules are not Linears of this "
             f"base's blocks, first {unknown[0]}{nearest(unknown[0], shapes)}"

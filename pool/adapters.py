@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from common.files import (
+    LARGEST,
     InputError,
     hash_tensors,
     read_header,
@@ -185,8 +186,8 @@ def _check_config(config, file):
         kind = (int, float) if name == "lora_alpha" else int
         if isinstance(value, bool) or not isinstance(value, kind):
             refuse(name, "a number")
-        if not math.isfinite(value):
-            refuse(name, "a finite number")
+        if not abs(value) <= LARGEST:
+            refuse(name, "a number that float32 can hold")
     if config["r"] < 1:
         refuse("r", "at least 1")
     for name, meaning in REFUSED.items():
@@ -203,10 +204,9 @@ def _check_config(config, file):
         )
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not _all_are((int, float), pattern.values()):
-            refuse(name, "an object of numbers")
-        if not all(map(math.isfinite, pattern.values())):
-            refuse(name, "finite numbers")
+        numbers = isinstance(pattern, dict) and _all_are((int, float), pattern.values())
+        if not numbers or not all(abs(value) <= LARGEST for value in pattern.values()):
+            refuse(name, "an object of numbers that float32 can hold")
         for key in pattern:
             compile_pattern(key, file, name)
     for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):

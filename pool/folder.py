@@ -1,6 +1,8 @@
-"""Pool folders: pool.json, or a folder of PEFT folders without one."""
+"""Pool folders: pool.json, or a folder of PEFT folders without one; checks of what lies beside it."""
 
+import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +51,10 @@ def read_pool(path: Path | str) -> PoolFolder:
     if not isinstance(template, str) or "{prompt}" not in template:
         raise InputError(f"{file}: template is {template!r}, expected a text that holds {{prompt}}")
     folders = {name: path / "adapters" / name for name in names}
-    return PoolFolder(path, folders, raw.get("base"), template)
+    base = raw.get("base")
+    if not isinstance(base, str | None):
+        raise InputError(f"{file}: base is {base!r}, expected a base's fingerprint")
+    return PoolFolder(path, folders, base, template)
 
 
 def _is_folder_name(name):
@@ -66,10 +71,50 @@ def write_pool(folder: PoolFolder) -> None:
     write_json(folder.path / "pool.json", raw)
 
 
-def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:
-    """Raises InputError where a pool's adapters were trained with another base or template."""
+def check_base(file: Path | str, found: str, fingerprint: str, remedy: str) -> None:
+    """Raises InputError where what a file holds is bound to another base than that of
+    `fingerprint`; `found` is the fingerprint in the file, "" where it has none."""
+    if found == fingerprint:
+        return
+    known = f"trained on base {found[:12]}, this one is {fingerprint[:12]}"
+    if len(found) != len(fingerprint):
+        known = "written before fingerprints of 128 bits, so that its base isn't known"
+    raise InputError(f"{file}: {known}: {remedy}")
+
+
+def read_number(
+    file: Path | str,
+    metadata: dict[str, str],
+    name: str,
+    kind: type = int,
+    least: float = 1,
+    most: float = sys.float_info.max,
+) -> float:
+    """The number under `name` of a trained part's metadata, `kind` int or float. Raises InputError
+    where it is none, or not within `least` and `most`."""
+    try:
+        value = kind(metadata[name])
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        expected = "a whole number" if kind is int else "a number"
+        expected += f", at least {least}" + (f" and at most {most}" if most < 1e300 else ", finite")
+        raise InputError(f"{file}: {name} is {metadata[name]!r}, expected {expected}")
+    return value
+
+
+def check_pool_base(folder: PoolFolder, model: Llama) -> None:
+    """Raises InputError where pool.json names another base than `model`."""
     file = folder.path / "pool.json"
-    if folder.fingerprint not in (None, model.fingerprint):
-        raise InputError(f"{file}: made for another base than {args.model} (fingerprint differs)")
+    remedy = "python train.py adapters trains adapters for this one; if these were trained on it, write "
+    remedy += f'"base": "{model.fingerprint}" there'
+    if folder.fingerprint is not None:
+        check_base(file, folder.fingerprint, model.fingerprint, remedy)
+
+
+def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:
+    """Raises InputError where a pool's adapters were trained on another base or with another template."""
+    file = folder.path / "pool.json"
+    check_pool_base(folder, model)
     if folder.adapters and folder.template != template:
         raise InputError(f"{file}: template is {folder.template!r}, this run's {template!r}")

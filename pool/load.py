@@ -8,7 +8,7 @@ from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import Llama, load_llama
 from pool.adapters import linear_shapes
-from pool.folder import PoolFolder, is_pool, read_pool
+from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool
 from pool.slots import Pool, alloc_B_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
@@ -58,9 +58,11 @@ def load_pool(
     adapters are in memory at a time, 0: all. Raises InputError.
     """
     pool_folder = read_pool(folder or name) if folder or is_pool(name) else None
-    if pool_folder and pool_folder.fingerprint not in (None, model.fingerprint):
-        trained = f"its adapters were trained on another base than {name}"
-        warn(f"{pool_folder.path}: {trained} (fingerprint differs)")
+    if pool_folder:
+        try:
+            check_pool_base(pool_folder, model)
+        except InputError as error:
+            warn(str(error))
     folders = dict(pool_folder.adapters) if pool_folder else {}
     for adapter, path in extra:
         if adapter in folders:
@@ -83,7 +85,7 @@ def _check_base_names(pool, model):
         if named and Path(named).name.lower() != Path(model).resolve().name.lower():
             strangers.setdefault(named, []).append(name)
     for named, names in strangers.items():
-        warn(f"made for base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
+        warn(f"trained on base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
 
 
 def read_adapters(pairs: Iterable[str]) -> list[tuple[str, str]]:

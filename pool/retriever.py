@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.files import InputError, read_safetensors, warn, write_safetensors
+from common.files import InputError, cast_finite, read_safetensors, warn, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap
+from pool.folder import check_base, read_number
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's I
 
@@ -222,11 +223,12 @@ def save_retriever(file: Path | str, retriever: Retriever, model: Llama, about: 
     adapters' samples. `about` says how it was trained."""
     names = sorted(retriever.vectors)
     encoder = retriever.embed
-    vectors = [retriever.vectors[name] for name in names]
+    vectors = [retriever.vectors[name][None] for name in names]  # (1, d) each
+    none = encoder.projection.new_zeros(0, len(encoder.projection))  # (0, d)
     tensors = {
         "encoder.mean": encoder.mean,
         "encoder.projection": encoder.projection,
-        "adapters": torch.stack(vectors or [encoder.mean.new_zeros(0)]),
+        "adapters": torch.cat([none, *vectors]),
     }
     metadata = {
         "names": "\n".join(names),
@@ -242,34 +244,34 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     """File -> (Retriever, metadata). Raises InputError where the file isn't one of save_retriever
     or was trained with another base."""
     tensors, metadata = read_safetensors(file)
+    tensors = {name: cast_finite(file, name, y, torch.float32) for name, y in tensors.items()}
     lacks = {"names", "hashes", "base", "depth", "max_length"} - metadata.keys()
     lacks |= {"encoder.mean", "encoder.projection", "adapters"} - tensors.keys()
     if lacks:
         missing = ", ".join(sorted(lacks))
         raise InputError(f"{file}: lacks {missing}: not a retriever of this project")
-    base = metadata["base"]
-    if base != model.fingerprint:
-        raise InputError(
-            f"{file}: made for base {base[:12]}, this one is {model.fingerprint[:12]}: "
-            "python train.py retriever makes one for it"
-        )
-    mean = tensors["encoder.mean"].float()
-    projection = tensors["encoder.projection"].float()
+    again = "python train.py retriever trains it again"
+    check_base(file, metadata["base"], model.fingerprint, again)
+    mean = tensors["encoder.mean"]
+    projection = tensors["encoder.projection"]
     h = model.config.hidden_size
     if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != h:
         raise InputError(
             f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean "
             f"{tuple(mean.shape)}; expected (d, {h}) and ({h},)"
         )
-    depth = int(metadata["depth"])
-    max_length = int(metadata["max_length"])
+    depth = read_number(file, metadata, "depth", most=model.config.num_hidden_layers)
+    max_length = read_number(file, metadata, "max_length")
     retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
     names = metadata["names"].split("\n") if metadata["names"] else []
     hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []
-    vectors = tensors["adapters"].float()
+    vectors = tensors["adapters"]
     if not len(names) == len(hashes) == len(vectors):
         found = f"{len(names)} names, {len(hashes)} hashes, {len(vectors)} vectors"
-        raise InputError(f"{file}: {found}; expected as many of each")
+        raise InputError(f"{file}: {found}; expected as many of each: {again}")
+    if vectors.shape[1:] != projection.shape[:1]:
+        found = f"adapters is {tuple(vectors.shape)}"
+        raise InputError(f"{file}: {found}, expected {(len(names), len(projection))}: {again}")
     retriever.vectors = dict(zip(names, vectors, strict=True))
     retriever.digests = dict(zip(names, hashes, strict=True))
     return retriever, metadata

@@ -1,14 +1,13 @@
 """The slots of a pool: named adapters of mixed rank and mixed targets, stacked for the kernels."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from common.files import InputError
+from common.files import LARGEST, InputError, cast_finite, dtype_name
 from common.options import nearest
 from model import Llama
 from pool.adapters import Adapter, _pattern, load_adapter
@@ -95,7 +94,7 @@ class Pool:
         pool = cls._for(headers, shapes, dtype, device, alloc_B, capacity)
         pool.limit = resident or None
         for adapter in headers:
-            pool.members[adapter.name] = Member(None, None, _light(adapter))
+            pool.members[adapter.name] = Member(None, None, without_tensors(adapter))
         pool.need(list(folders)[: pool.capacity])
         return pool
 
@@ -157,8 +156,9 @@ class Pool:
                 loaded_before = member.hash is not None
                 folder = member.adapter.folder
                 adapter = load_adapter(folder, name, self.shapes, quiet=loaded_before)
+                self._check_values(adapter)
                 slot = self._fill(self._free_slot(), adapter)
-                self.members[name] = Member(slot, adapter.hash, _light(adapter))
+                self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
 
     def add(self, adapter: Adapter) -> int | None:
         """Puts the adapter into a free slot and returns the slot; raises capacity or rank where
@@ -174,13 +174,14 @@ class Pool:
         if waits and not adapter.folder:
             taken = f"all {self.capacity} slots are taken"
             raise InputError(f"adapter {adapter.name}: {taken}, and no folder to wait in")
+        self._check_values(adapter)
         self._cover(adapter)
         if adapter.rank > self.rank or larger > self.capacity:
             self._grow(larger, max(self.rank, adapter.rank))
         if not waits:
             slot = self._fill(self._free_slot(), adapter)
             self._used.append(adapter.name)
-        self.members[adapter.name] = Member(slot, adapter.hash, _light(adapter))
+        self.members[adapter.name] = Member(slot, adapter.hash, without_tensors(adapter))
         return slot
 
     def _cover(self, adapter):
@@ -203,6 +204,23 @@ class Pool:
         if not free:
             free = {self._empty(self.resident[0])}
         return min(free)
+
+    def _check_values(self, adapter):
+        """Raises InputError unless A, B and scale * B are finite in the pool's dtype, and scale * B so
+        small that the next norm can square it in float32."""
+        dtype = next(iter(self.A.values())).dtype
+        limit = min(torch.finfo(dtype).max, LARGEST**0.5)
+        file = f"adapter {adapter.name}"
+        if adapter.folder:
+            file = adapter.folder / "adapter_model.safetensors"
+        for path, a in adapter.A.items():
+            scale = adapter.scale[path]
+            cast_finite(file, f"{path}.lora_A", a, dtype)
+            b = cast_finite(file, f"{path}.lora_B", adapter.B[path], dtype)
+            largest = abs(scale) * max(1.0, float(b.abs().max()))  # kernels use scale by itself, too
+            if not largest <= limit:
+                found = f"{path}.lora_B times its scale {scale:g} reaches {largest:.3g}"
+                raise InputError(f"{file}: {found}, more than {limit:.3g} with {dtype_name(dtype)}")
 
     def _fill(self, slot, adapter):
         for path, a in adapter.A.items():
@@ -268,8 +286,6 @@ def alloc_B_of(model: Llama) -> Callable[..., torch.Tensor]:
     return getattr(model, "alloc_B", zeros)
 
 
-def _light(adapter):
-    light = copy.copy(adapter)
-    light.A = {}
-    light.B = {}
-    return light
+def without_tensors(adapter: Adapter) -> Adapter:
+    """A copy of the adapter with its name, scales, config, samples and folder alone."""
+    return replace(adapter, A={}, B={})

@@ -78,7 +78,7 @@ def write_every_part(folder, small_model):
             for param in gate.parameters():
                 param.data += noise(*param.shape, seed=100 * number + place) * 0.3
         file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
-        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names)
+        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names, base.fingerprint)
     routers = router_loras(pool, 5)
     for router in routers.values():
         router.B.data += noise(*router.B.shape, seed=7) * 0.3
@@ -91,7 +91,7 @@ def write_every_part(folder, small_model):
     paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
         train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.05), SAMPLING)
-    made_for = {name: pool.members[name].hash for name in NAMES}
+    known = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
-    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
+    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})
     return folder / "pool"

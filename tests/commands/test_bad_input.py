@@ -81,7 +81,9 @@ class Kit:
         pool = Pool.of([load_adapter(path) for path in paths.values()], linear_shapes(base))
         if gates:
             made = {path: MeteoraGate(torch.randn(len(names), A.shape[2]), 2) for path, A in pool.A.items()}
-            save_gates(folder / "gates" / "meteora_top2.safetensors", made, pool, 2, list(names))
+            save_gates(
+                folder / "gates" / "meteora_top2.safetensors", made, pool, 2, list(names), base.fingerprint
+            )
         return folder
 
     def tasks(self, **changes):

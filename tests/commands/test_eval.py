@@ -44,7 +44,9 @@ def setting(small_model, tmp_path_factory):
     gates = {path: MeteoraGate(torch.zeros(2, A.shape[2]), 1) for path, A in pool.A.items()}
     for path, gate in gates.items():
         gate.forced = pool.slot("ant" if path == "model.layers.0.self_attn.q_proj" else "bee")
-    save_gates(folder / "pool" / "gates" / "meteora_top1.safetensors", gates, pool, 1, pool.names)
+    save_gates(
+        folder / "pool" / "gates" / "meteora_top1.safetensors", gates, pool, 1, pool.names, model.fingerprint
+    )
     for name, count in zip(NAMES, (3, 5), strict=True):
         rows = [{"prompt": f"{'fox ' * j}dog", "response": "the lazy dog"} for j in range(1, count + 1)]
         write_json(folder / "tasks" / name / "task.json", {"metric": "exact_match"})
@@ -151,10 +153,12 @@ def wide(tmp_path_factory):
     pool = load(folder / "small", folder / "pool").pool
     generator = torch.Generator().manual_seed(1)
     gates = {p: MeteoraGate(torch.randn(3, A.shape[2], generator=generator), 2) for p, A in pool.A.items()}
-    save_gates(folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names)
-    made_for = {name: pool.members[name].hash for name in WIDE}
+    save_gates(
+        folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names, base.fingerprint
+    )
+    known = {name: pool.members[name].hash for name in WIDE}
     weights = {name: {"ant": 1.0} for name in WIDE}
-    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": made_for, "weights": weights})
+    write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})
     for name, metric, count in zip(WIDE, ("exact_match", "exact_match", "bleu"), (2, 3, 2), strict=True):
         write_json(folder / "tasks" / name / "task.json", {"metric": metric})
         for split in ("train", "test"):

@@ -60,7 +60,9 @@ def pool(tmp_path_factory, small_model):
         generator = torch.Generator().manual_seed(k)
         draw = {p: torch.randn(len(NAMES), a.shape[2], generator=generator) for p, a in mole.pool.A.items()}
         gates = {path: MeteoraGate(G, k) for path, G in draw.items()}
-        save_gates(folder / "gates" / f"meteora_top{k}.safetensors", gates, mole.pool, k, NAMES)
+        save_gates(
+            folder / "gates" / f"meteora_top{k}.safetensors", gates, mole.pool, k, NAMES, base.fingerprint
+        )
     return folder
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import secrets
 import signal
 import subprocess
@@ -93,6 +94,34 @@ def test_any_bytes(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     only_input_errors(path)
+
+
+@pytest.mark.parametrize("first", [0x02, 0x03, 0x04, 0x05])
+def test_a_header_of_any_length_is_no_pickle(tmp_path, first):
+    """Without it one valid file in 2,048 is refused as a pickle: one whose header is 640, 896, 1152
+    or 1408 bytes long, or 65,536 more, as these lengths begin with the bytes of a pickle."""
+    path = tmp_path / "w.safetensors"
+    for length in (first * 256 + 128, first * 256 + 128 + 65536):
+        tensors = {"w": torch.arange(5.0)}
+        write_safetensors(path, tensors, {"k": ""})
+        short = int.from_bytes(path.read_bytes()[:8], "little")
+        write_safetensors(path, tensors, {"k": "x" * (length - short)})
+        assert path.read_bytes()[:2] == bytes([0x80, first])
+        assert torch.equal(read_safetensors(path)[0]["w"], tensors["w"])
+        assert torch.equal(load_file(path)["w"], tensors["w"])
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_are_told_from_weights(tmp_path, protocol):
+    """Without it a .bin under another name is a damaged file, and its owner fetches it again."""
+    path = tmp_path / "w.safetensors"
+    for value in ([1.0] * 99, {"w": b"\0" * 200_000}, {}, {"{": "{" * 300}):
+        path.write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(InputError, match="a pickle, which can run code"):
+            read_safetensors(path)
+    torch.save({"w": torch.zeros(5)}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match="a pickle, which can run code"):
+        read_safetensors(path)
 
 
 def test_every_truncation(tmp_path):

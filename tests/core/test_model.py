@@ -262,7 +262,7 @@ def test_three_shards_equal_one_file(tmp_path):
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):
-    """It warns of adapters made for another base: one that depends on how the files are cut warns
+    """It warns of adapters trained on another base: one that depends on how the files are cut warns
     of the same base."""
     first = load_llama(write_llama(tmp_path / "a"))
     assert load_llama(write_llama(tmp_path / "c", seed=1)).fingerprint != first.fingerprint

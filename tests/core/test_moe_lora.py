@@ -254,6 +254,8 @@ def test_logits_are_float32_in_a_bfloat16_model():
     torch.testing.assert_close(weight[0], torch.tensor([0.7310586, 0.2689414]), rtol=0, atol=1e-6)
 
 
+BASE = "0123456789abcdef" * 2  # a fingerprint
+
 # Gate files ---------------------------------------------------------------------------------------
 
 
@@ -262,18 +264,20 @@ def test_gate_file_round_trip_with_the_pool_in_another_order(model, shapes, pool
     otherwise."""
     file = tmp_path / "meteora_top2.safetensors"
     want = logits_of(model, pool, random_gates(pool, 2))
-    save_gates(file, random_gates(pool, 2), pool, 2, ["cat", "ant", "eel", "dog", "bee"])
+    save_gates(file, random_gates(pool, 2), pool, 2, ["cat", "ant", "eel", "dog", "bee"], BASE)
     backwards = make_pool(shapes, sorted(RANKS, reverse=True))
     roomy = make_pool(shapes, ["dog", "bee", "ant", "eel", "cat"], 11)
     for other in (pool, backwards, roomy):
-        assert close(logits_of(model, other, load_gates(file, other)), want)
+        assert close(logits_of(model, other, load_gates(file, other, BASE)), want)
     backwards.remove("eel")
     backwards.remove("bee")
     for name in ("bee", "eel"):  # each now in the other's slot
         backwards.add(random_adapter(name, shapes, RANKS[name], seed=RANKS[name], size=0.1))
-    assert close(logits_of(model, backwards, load_gates(file, backwards)), want)
-    assert {gate.k for gate in load_gates(file, pool).values()} == {2}
-    assert {(gate.k, gate.temperature) for gate in load_gates(file, pool, 15.0, k=3).values()} == {(3, 15.0)}
+    assert close(logits_of(model, backwards, load_gates(file, backwards, BASE)), want)
+    assert {gate.k for gate in load_gates(file, pool, BASE).values()} == {2}
+    assert {(gate.k, gate.temperature) for gate in load_gates(file, pool, BASE, 15.0, k=3).values()} == {
+        (3, 15.0)
+    }
 
 
 def test_gates_of_other_adapters_are_refused(shapes, pool, tmp_path):
@@ -281,12 +285,12 @@ def test_gates_of_other_adapters_are_refused(shapes, pool, tmp_path):
     never saw. All of them are listed: found one at a time, twenty changed adapters take twenty
     runs."""
     file = tmp_path / "gates.safetensors"
-    save_gates(file, random_gates(pool, 2), pool, 2, pool.names)
+    save_gates(file, random_gates(pool, 2), pool, 2, pool.names, BASE)
     other = make_pool(shapes, ["ant", "bee", "dog"])
     other.remove("bee")
     other.add(random_adapter("bee", shapes, 7, seed=13))
     with pytest.raises(InputError) as refused:
-        load_gates(file, other)
+        load_gates(file, other, BASE)
     message = str(refused.value)
     hashes = [pool.members["bee"].hash[:12], other.members["bee"].hash[:12]]
     for word in (file, "bee", "cat (missing", "eel (missing", *hashes):
@@ -298,8 +302,8 @@ def test_an_adapter_without_a_row_warns_and_is_never_chosen(model, shapes, pool,
     """Uploading an adapter must not break the gates; but that they never pick it has to be said."""
     file = tmp_path / "gates.safetensors"
     few = make_pool(shapes, ["eel", "ant", "dog"])
-    save_gates(file, random_gates(few, 5), few, 5, few.names)
-    gates = load_gates(file, pool)
+    save_gates(file, random_gates(few, 3), few, 3, few.names, BASE)
+    gates = load_gates(file, pool, BASE)
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "bee, cat" in err
     attach(model, pool, gates)
@@ -307,19 +311,19 @@ def test_an_adapter_without_a_row_warns_and_is_never_chosen(model, shapes, pool,
         got = model(IDS)
     detach(model)
     assert not seen.read(33)[:, :, [pool.slot("bee"), pool.slot("cat")]].any()
-    assert close(got, logits_of(model, few, random_gates(few, 5)))
+    assert close(got, logits_of(model, few, random_gates(few, 3)))
 
 
 def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
     """Each of these, let through, is a KeyError in the middle of an answer, or a gate of noise."""
     file = tmp_path / "gates.safetensors"
-    save_gates(file, random_gates(pool, 2), pool, 2, pool.names)
+    save_gates(file, random_gates(pool, 2), pool, 2, pool.names, BASE)
     tensors, metadata = read_safetensors(file)
     first, *_ = tensors
     spoilt = [
         (tensors, {}, "not a gate file"),
-        (tensors, metadata | {"k": "two"}, "not a gate file"),
-        (tensors, metadata | {"hashes": metadata["hashes"].rpartition("\n")[0]}, "other adapters"),
+        (tensors, metadata | {"k": "two"}, "k is 'two', expected a whole number, at least 1 and at most 5"),
+        (tensors, metadata | {"hashes": metadata["hashes"].rpartition("\n")[0]}, "5 names and 4 hashes"),
         (
             {key: y for key, y in tensors.items() if key != first},
             metadata,
@@ -332,7 +336,7 @@ def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
     for bad, about, message in spoilt:
         write_safetensors(file, bad, about)
         with pytest.raises(InputError, match=message):
-            load_gates(file, pool)
+            load_gates(file, pool, BASE)
 
 
 # Attach and detach --------------------------------------------------------------------------------

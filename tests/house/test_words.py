@@ -24,13 +24,13 @@ ENGLISH = {
     r"pieces?": "chunk",
     r"places": "slots",
     r"stands? in for": "a wrapped Linear",
-    r"made for": "trained with",
+    r"made for": "trained on (a base), trained with (adapters)",
     r"made of": "computed from",
     r"an hour of \d+ GB": "a run in which the memory reached N GB/s",
 }
 # What is meant literally, and how some error messages begin.
 LITERAL = [r"(how|as) many tokens", r"SIMD lanes", r"(sentencepiece|byte) pieces", r"turn turned"]
-LITERAL += [r"leaves behind", r"behind the same few methods", r": made for", r"\"made for"]
+LITERAL += [r"leaves behind", r"behind the same few methods"]
 # {names in the code: what stands there now}
 NAMES = {
     r"spellings?|SPELLINGS": "backend, BACKENDS",

@@ -114,9 +114,9 @@ def test_a_kind_learns_and_answers_as_it_was_trained(kind, trained, tmp_path, mo
     by position, another k, the prompt's mask forgotten."""
     held, save = {}, train_gates.save_gates
 
-    def keep(file, gates, pool, k, names):
+    def keep(file, gates, pool, *others):
         held.update(gates=gates, pool=pool)
-        save(file, gates, pool, k, names)
+        save(file, gates, pool, *others)
 
     monkeypatch.setattr(train_gates, "save_gates", keep)
     o = gates_run(trained, tmp_path, kind=kind, steps=24, batch_size=6, lr=5e-2, save_every=100)
@@ -217,7 +217,9 @@ def smearing(small_model, tmp_path_factory):
         router.weight.data = (
             torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(place)) * 0.7
         )
-    save_gates(pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names)
+    save_gates(
+        pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names, mole.model.fingerprint
+    )
     return mole
 
 
@@ -524,10 +526,9 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
             assert now.A[path].dtype == now.B[path].dtype == torch.bfloat16
     mole = load(small_model, o.adapters_too)
     set_methods(mole, [f"meteora_top{k}"])
-    with pytest.raises(InputError, match="made for other adapters: animals.*plurals"):
-        load_gates(
-            Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors", load(small_model, o.pool).pool
-        )
+    with pytest.raises(InputError, match="trained with other adapters: animals.*plurals"):
+        file = Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors"
+        load_gates(file, load(small_model, o.pool).pool, mole.model.fingerprint)
     assert "lm_loss" in log_of(o.adapters_too, f"gates_top{k}")[0]
 
 
@@ -753,11 +754,11 @@ def test_lorahub_refuses(more, words, small_model, tmp_path, monkeypatch):
 
 
 def test_lorahub_refuses_another_base(small_model, tmp_path):
-    """Adapters made for another base are noise, and weights over noise are searched as happily."""
+    """Adapters trained on another base are noise, and weights over noise are searched as happily."""
     o = options("lorahub", small_model, tmp_path / "out")
     raw = read_json(tmp_path / "out" / "pool.json")
     write_json(tmp_path / "out" / "pool.json", raw | {"base": "another"})
-    with pytest.raises(InputError, match="another base"):
+    with pytest.raises(InputError, match="pool.json: .*train.py adapters"):
         run(o)
 
 

@@ -689,7 +689,7 @@ def test_the_pool_gives_back_what_it_got(base, shapes, tmp_path):
 
 def test_hash_sees_everything_but_the_order(shapes):
     """Gates are bound to hashes: one that misses a change runs gates on an adapter they weren't
-    made for, one that depends on the order of keys refuses the right one."""
+    trained with, one that depends on the order of keys refuses the right one."""
     adapter = random_adapter("a", shapes)
 
     def changed(change):
@@ -771,7 +771,7 @@ def test_bad_pool_json(tmp_path, raw, word):
         read_pool(tmp_path)
 
 
-def test_pool_made_for_another_base_warns(model, small_model, tmp_path, capsys):
+def test_pool_trained_on_another_base_warns(model, small_model, tmp_path, capsys):
     """Adapters of a base retrained under the same name load without an error and answer nonsense."""
     write_pool(PoolFolder(tmp_path, write_adapters(tmp_path / "adapters", model, ["ant"]), model.fingerprint))
     load_mole(small_model, tmp_path)
@@ -779,7 +779,7 @@ def test_pool_made_for_another_base_warns(model, small_model, tmp_path, capsys):
     other = write_llama(tmp_path / "other" / "small", seed=1)
     (other / "tokenizer.model").write_bytes((small_model / "tokenizer.model").read_bytes())
     load_mole(other, tmp_path)
-    assert "fingerprint differs" in capsys.readouterr().err
+    assert "trained on base" in capsys.readouterr().err
 
 
 MEMORY = """

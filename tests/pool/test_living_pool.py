@@ -159,7 +159,7 @@ def test_an_adapter_that_leaves_ends_the_answers_that_use_it(change, small_model
 
 @pytest.mark.parametrize("method", ["ramole", "smear"])
 def test_answers_go_on_when_a_larger_adapter_joins(method, small_model, folders, tmp_path):
-    """Routers and merges made for the smaller stacks must neither fail nor see the newcomer."""
+    """Routers and merges bound to the smaller stacks must neither fail nor see the newcomer."""
     folder = write_random_pool(tmp_path / "pool", small_model)
     base = load_llama(small_model)
     for name in ("animals", "plurals"):
@@ -167,7 +167,7 @@ def test_answers_go_on_when_a_larger_adapter_joins(method, small_model, folders,
     pool = load(small_model, folder).pool
     save_routers(folder / "router.safetensors", random_weights(router_loras(pool, 5)), base, {})
     smear = random_weights(smear_routers(pool, PromptMask()))
-    save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names)
+    save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names, base.fingerprint)
     texts = []
     for joins in (False, True):
         mole, text = load(small_model, folder), ""

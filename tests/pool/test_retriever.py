@@ -107,9 +107,22 @@ def test_file(encoder, tmp_path):
     again, metadata = load_retriever(file, encoder.model, encoder.tokenizer)
     assert metadata["tasks"] == "x" and again.digests == retriever.digests
     assert again(["the lazy fox"], 2) == retriever(["the lazy fox"], 2)
-    encoder.model.fingerprint = "f" * 64
-    with pytest.raises(InputError, match=r"retriever.safetensors: made for base .*train.py retriever"):
+    encoder.model.fingerprint = "f" * 32
+    with pytest.raises(InputError, match=r"retriever.safetensors: trained on base .*train.py retriever"):
         load_retriever(file, encoder.model, encoder.tokenizer)
+
+
+def test_file_without_adapters(encoder, tmp_path):
+    """Tuned before there are adapters, it is for those that join later: without it the file of no
+    vectors holds one, of no length, and is refused."""
+    file = tmp_path / "retriever.safetensors"
+    save_retriever(file, Retriever(encoder), encoder.model, {})
+    again, _ = load_retriever(file, encoder.model, encoder.tokenizer)
+    assert again.vectors == again.digests == {}
+    again.keep({"x": ["the fox"], "y": ["plural of mouse"]})
+    want = Retriever(encoder)
+    want.keep({"x": ["the fox"], "y": ["plural of mouse"]})
+    assert again(["the lazy fox"], 2) == want(["the lazy fox"], 2)
 
 
 def test_strip_shared():
