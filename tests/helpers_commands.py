@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
 
 # Scripts as processes with standard streams of their own, forked from one that has imported the
 # libraries.

@@ -126,7 +126,7 @@ def test_the_table_shows_what_the_results_hold():
         (["--dtype", "int3"], ["int3", "bfloat16"]),
         (["--methods", "base,metora"], ["metora", "meteora"]),
         (["--only", "no_such_task"], ["no_such_task"]),
-        (["--gate_temperature", 0], ["--gate_temperature is 0", "more than 0"]),
+        (["--gate_temperature", 0], ["--gate_temperature is 0", "at least 1e-06"]),
     ],
 )
 def test_bad_options_are_refused_before_any_work(args, words):
