@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.files import InputError, read_metadata, run_script, write_json, write_jsonl, write_text
+from common.files import InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
+from common.tensors import read_metadata
 from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
 from evaluation.answers import AnswerCache, answer_all, sha256

@@ -68,6 +68,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser) -> nodes.Node:
+        """The template's statements up to endgeneration."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)

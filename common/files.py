@@ -1,4 +1,4 @@
-"""Checked reading and atomic writing of safetensors and JSON, hashes, and the error for bad input.
+"""Checked reading and atomic writing of text and JSON, and the error for bad input.
 
 Every file of a user passes through here. So a truncated download, a Git LFS pointer or a pickle
 under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model.
@@ -10,23 +10,17 @@ import contextlib
 import ctypes
 import fcntl
 import glob
-import hashlib
 import io
 import json
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
 MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
-LARGEST = torch.finfo(torch.float32).max
 
 
 class InputError(Exception):
@@ -85,7 +79,7 @@ def warn(message: str) -> None:
 # Reading ------------------------------------------------------------------------------------------
 
 
-def _stranger(head):
+def foreign_format(head: bytes) -> str:
     """What a file is that begins with `head`, if plainly not safetensors or JSON, else None."""
     text = head.lstrip().lower()
     convert = "convert it with safetensors.torch.save_file"
@@ -111,7 +105,7 @@ def read_bytes(path: str | Path) -> bytes:
 def read_known(path: str | Path) -> bytes:
     """read_bytes. Raises InputError for a Git LFS pointer, a web page, a zip or a pickle."""
     data = read_bytes(path)
-    if stranger := _stranger(data[:512]):
+    if stranger := foreign_format(data[:512]):
         raise InputError(f"{path}: is {stranger}")
     return data
 
@@ -166,100 +160,6 @@ def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
             check_text(row[key], f"{path}:{number}: {key}")
         rows.append(row)
     return rows
-
-
-def _check_header(path):
-    """Raises InputError unless the file has as many bytes as its safetensors header promises."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(512)
-            begin = 8 + int.from_bytes(head[:8], "little")
-            found = f"{size} bytes present"
-            # By chance a header's length may begin as a pickle does, but then { follows it.
-            plausible = begin <= size and head[8:9] == b"{"
-            if not plausible and (stranger := _stranger(head)):
-                raise InputError(f"{path}: is {stranger}")
-            if size < 8 or begin > size:
-                raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")
-            file.seek(8)
-            text = file.read(begin - 8).decode("utf-8", "replace")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    header = parse_json(text, f"{path} (header)")
-    promised = begin
-    try:
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            promised = max(promised, begin + tensor["data_offsets"][1])
-    except (AttributeError, TypeError, KeyError, IndexError):
-        problem = "not a safetensors file: its header doesn't list tensors"
-        raise InputError(f"{path}: {problem}") from None
-    if promised != size:
-        raise InputError(f"{path}: truncated or damaged: {found}, its header promises {promised}")
-
-
-@contextlib.contextmanager
-def open_safetensors(path: str | Path) -> Iterator[safe_open]:
-    """An open safetensors file (keys(), get_tensor(name), metadata()), its size checked first."""
-    _check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({name: tensor}, {metadata key: string}). Raises InputError for a NaN or Inf."""
-    with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = file.metadata() or {}
-    for name, tensor in tensors.items():
-        check_finite(path, name, tensor)
-    return tensors, metadata
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file, {} where it has none."""
-    with open_safetensors(path) as file:
-        return file.metadata() or {}
-
-
-def read_header(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """read_safetensors with tensors on the meta device: shapes alone, no data is read."""
-    tensors = {}
-    with open_safetensors(path) as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-        return tensors, file.metadata() or {}
-
-
-def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
-    """Raises InputError for a NaN or Inf, which can give finite wrong logits (silu(-inf) = 0)."""
-    if tensor.is_floating_point() and tensor.numel():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
-        ends = torch.stack(torch.aminmax(wide))  # both NaN if one value is; no copy is made
-        if not torch.isfinite(ends).all():
-            bad = int((~torch.isfinite(wide)).sum())
-            found = f"{bad} NaN or Inf values of {tensor.numel()} in {dtype_name(tensor.dtype)}"
-            raise InputError(f"{path}: {name} holds {found}")
-
-
-def cast_finite(path: str | Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in the dtype that it will be used in. Raises InputError where it holds whole numbers,
-    and where it is not finite after the cast: 1e6 is Inf in float16."""
-    if not tensor.is_floating_point():
-        found = dtype_name(tensor.dtype)
-        raise InputError(f"{path}: {name} holds {found}, expected float32, bfloat16 or float16")
-    cast = tensor.to(dtype)
-    check_finite(path, name, cast)
-    return cast
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -333,31 +233,3 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """write_bytes of `rows` as one JSON value a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_safetensors(
-    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file that PEFT and transformers read; the same bytes each time."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    data = memoryview(save(tensors, {"format": "pt"} | (metadata or {})))
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:begin]))
-    metadata = header["__metadata__"]
-    header["__metadata__"] = dict(sorted(metadata.items()))  # save()'s order varies by process
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    write_bytes(path, len(text).to_bytes(8, "little"), text, data[begin:])
-
-
-# Hashes -------------------------------------------------------------------------------------------
-
-
-def hash_tensors(tensors: dict[str, torch.Tensor], extra: str = "") -> str:
-    """sha256 over the sorted (key, dtype, shape, bytes) of `tensors`, and over `extra`."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(extra.encode())
-    return digest.hexdigest()

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.devices import DTYPES
-from common.files import InputError, check_finite, open_safetensors, parse_json, read_json, read_text, warn
+from common.files import InputError, parse_json, read_json, read_text, warn
+from common.tensors import check_finite, open_safetensors
 
 # RoPE type -> the fields that it needs besides rope_theta. 'linear' and 'dynamic' stretch the
 # context by their factor; the max_position_embeddings of 'llama3' is the stretched one.

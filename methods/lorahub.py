@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common.files import LARGEST, InputError, read_json, warn, write_json
+from common.files import InputError, read_json, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
+from common.tensors import LARGEST
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows

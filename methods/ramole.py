@@ -14,16 +14,17 @@ import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.devices import DTYPES
-from common.files import InputError, cast_finite, read_safetensors, write_safetensors
+from common.files import InputError
 from common.locks import alone
-from common.options import Count, NotNegative
+from common.options import Count, Least, NotNegative
+from common.tensors import cast_finite, read_safetensors, write_safetensors
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
@@ -230,7 +231,7 @@ class RouterRun(Run):
     pool: str = ""  # pool folder with the adapters, and with the retriever
     share: float = 0.4  # of the tasks: the others are never seen
     r: Count = 8  # rank of A_r, B_r
-    retrieve: int = 4  # candidates of an example before the dropout, its own adapter among them
+    retrieve: Annotated[int, Least(2)] = 4  # candidates before the dropout, the own one among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
     drop: float = 0.5  # how likely a candidate is left out of a step; two or more stay
     divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
@@ -330,8 +331,7 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
         device = model.head_weight.device
         batch = collate(some, device)
         rankings = [drawn[id(example)] for example in some]
-        rows = candidate_rows(pool, rankings, args.retrieve, args.prior, device)
-        set_candidates(routers.values(), *rows)
+        set_candidates(routers.values(), *candidate_rows(pool, rankings, args.retrieve, args.prior, device))
         set_gates(gates, None, None, torch.ones(len(some), dtype=torch.bool, device=device))
         loss = lm_losses(model, batch).sum() / n
         loss.backward()
@@ -345,10 +345,5 @@ def check_router_options(args: RouterRun) -> None:
         value = getattr(args, name)
         if 0 < value < LEAST:
             raise InputError(f"--{name} is {value}, expected 0 or at least {LEAST}")
-    if args.candidates not in ("retrieved", "random"):
-        raise InputError(f"--candidates is {args.candidates!r}, expected retrieved or random")
     if not 0 <= args.drop < 1:
         raise InputError(f"--drop is {args.drop}, expected 0 or more and less than 1")
-    if args.retrieve < 2:
-        found = f"--retrieve is {args.retrieve}"
-        raise InputError(f"{found}, expected 2 or more: among one there is nothing to weigh")

@@ -16,19 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import (
-    LARGEST,
-    InputError,
-    hash_tensors,
-    read_header,
-    read_json,
-    read_jsonl,
-    read_safetensors,
-    warn,
-    write_json,
-    write_jsonl,
-    write_safetensors,
-)
+from common.files import InputError, read_json, read_jsonl, warn, write_json, write_jsonl
+from common.tensors import LARGEST, hash_tensors, read_header, read_safetensors, write_safetensors
 from model import Llama
 from pool.adapter_checks import check_shapes, check_targets, compile_pattern
 

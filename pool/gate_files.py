@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import InputError, cast_finite, read_safetensors, warn, write_safetensors
+from common.files import InputError, warn
+from common.tensors import cast_finite, read_safetensors, write_safetensors
 from moe_lora import MeteoraGate, meteora_gates
 from pool.folder import check_base, read_number
 from pool.slots import Pool

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.files import InputError, cast_finite, read_safetensors, warn, write_safetensors
+from common.files import InputError, warn
+from common.tensors import cast_finite, read_safetensors, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap

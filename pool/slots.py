@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from common.files import LARGEST, InputError, cast_finite, dtype_name
+from common.files import InputError
 from common.options import nearest
+from common.tensors import LARGEST, cast_finite, dtype_name
 from model import Llama
 from pool.adapters import Adapter, _pattern, load_adapter
 

@@ -8,8 +8,8 @@ import sentencepiece
 import torch
 from torch import nn
 
-from common.files import write_safetensors
 from common.llama_folder import read_config
+from common.tensors import write_safetensors
 from model import Llama, LlamaConfig
 from moe_lora import MeteoraGate, Mixture
 from pool.adapters import Adapter, linear_shapes, peft_config, save_adapter

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import train
-from common.files import read_safetensors, write_json, write_jsonl
+from common.files import write_json, write_jsonl
+from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
 from methods.lorahub import LorahubRun

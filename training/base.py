@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from common.devices import find_device
-from common.files import InputError, read_text, write_bytes, write_json, write_safetensors
+from common.files import InputError, read_text, write_bytes, write_json
 from common.locks import alone
 from common.options import Count, NotNegative
+from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
 from pool.load import compile_blocks, make_fast

@@ -19,19 +19,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common.files import (
-    MARK,
-    InputError,
-    read_json,
-    read_metadata,
-    read_safetensors,
-    read_text,
-    warn,
-    write_json,
-    write_safetensors,
-    write_text,
-)
+from common.files import MARK, InputError, read_json, read_text, warn, write_json, write_text
 from common.options import Count, NotNegative, Seed
+from common.tensors import read_metadata, read_safetensors, write_safetensors
 from model import Llama
 from pool.load import compile_blocks
 from tasks.folders import Example

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError
+from common.tensors import read_safetensors, write_safetensors
 from common.tokenizer import Tokenizer
 from helpers_commands import ENVIRONMENT, ROOT, assert_refused, warm
 from helpers_models import random_adapter, tokenizer_bytes, write_adapters
@@ -891,7 +892,7 @@ def test_warnings(outcomes, row):
 KILLED = """
 import os, random, signal, sys, time
 import torch
-from common.files import read_safetensors, write_safetensors
+from common.tensors import read_safetensors, write_safetensors
 
 file, left = sys.argv[1], 0
 write_safetensors(file, {"w": torch.zeros(1 << 20)}, {"version": "0"})

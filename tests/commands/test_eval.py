@@ -15,8 +15,9 @@ import torch
 from sacrebleu import corpus_bleu
 
 import eval as evaluation
-from common.files import read_safetensors, run_script, write_json, write_jsonl, write_safetensors
+from common.files import run_script, write_json, write_jsonl
 from common.locks import alone
+from common.tensors import read_safetensors, write_safetensors
 from evaluation import answers
 from evaluation import composites as composing
 from generate import answer, load

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import generate
-from common.files import InputError, run_script, write_safetensors
+from common.files import InputError, run_script
 from common.llama_folder import read_config
 from common.pictures import Printer
+from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
 from decoding.loop import Token
 from decoding.prompts import encode_prompt

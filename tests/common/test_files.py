@@ -20,21 +20,23 @@ from safetensors.torch import load_file, save
 from common import files
 from common.files import (
     InputError,
-    _check_header,
-    check_finite,
-    hash_tensors,
-    open_safetensors,
     read_bytes,
     read_json,
     read_jsonl,
-    read_safetensors,
     read_text,
     run_script,
     write_bytes,
     write_json,
     write_jsonl,
-    write_safetensors,
     write_text,
+)
+from common.tensors import (
+    _check_header,
+    check_finite,
+    hash_tensors,
+    open_safetensors,
+    read_safetensors,
+    write_safetensors,
 )
 from helpers_commands import ROOT
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError
+from common.tensors import read_safetensors, write_safetensors
 from helpers_models import write_llama
 from model import load_llama
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import read_safetensors, write_safetensors
+from common.tensors import read_safetensors, write_safetensors
 from generate import load, stream
 from helpers_commands import ROOT
 from helpers_models import write_llama

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError
+from common.tensors import read_safetensors, write_safetensors
 from helpers_models import RANKS, LoudestGate, make_pool, random_adapter, random_gates
 from kernels import BACKENDS
 from moe_lora import (

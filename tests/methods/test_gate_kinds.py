@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import InputError, read_json, read_safetensors, write_json
+from common.files import InputError, read_json, write_json
+from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from decoding.loop import decode
 from decoding.sampling import Sampling

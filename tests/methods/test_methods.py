@@ -202,7 +202,7 @@ def reference(small_model, folder, name, rows=1):
 def test_gates_have_rows_in_the_order_that_the_reference_reads(folder):
     """Without it the reference could join rows and adapters wrongly in the way that it is to
     notice."""
-    from common.files import read_safetensors
+    from common.tensors import read_safetensors
 
     for file in (folder / "gates").iterdir():
         assert read_safetensors(file)[1]["names"].split("\n") == sorted(NAMES)

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from common.files import InputError, read_json, read_metadata, read_safetensors, write_json
+from common.files import InputError, read_json, write_json
+from common.tensors import read_metadata, read_safetensors
 from eval import seen_tasks
 from generate import load
 from helpers_training import prompts

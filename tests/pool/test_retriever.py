@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.files import InputError, read_metadata
+from common.files import InputError
+from common.tensors import read_metadata
 from common.tokenizer import Tokenizer
 from generate import load
 from helpers_commands import command

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from common.files import InputError, read_json, read_safetensors, write_json, write_safetensors
+from common.files import InputError, read_json, write_json
+from common.tensors import read_safetensors, write_safetensors
 from helpers_models import random_adapter, write_adapters
 from methods.batch import set_methods
 from methods.ramole import RouterRun, check_router_options

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.files import (
-    InputError,
-    read_json,
-    read_jsonl,
-    read_safetensors,
-    write_json,
-    write_jsonl,
-    write_safetensors,
-)
+from common.files import InputError, read_json, read_jsonl, write_json, write_jsonl
 from common.locks import alone
+from common.tensors import read_safetensors, write_safetensors
 from helpers_commands import assert_refused, command
 from helpers_training import argv, assert_same, contents, killed_at_write, options, run, run_folder
 
