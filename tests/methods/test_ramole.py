@@ -154,4 +154,6 @@ def test_no_share(share):
 @pytest.mark.parametrize(("name", "value"), [("drop", 1.0), ("retrieve", 1)])
 def test_bad_options(name, value):
     with pytest.raises(InputError, match=f"--{name} is {value}"):
-        check_router_options(RouterRun(model="", **{name: value}))
+        args = RouterRun(model="", **{name: value})
+        check_bounds(args)
+        check_router_options(args)
