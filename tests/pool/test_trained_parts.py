@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
-from common.files import InputError, read_safetensors, write_safetensors
+from common.files import InputError, read_json, read_safetensors, write_json, write_safetensors
 from helpers_models import random_adapter, write_adapters
 from methods.batch import set_methods
+from methods.ramole import RouterRun, check_router_options
 from methods.session import add_adapter, load_mole, retriever_of
 from model import load_llama
 from pool.adapters import linear_shapes, load_adapter, save_adapter
+from pool.folder import check_pool, read_pool
+from pool.retriever import save_retriever
 from pool.slots import Pool
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -160,8 +163,6 @@ def test_whole_numbers_are_no_part(small_model, parts, name):
 @pytest.fixture
 def retriever_file(parts, small_model):
     """The pool's retriever.safetensors, untuned."""
-    from pool.retriever import save_retriever
-
     mole = load_mole(small_model, parts)
     file = parts / "retriever.safetensors"
     save_retriever(file, retriever_of(mole), mole.model, {})
@@ -180,3 +181,106 @@ def test_a_retriever_of_other_numbers(small_model, parts, retriever_file, key, d
     write_safetensors(retriever_file, tensors | {key: bad}, metadata)
     with pytest.raises(InputError, match=f"retriever.safetensors: {key} {says}"):
         retriever_of(load_mole(small_model, parts))
+
+
+# Metadata -----------------------------------------------------------------------------------------
+
+GATE = "gates/meteora_top2.safetensors"
+WRONG = {
+    "k 0": (GATE, {"k": "0"}, "k is '0', expected a whole number, at least 1 and at most 3"),
+    "k 99": (GATE, {"k": "99"}, "k is '99'"),
+    "k of another file's name": (GATE, {"k": "3"}, "k is 3, expected 2 as its name says.*--top_k 2"),
+    "k a power": (GATE, {"k": "²"}, "k is '²'"),
+    "gates of before": (GATE, {"base": ""}, "written before.*train.py gates --top_k 2"),
+    "gates of another base": (GATE, {"base": "f" * 32}, "trained on base ffffffffffff.*gates --top_k 2"),
+    "a hash too few": (GATE, {"hashes": "0"}, "3 names and 1 hashes"),
+    "smear of another base": ("gates/smear.safetensors", {"base": "f" * 32}, "trained on .*--kind smear"),
+    "router of before": ("router.safetensors", {"base": "f" * 64}, "written before.*train.py router"),
+    "divisor nan": ("router.safetensors", {"divisor": "nan"}, "divisor is 'nan', expected a number"),
+    "divisor 0": ("router.safetensors", {"divisor": "0.0"}, "divisor is '0.0'"),
+    "divisor -1": ("router.safetensors", {"divisor": "-1.0"}, "divisor is '-1.0'"),
+    "divisor inf": ("router.safetensors", {"divisor": "inf"}, "divisor is 'inf'"),
+    "divisor a word": ("router.safetensors", {"divisor": "one"}, "divisor is 'one'"),
+    "prior inf": ("router.safetensors", {"prior": "inf"}, "prior is 'inf'"),
+    "prior nan": ("router.safetensors", {"prior": "nan"}, "prior is 'nan'"),
+    "prior -1": ("router.safetensors", {"prior": "-0.1"}, "prior is '-0.1'"),
+    "prior tiny": ("router.safetensors", {"prior": "1e-300"}, "prior is '1e-300'"),
+    "scaled a word": ("router.safetensors", {"scaled": "True"}, "scaled is 'True'"),
+}
+RETRIEVER = {
+    "depth -1": ({"depth": "-1"}, "depth is '-1', expected a whole number, at least 1 and at most 3"),
+    "depth 0": ({"depth": "0"}, "depth is '0'"),
+    "depth beyond": ({"depth": "4"}, "depth is '4'"),
+    "depth a fraction": ({"depth": "1.5"}, "depth is '1.5'"),
+    "max_length 0": ({"max_length": "0"}, "max_length is '0'"),
+    "of before": ({"base": "f" * 64}, "written before.*train.py retriever"),
+    "of another base": ({"base": "f" * 32}, "trained on base ffffffffffff.*train.py retriever"),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong", "says"), WRONG.values(), ids=WRONG)
+def test_metadata_that_cannot_be_right(small_model, parts, name, wrong, says):
+    """A k of 0 chooses nothing, a divisor of nan makes every weight NaN; gates, router and retriever
+    of another base answer noise."""
+    method = PARTS[name][0] if name in PARTS else "meteora_top2"
+    tensors, metadata = read_safetensors(parts / name)
+    use(small_model, parts, method)
+    write_safetensors(parts / name, tensors, metadata | wrong)
+    with pytest.raises(InputError, match=f"{name}: .*{says}"):
+        use(small_model, parts, method)
+
+
+@pytest.mark.parametrize(("wrong", "says"), RETRIEVER.values(), ids=RETRIEVER)
+def test_a_retrievers_metadata(small_model, parts, retriever_file, wrong, says):
+    """A depth of -1 would take all blocks but one, without a word."""
+    tensors, metadata = read_safetensors(retriever_file)
+    write_safetensors(retriever_file, tensors, metadata | wrong)
+    with pytest.raises(InputError, match=f"retriever.safetensors: .*{says}"):
+        retriever_of(load_mole(small_model, parts))
+
+
+def test_a_router_of_scalars(small_model, parts):
+    """A shape of nothing is a wrong shape, not an IndexError."""
+    tensors, metadata = read_safetensors(parts / "router.safetensors")
+    bad = {f"{Q0}.router_A.weight": torch.tensor(1.0)}
+    write_safetensors(parts / "router.safetensors", tensors | bad, metadata)
+    with pytest.raises(InputError, match=rf"{Q0}: expected router_A .* found \[\(\)"):
+        use(small_model, parts, "ramole")
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"fox": {"ant": float("nan")}}, "fox: the weight of ant is nan"),
+        ({"fox": {"ant": float("-inf")}}, "fox: the weight of ant is -inf"),
+        ({"fox": {"ant": 10**400}}, "fox: the weight of ant is 1000"),
+        ({"fox": {"ant": "1"}}, "fox: the weight of ant is '1'"),
+        ({"fox": {"eel": 1.0}}, "fox: expected a weight for some of its adapters"),
+        ({"fox": [1.0]}, "fox: expected a weight"),
+        ([1.0], "expected objects adapters and weights"),
+        (None, "expected objects adapters and weights"),
+    ],
+)
+def test_lorahub_weights(small_model, parts, pool_with_every_part, weights, says):
+    """A NaN weight makes every answer of its task <unk>."""
+    (parts / "baselines").unlink()
+    raw = read_json(pool_with_every_part / "baselines" / "lorahub.json")
+    write_json(parts / "baselines" / "lorahub.json", raw | {"weights": weights})
+    with pytest.raises(InputError, match=f"lorahub.json: {says}.*train.py lorahub searches again"):
+        use(small_model, parts, "lorahub:fox")
+
+
+def test_a_pool_of_before(small_model, parts, capsys):
+    """Its adapters may be right: loading says how to bind them, training refuses."""
+    write_json(parts / "pool.json", read_json(parts / "pool.json") | {"base": "f" * 64})
+    model = load_mole(small_model, parts).model
+    assert f'write "base": "{model.fingerprint}" there' in capsys.readouterr().err
+    with pytest.raises(InputError, match="pool.json: written before.*train.py adapters"):
+        check_pool(read_pool(parts), model, None, "")
+
+
+@pytest.mark.parametrize("option", ["divisor", "prior"])
+def test_a_router_is_not_trained_with_what_is_refused(option):
+    """What train.py writes has to be read again."""
+    with pytest.raises(InputError, match=f"--{option} is 1e-09, expected 0 or at least 1e-06"):
+        check_router_options(RouterRun(model="", **{option: 1e-9}))
