@@ -323,8 +323,7 @@ def hash_bytes(name: str, tensor: torch.Tensor) -> bytes:
     Of 512 words x_j of 64 bits that is the sum of m_j x_j modulo 2^64, the m_j odd: no change of a
     single word is lost, nor, but by a chance of one in 2^64, that of several or of their order. An
     even number of the words' top bits may change within 4 KiB unseen: against mistakes that is
-    enough, against an attacker it is not. A matrix-vector product reads as fast as the memory
-    allows, sha256 takes six times as long (LOG.md).
+    enough, against an attacker it is not. sha256 over all bytes takes six times as long (LOG.md).
     """
     raw = tensor.reshape(-1).view(torch.uint8)
     rest = len(raw) % 4096

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.files import InputError, read_json, write_json
+from common.options import check_bounds
 from common.tensors import read_metadata, read_safetensors
 from eval import seen_tasks
 from generate import load
