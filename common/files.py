@@ -79,7 +79,7 @@ def warn(message: str) -> None:
 # Reading ------------------------------------------------------------------------------------------
 
 
-def foreign_format(head: bytes) -> str:
+def foreign_format(head: bytes) -> str | None:
     """What a file is that begins with `head`, if plainly not safetensors or JSON, else None."""
     text = head.lstrip().lower()
     convert = "convert it with safetensors.torch.save_file"

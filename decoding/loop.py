@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from common.files import InputError
+from common.tensors import dtype_name
 from common.tokenizer import TextStream
 from decoding.sampling import Sampling, sample
 from methods.session import Mole
@@ -38,11 +39,11 @@ def decode(mole: Mole, ids: list[list[int]], sampling: Sampling, routing: bool =
     another batch began on this model before this one ended.
     """
     with mole.lock:
-        batch = Batch(mole, ids, sampling, routing, stops or [sampling.stop] * len(ids))
+        batch = DecodeBatch(mole, ids, sampling, routing, stops or [sampling.stop] * len(ids))
     return batch.events()
 
 
-class Batch:
+class DecodeBatch:
     """Prompts that are answered together: their cache, and what the next step goes on from."""
 
     @torch.inference_mode()
@@ -130,7 +131,7 @@ class Batch:
     def token(self, row: int, index: int) -> Token:
         """The Token of a row's new id, which may be its last. Raises InputError for -1."""
         if index < 0:
-            dtype = str(self.mole.dtype).removeprefix("torch.")
+            dtype = dtype_name(self.mole.dtype)
             advice = "--dtype bfloat16 or float32 hold larger numbers"
             if dtype != "float16":
                 advice = "see whether it is so with --method base; if not, an adapter is too large"

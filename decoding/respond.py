@@ -24,7 +24,7 @@ def result(prompt: str, method: str, tokens: list[Token], prompt_tokens: list[di
     if last.finish == "eos":
         kept.pop()
         if kept:
-            kept[-1]["text"] += last.text  # what the EOS left of an unfinished character
+            kept[-1]["text"] += last.text  # what was held back until the EOS
     return {
         "prompt": prompt,
         "text": "".join(token.text for token in tokens),
@@ -61,18 +61,19 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     system = [{"role": "system", "content": args.system}] if args.system else []
     before = [*system, *turns]
     ids = [encode_prompt(mole, p, args.raw, args.chat, args.truncate, before) for p in prompts]
-    found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
-    compile_for(mole, args.compile, ids, args)
-    set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
-    for pairs in filter(None, found):
-        shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
-        print(f"retrieved: {shown}", file=sys.stderr)
     routing = args.routing
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     recording = bool(routing or args.json or args.html)
-    begin = time.perf_counter()
-    events = decode(mole, ids, args, recording, stops)  # args are a Sampling, too
+    with mole.lock:
+        found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
+        compile_for(mole, args.compile, ids, args)
+        set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
+        for pairs in filter(None, found):
+            shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
+            print(f"retrieved: {shown}", file=sys.stderr)
+        begin = time.perf_counter()
+        events = decode(mole, ids, args, recording, stops)  # args are a Sampling, too
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_tokens = [trace_prompt(mole, row, used) for row, used in zip(ids, seen, strict=True)]
     prompt_traces = list(map(_trace, prompt_tokens))

@@ -130,8 +130,8 @@ def unroll_factor(x: torch.Tensor, most: int) -> int:
 def chunked(function: Callable, size: int, *tensors: torch.Tensor) -> torch.Tensor:
     """`function` of tensors (n, ...), which copies `size` bytes of adapters for each of n tokens.
 
-    It gets a chunk of tokens at a time, so that the copies stay in the caches. A compiled block makes no
-    copies, and has one graph for any n.
+    It gets a chunk of tokens at a time, so that the copies stay in the caches. A compiled block
+    makes no copies, and has one graph for any n.
     """
     if torch.compiler.is_compiling() or len(tensors[0]) * size <= COPIES:
         return function(*tensors)

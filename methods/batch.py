@@ -156,10 +156,10 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
     for method, found in requests:
         if isinstance(method, Merged):
             derived[method.label(found)] = (method, found)
-    held = {} if shared.follows_the_pool else mole.slots(pool.names)
-    own = id(mole.custom_gates.get(shared.name))
-    key = (shared.key, own, sorted(derived), shared.top_k, temperature, backend)
-    key += (held, exclude, id(pool), len(pool.A))
+    members = {} if shared.follows_the_pool else mole.slots(pool.names)
+    custom = id(mole.custom_gates.get(shared.name))
+    key = (shared.key, custom, sorted(derived), shared.top_k, temperature, backend)
+    key += (members, exclude, id(pool), len(pool.A))
     if mole.attached and mole.attached[0] == key:
         return mole.attached[1]
     detach(mole.model)

@@ -59,7 +59,9 @@ def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[
     step = 0.4
     for turn in range(steps):
         new = w
-        if turn:  # a fifth of the weights: one adapter of 28 is found better than by all (LOG.md)
+        if turn:
+            # A fifth of the weights at a time: where one adapter of 28 is to be found, that leaves
+            # 0.80 of the error, and a step of all weights 0.90.
             some = torch.rand(e, generator=generator) < 0.2
             some[torch.randint(e, (1,), generator=generator)] = True
             new = (w + step * some * torch.randn(e, generator=generator)).clamp(-bound, bound)

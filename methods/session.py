@@ -42,7 +42,7 @@ class Mole:
     batch_id: int = 0  # how often set_methods was called: one batch at a time
     slots_in_use: dict = field(default_factory=dict)  # {adapter: (slot, hash)} of the batch
     force_count: int = 0  # how often force_adapters() was called
-    lock: RLock = field(default_factory=RLock)  # held by whoever sets up a batch or runs a step
+    lock: RLock = field(default_factory=RLock)  # held while a batch is set up, and in each step
 
     @property
     def eos_ids(self) -> set[int]:

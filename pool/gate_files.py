@@ -43,10 +43,11 @@ class GateFile:
     """A gate file whose rows are matched to a pool's slots: `k`, and `known` (e,) bool, True for a
     slot that has a row.
 
-    Raises InputError, which lists every row whose adapter is missing or has changed, where `base`
-    isn't the fingerprint of the base that the gates were trained on, and where no adapter could be
-    chosen; `command` trains such gates again. An adapter without a row is never chosen; one warning names all of
-    these. An adapter of `exclude` is never chosen either, and may stay on disk.
+    Raises InputError where the gates were trained on another base than that of the fingerprint
+    `base`, where adapters of rows are missing or have changed (it lists them), and where no adapter
+    could be chosen; `command` trains such gates again. An adapter without a row is never chosen;
+    one warning names all of these. An adapter of `exclude` is never chosen either, and may stay on
+    disk.
     """
 
     def __init__(

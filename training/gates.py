@@ -17,7 +17,7 @@ from common.locks import alone
 from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
 from model import Llama
-from pool.adapters import adapter_files, linear_shapes, save_adapter
+from pool.adapters import adapter_files, save_adapter
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
@@ -72,7 +72,6 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
 def _train_gates(kind, known, names, tasks, run, args):
     dtype = torch.float32 if args.adapters_too else None
     model, tokenizer, pool = load_with_pool(args, known, names, dtype)
-    shapes = linear_shapes(model)
     folder = Path(args.adapters_too or known.path)
     file = folder / "gates" / f"{kind.run_name(args)}.safetensors"
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
@@ -86,7 +85,7 @@ def _train_gates(kind, known, names, tasks, run, args):
         gates = training.gates
     files = [file]
     if args.adapters_too:
-        pool = save_pool(known, pool, shapes, args)
+        pool = save_pool(known, pool, args)
         files += [folder / "pool.json"]
         for name in pool.names:
             files += adapter_files(folder / "adapters" / name)
@@ -156,11 +155,11 @@ def gates_step(training: GatesTraining, picked: list[Example]) -> dict[str, floa
     return shown
 
 
-def save_pool(known: PoolFolder, pool: Pool, shapes: dict, args: GatesRun) -> Pool:
+def save_pool(known: PoolFolder, pool: Pool, args: GatesRun) -> Pool:
     """Writes the trained adapters as a new pool and loads it: gates are bound to its hashes."""
     folder = Path(args.adapters_too)
     paths = {name: folder / "adapters" / name for name in pool.names}
     for name, path in paths.items():
         save_adapter(trained(pool, name, args), path)
     write_pool(PoolFolder(folder, paths, known.fingerprint, known.template))
-    return Pool.load(paths, shapes)
+    return Pool.load(paths, pool.shapes)
