@@ -271,7 +271,7 @@ def describe_run(mole: Mole, tasks: dict[str, Task], args: Options) -> dict:
     options = asdict(args)
     del options["out"]
     return {
-        "base": mole.model.fingerprint,
+        "base": mole.model.fingerprint(),
         "adapters": adapters,
         "parts": parts,
         "tasks": examples,

@@ -156,7 +156,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.fingerprint = None  # a hash of the weights, set by load_llama
+        self.fingerprint = None  # () -> a hash of the weights as stored, set by load_llama
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,20 +1,19 @@
 """Reads and checks a Hugging Face Llama folder: plain config fields, plain tensors."""
 
 import contextlib
-import hashlib
 import json
 import math
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.devices import DTYPES
 from common.files import InputError, parse_json, read_json, read_text, warn
+from common.fingerprint import file_state, hash_weights
 from common.tensors import check_finite, open_safetensors
 
 # RoPE type -> the fields that it needs besides rope_theta. 'linear' and 'dynamic' stretch the
@@ -271,14 +270,14 @@ def read_weights(
     expected: dict[str, torch.Tensor],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> tuple[dict[str, torch.Tensor], str]:
+) -> tuple[dict[str, torch.Tensor], Callable[[], str]]:
     """({name: tensor}, fingerprint) of a model folder's safetensors, read one tensor at a time.
 
     `expected` is the model's state_dict; `dtype` None keeps the file's. Without an lm_head in it,
     which is then tied to the embedding, either may be stored alone, and as in transformers a head
     of other values is returned too. Raises InputError for a tensor that is missing, unexpected, of
-    the wrong shape or not finite. The fingerprint is 128 bits of
-    the sha256 over hash_bytes() of all tensors, whatever file each of them lies in.
+    the wrong shape or not finite. fingerprint() is hash_weights() of these tensors, which is
+    computed at its first call.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     sources = weight_map(folder)
@@ -286,13 +285,15 @@ def read_weights(
     head_name = EMBEDDING if tied and EMBEDDING not in sources else HEAD
     allowed = shapes | {HEAD: shapes[EMBEDDING]} if tied else shapes
     tensors = {}
-    marks = {}
+    stored_in = {}
     for file in sorted(set(sources.values())):
         with open_safetensors(file) as found:
+            state = file_state(file)
+            names = set(found.keys())
             for stored in sorted(name for name, source in sources.items() if source == file):
                 if stored.endswith("rotary_emb.inv_freq"):  # computed from the config
                     continue
-                if stored not in found.keys():  # noqa: SIM118 (not a dict)
+                if stored not in names:
                     raise InputError(f"{file}: no tensor {stored}, which the index says is here")
                 tensor = found.get_tensor(stored)
                 _check_tensor(file, stored, tensor, allowed)
@@ -300,39 +301,14 @@ def read_weights(
                 name = head_name if stored == HEAD else stored
                 tensors[name] = tensor.to(device, dtype)
                 check_finite(file, stored, tensors[name])  # after the cast, which may overflow
-                marks[name] = hash_bytes(name, tensor)  # last: the threads have read the pages
+                stored_in[name] = (file, state, stored)
     if missing := sorted(shapes.keys() - tensors.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         first = missing[0]
         raise InputError(f"{folder}: tensor {first}{more} missing; {_deciding_fields(first)}")
     if tied and HEAD in tensors and torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        del tensors[HEAD], marks[HEAD]
-    return tensors, hashlib.sha256(b"".join(map(marks.get, sorted(marks)))).hexdigest()[:32]
-
-
-@cache
-def _multipliers():
-    """512 odd numbers of 64 bits without a pattern, the same everywhere."""
-    data = bytearray(hashlib.shake_128(b"multipliers").digest(512 * 8))
-    return torch.frombuffer(data, dtype=torch.int64) | 1
-
-
-def hash_bytes(name: str, tensor: torch.Tensor) -> bytes:
-    """sha256 over a tensor's name, dtype, shape and, instead of its bytes, a sum for each 4 KiB.
-
-    Of 512 words x_j of 64 bits that is the sum of m_j x_j modulo 2^64, the m_j odd: no change of a
-    single word is lost, nor, but by a chance of one in 2^64, that of several or of their order. An
-    even number of the words' top bits may change within 4 KiB unseen: against mistakes that is
-    enough, against an attacker it is not. sha256 over all bytes takes six times as long (LOG.md).
-    """
-    raw = tensor.reshape(-1).view(torch.uint8)
-    rest = len(raw) % 4096
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    for part in (raw[: len(raw) - rest], F.pad(raw[len(raw) - rest :], (0, -rest % 4096))):
-        if len(part):
-            words = part.view(torch.int64).view(-1, 512)
-            digest.update(torch.mv(words, _multipliers()).numpy())
-    return digest.digest()
+        del tensors[HEAD], stored_in[HEAD]
+    return tensors, cache(partial(hash_weights, stored_in))
 
 
 def _check_tensor(file, name, tensor, shapes):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +88,8 @@ def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
     """Raises InputError for a NaN or Inf, which can give finite wrong logits (silu(-inf) = 0)."""
     if tensor.is_floating_point() and tensor.numel():
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
-        ends = torch.stack(torch.aminmax(wide))  # both NaN if one value is; no copy is made
-        if not torch.isfinite(ends).all():
+        low, high = torch.aminmax(wide)  # both NaN if one value is; no copy is made
+        if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~torch.isfinite(wide)).sum())
             found = f"{bad} NaN or Inf values of {tensor.numel()} in {dtype_name(tensor.dtype)}"
             raise InputError(f"{path}: {name} holds {found}")

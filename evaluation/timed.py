@@ -98,7 +98,7 @@ def with_adapters(args, e: int, backend: str = "auto", folder: str = "") -> Llam
         adapters = read_pool(folder).adapters
         file = Path(folder) / "gates" / f"meteora_top{args.k}.safetensors"
         pool = Pool.load(adapters, shapes, dtype, args.device, alloc_B=alloc_B_of(model))
-        gates = load_gates(file, pool, model.fingerprint, dtype=dtype)
+        gates = load_gates(file, pool, model.fingerprint(), dtype=dtype)
     else:
         pool = random_pool(args, e, model, dtype)
         gates = random_gates(args, e, shapes)

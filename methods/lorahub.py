@@ -173,7 +173,7 @@ def _train_lorahub(known, tasks, args):
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
     names = sorted(pool.names)
-    searched = {"base": model.fingerprint}
+    searched = {"base": model.fingerprint()}
     searched["adapters"] = {name: pool.members[name].hash for name in names}
     options = ("shots", "steps", "l1", "seed", "max_length")
     searched["options"] = {name: getattr(args, name) for name in options}

@@ -211,7 +211,7 @@ class TrainedGates(Trained, Gated):
 
     def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's gates, rows joined to the pool's slots."""
-        rows = GateFile(self.file(mole), mole.pool, mole.model.fingerprint, exclude, self.made_by)
+        rows = GateFile(self.file(mole), mole.pool, mole.model.fingerprint(), exclude, self.made_by)
         return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
 
     @classmethod

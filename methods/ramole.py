@@ -188,7 +188,7 @@ def save_routers(file, routers: dict[str, RouterLoRA], model, about: dict[str, s
     first = next(iter(routers.values()))
     how = {"divisor": repr(float(first.divisor)), "scaled": str(int(first.scaled))}
     how["prior"] = repr(float(first.prior))
-    write_safetensors(file, tensors, {"base": model.fingerprint, **how, **about})
+    write_safetensors(file, tensors, {"base": model.fingerprint(), **how, **about})
 
 
 def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, RouterLoRA]:
@@ -198,7 +198,7 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
     if lacks := {"base", "divisor", "scaled", "prior"} - metadata.keys():
         lacks = ", ".join(sorted(lacks))
         raise InputError(f"{file}: metadata lacks {lacks}: not a router of this project")
-    check_base(file, metadata["base"], model.fingerprint, "python train.py router trains it again")
+    check_base(file, metadata["base"], model.fingerprint(), "python train.py router trains it again")
     divisor = read_number(file, metadata, "divisor", float, LEAST)
     scaled = read_number(file, metadata, "scaled", most=1, least=0) == 1
     prior = metadata["prior"] != "0.0" and read_number(file, metadata, "prior", float, LEAST)

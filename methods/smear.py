@@ -95,7 +95,7 @@ class Smear(Trained, OwnLinears):
 
     def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """SmearLinears with the file's routers."""
-        rows = GateFile(self.file(mole), mole.pool, mole.model.fingerprint, exclude, self.made_by)
+        rows = GateFile(self.file(mole), mole.pool, mole.model.fingerprint(), exclude, self.made_by)
         routers = rows.fill(smear_routers(mole.pool, mole.prompt, rows.known), mole.dtype)
         attach(mole.model, mole.pool, routers, backend, make=SmearLinear)
 

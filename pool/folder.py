@@ -105,11 +105,13 @@ def read_number(
 
 def check_pool_base(folder: PoolFolder, model: Llama) -> None:
     """Raises InputError where pool.json names another base than `model`."""
+    if folder.fingerprint is None:
+        return
     file = folder.path / "pool.json"
+    fingerprint = model.fingerprint()
     remedy = "python train.py adapters trains adapters for this one; if these were trained on it, write "
-    remedy += f'"base": "{model.fingerprint}" there'
-    if folder.fingerprint is not None:
-        check_base(file, folder.fingerprint, model.fingerprint, remedy)
+    remedy += f'"base": "{fingerprint}" there'
+    check_base(file, folder.fingerprint, fingerprint, remedy)
 
 
 def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:

@@ -234,7 +234,7 @@ def save_retriever(file: Path | str, retriever: Retriever, model: Llama, about: 
     metadata = {
         "names": "\n".join(names),
         "hashes": "\n".join(map(retriever.digests.get, names)),
-        "base": model.fingerprint,
+        "base": model.fingerprint(),
         "depth": str(encoder.depth),
         "max_length": str(encoder.max_length),
     }
@@ -252,7 +252,7 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
         missing = ", ".join(sorted(lacks))
         raise InputError(f"{file}: lacks {missing}: not a retriever of this project")
     again = "python train.py retriever trains it again"
-    check_base(file, metadata["base"], model.fingerprint, again)
+    check_base(file, metadata["base"], model.fingerprint(), again)
     mean = tensors["encoder.mean"]
     projection = tensors["encoder.projection"]
     h = model.config.hidden_size

@@ -64,7 +64,7 @@ def write_every_part(folder, small_model):
     and lora_b trained by the real command for a few steps."""
     base = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
-    write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint(), TEMPLATE))
     for name, path in adapters.items():
         (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
     pool = load_mole(small_model, folder / "pool").pool
@@ -78,7 +78,7 @@ def write_every_part(folder, small_model):
             for param in gate.parameters():
                 param.data += noise(*param.shape, seed=100 * number + place) * 0.3
         file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
-        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names, base.fingerprint)
+        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names, base.fingerprint())
     routers = router_loras(pool, 5)
     for router in routers.values():
         router.B.data += noise(*router.B.shape, seed=7) * 0.3

@@ -60,7 +60,7 @@ def write_tasks(folder, names=tuple(ANSWERS), count=11):
 def write_random_pool(folder, model, names=tuple(ANSWERS)):
     llama = load_llama(model)
     adapters = write_adapters(folder / "adapters", llama, names)
-    write_pool(PoolFolder(folder, adapters, llama.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder, adapters, llama.fingerprint(), TEMPLATE))
     return folder
 
 

@@ -80,7 +80,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
         raise InputError(f"{folder}: {found}: name another --pool")
     model, tokenizer = load_frozen(args)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
-    checkpoint = Checkpoint(run, args, {"base": model.fingerprint, **data_of(tasks, examples)})
+    checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
     known = read_pool(folder) if has_file else PoolFolder(folder, {}, template=args.template)
@@ -244,7 +244,7 @@ def save_adapters(
         adapters[name] = known.path / "adapters" / name
         save_adapter(trained(pool, name, args), adapters[name])
         files += adapter_files(adapters[name])
-    write_pool(PoolFolder(known.path, adapters, model.fingerprint, args.template))
+    write_pool(PoolFolder(known.path, adapters, model.fingerprint(), args.template))
     return files
 
 

@@ -91,7 +91,7 @@ def _train_gates(kind, known, names, tasks, run, args):
             files += adapter_files(folder / "adapters" / name)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[args.save_dtype])
-    save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names, model.fingerprint)
+    save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names, model.fingerprint())
     checkpoint.finish(file, files)
 
 

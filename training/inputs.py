@@ -39,7 +39,7 @@ def load_with_pool(
 def bound_to(model: Llama, pool: Pool) -> dict[str, str]:
     """{what: hash} that a run is bound to, for its Checkpoint: the base and each adapter."""
     adapters = {f"adapter {name}": pool.members[name].hash for name in pool.names}
-    return {"base": model.fingerprint, **adapters}
+    return {"base": model.fingerprint(), **adapters}
 
 
 def data_of(tasks: dict[str, Task], examples: dict[str, list[Example]]) -> dict[str, str]:

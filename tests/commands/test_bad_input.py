@@ -83,7 +83,7 @@ class Kit:
         if gates:
             made = {path: MeteoraGate(torch.randn(len(names), A.shape[2]), 2) for path, A in pool.A.items()}
             save_gates(
-                folder / "gates" / "meteora_top2.safetensors", made, pool, 2, list(names), base.fingerprint
+                folder / "gates" / "meteora_top2.safetensors", made, pool, 2, list(names), base.fingerprint()
             )
         return folder
 

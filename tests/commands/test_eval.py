@@ -40,13 +40,18 @@ def setting(small_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     model = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", model, NAMES, size=0.1)
-    write_pool(PoolFolder(folder / "pool", adapters, model.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder / "pool", adapters, model.fingerprint(), TEMPLATE))
     pool = load(small_model, folder / "pool").pool
     gates = {path: MeteoraGate(torch.zeros(2, A.shape[2]), 1) for path, A in pool.A.items()}
     for path, gate in gates.items():
         gate.forced = pool.slot("ant" if path == "model.layers.0.self_attn.q_proj" else "bee")
     save_gates(
-        folder / "pool" / "gates" / "meteora_top1.safetensors", gates, pool, 1, pool.names, model.fingerprint
+        folder / "pool" / "gates" / "meteora_top1.safetensors",
+        gates,
+        pool,
+        1,
+        pool.names,
+        model.fingerprint(),
     )
     for name, count in zip(NAMES, (3, 5), strict=True):
         rows = [{"prompt": f"{'fox ' * j}dog", "response": "the lazy dog"} for j in range(1, count + 1)]
@@ -150,12 +155,12 @@ def wide(tmp_path_factory):
     (folder / "small" / "tokenizer.model").write_bytes(tokenizer_bytes())
     base = load_llama(folder / "small")
     adapters = write_adapters(folder / "pool" / "adapters", base, WIDE, size=0.1)
-    write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint(), TEMPLATE))
     pool = load(folder / "small", folder / "pool").pool
     generator = torch.Generator().manual_seed(1)
     gates = {p: MeteoraGate(torch.randn(3, A.shape[2], generator=generator), 2) for p, A in pool.A.items()}
     save_gates(
-        folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names, base.fingerprint
+        folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names, base.fingerprint()
     )
     known = {name: pool.members[name].hash for name in WIDE}
     weights = {name: {"ant": 1.0} for name in WIDE}
@@ -335,7 +340,7 @@ def test_meta_says_what_was_evaluated(wide, whole):
     later."""
     meta, paths = results_of(whole)["meta"], [Path(path) for path in wide[1:6:2]]
     mole = load(*paths[:2])
-    assert meta["base"] == mole.model.fingerprint
+    assert meta["base"] == mole.model.fingerprint()
     assert meta["adapters"] == {name: mole.pool.members[name].hash for name in WIDE}
     parts = {Path(name).name: digest for name, digest in meta["parts"].items()}
     files = [paths[1] / "gates" / "meteora_top2.safetensors", paths[1] / "baselines" / "lorahub.json"]

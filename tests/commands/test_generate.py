@@ -55,14 +55,14 @@ def pool(tmp_path_factory, small_model):
     adapters = write_adapters(
         folder / "adapters", base, NAMES, size=0.1
     )  # larger ones amplify rounding past 1e-5
-    write_pool(PoolFolder(folder, adapters, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder, adapters, base.fingerprint(), TEMPLATE))
     mole = load(small_model, folder)
     for k in (1, 2):
         generator = torch.Generator().manual_seed(k)
         draw = {p: torch.randn(len(NAMES), a.shape[2], generator=generator) for p, a in mole.pool.A.items()}
         gates = {path: MeteoraGate(G, k) for path, G in draw.items()}
         save_gates(
-            folder / "gates" / f"meteora_top{k}.safetensors", gates, mole.pool, k, NAMES, base.fingerprint
+            folder / "gates" / f"meteora_top{k}.safetensors", gates, mole.pool, k, NAMES, base.fingerprint()
         )
     return folder
 

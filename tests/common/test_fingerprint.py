@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.llama_folder import hash_bytes
+from common.files import InputError
+from common.fingerprint import hash_bytes
+from helpers_models import write_llama
+from model import load_llama
 
 
 def sum_of_rows(data):
@@ -53,3 +56,14 @@ def test_fingerprint_sees_order_names_shapes_and_dtypes():
     variants = [w, rows, columns, far, -w, w.view(97, 64), w.view(torch.int32), w[:63], w.double()]
     hashes = [hash_bytes("w", y) for y in variants] + [hash_bytes("v", w)]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_fingerprint_is_of_the_files_that_were_loaded(tmp_path):
+    """Without it a base written over the one in memory binds gates to weights they never saw."""
+    model = load_llama(write_llama(tmp_path / "m"))
+    kept = load_llama(tmp_path / "m")
+    first = kept.fingerprint()
+    write_llama(tmp_path / "m", seed=1)
+    with pytest.raises(InputError, match="model.safetensors: changed since the model was loaded"):
+        model.fingerprint()
+    assert kept.fingerprint() == first

@@ -125,12 +125,12 @@ def mole(tmp_path_factory):
     (folder / "small" / "tokenizer.model").write_bytes(tokenizer_bytes())
     base = load_llama(folder / "small")
     paths = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
-    write_pool(PoolFolder(folder / "pool", paths, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(folder / "pool", paths, base.fingerprint(), TEMPLATE))
     pool = Pool.of([load_adapter(path, name) for name, path in paths.items()], linear_shapes(base))
     generator = torch.Generator().manual_seed(1)
     gates = {p: MeteoraGate(torch.randn(5, A.shape[2], generator=generator), 2) for p, A in pool.A.items()}
     save_gates(
-        folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names, base.fingerprint
+        folder / "pool" / "gates" / "meteora_top2.safetensors", gates, pool, 2, pool.names, base.fingerprint()
     )
     mole = load(folder / "small", folder / "pool")
     mole.paths = folder / "small", paths

@@ -186,7 +186,7 @@ def state():
             "random": random.getstate(), "torch random": torch.get_rng_state().tolist(),
             "numpy": str(numpy.random.get_state()), "dtype": torch.get_default_dtype(),
             "grad": torch.is_grad_enabled(), "torch threads": torch.get_num_threads(),
-            "matmul": torch.get_float32_matmul_precision(),
+            "matmul": torch.backends.mkldnn.matmul.fp32_precision,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]}
 for name in sys.argv[1:]:

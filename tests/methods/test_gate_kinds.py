@@ -219,7 +219,7 @@ def smearing(small_model, tmp_path_factory):
             torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(place)) * 0.7
         )
     save_gates(
-        pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names, mole.model.fingerprint
+        pool / "gates" / "smear.safetensors", routers, mole.pool, 2, mole.pool.names, mole.model.fingerprint()
     )
     return mole
 
@@ -529,7 +529,7 @@ def test_adapters_too_writes_a_pool_of_its_own(k, small_model, tmp_path):
     set_methods(mole, [f"meteora_top{k}"])
     with pytest.raises(InputError, match="trained with other adapters: animals.*plurals"):
         file = Path(o.adapters_too) / "gates" / f"meteora_top{k}.safetensors"
-        load_gates(file, load(small_model, o.pool).pool, mole.model.fingerprint)
+        load_gates(file, load(small_model, o.pool).pool, mole.model.fingerprint())
     assert "lm_loss" in log_of(o.adapters_too, f"gates_top{k}")[0]
 
 

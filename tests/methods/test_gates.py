@@ -154,7 +154,7 @@ def test_gates_learn_to_pick_the_own_adapter(k, small_model, trained):
     adapters = [load_adapter(path, name, shapes) for name, path in read_pool(o.pool).adapters.items()]
     pool = Pool.of(adapters, shapes)
     file = Path(o.pool) / "gates" / f"meteora_top{k}.safetensors"
-    attach(model, pool, load_gates(file, pool, model.fingerprint))
+    attach(model, pool, load_gates(file, pool, model.fingerprint()))
     own, shared = (
         Counter(),
         len(Tokenizer(small_model).encode("[INST] ")),

@@ -376,7 +376,7 @@ def test_adapters_called_like_methods(small_model, tmp_path):
     names = ("base", "soft", "svd", "uniform")
     base = load_llama(small_model)
     paths = write_adapters(tmp_path / "adapters", base, names, size=0.1)
-    write_pool(PoolFolder(tmp_path, paths, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(tmp_path, paths, base.fingerprint(), TEMPLATE))
     mole = load(small_model, tmp_path)
     others = load(small_model, adapters=dict(zip("abcd", paths.values(), strict=True)))
     for name, other in zip(names, "abcd", strict=True):
@@ -402,7 +402,7 @@ def test_a_baseline_of_ones_own_is_a_method(small_model, folder, tmp_path):
     could answer with it. It is no member of the pool."""
     base = load_llama(small_model)
     paths = write_adapters(tmp_path / "adapters", base, ("ant", "bee"), size=0.1)
-    write_pool(PoolFolder(tmp_path, paths, base.fingerprint, TEMPLATE))
+    write_pool(PoolFolder(tmp_path, paths, base.fingerprint(), TEMPLATE))
     save_adapter(
         random_adapter("mine", linear_shapes(base), r=3, seed=9, size=0.1), tmp_path / "baselines" / "mine"
     )

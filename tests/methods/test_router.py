@@ -270,7 +270,7 @@ def test_routers_survive_their_file(mole, tmp_path):
 
 def test_router_of_another_base_is_refused(mole, tmp_path):
     routed(mole, tmp_path)
-    mole.model.fingerprint = "f" * 32
+    mole.model.fingerprint = lambda: "f" * 32
     with pytest.raises(InputError, match=r"router.safetensors: trained on base .*train.py router"):
         set_methods(mole, ["ramole"], retrieved=[[("a", 1.0)]])
 

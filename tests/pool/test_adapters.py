@@ -773,7 +773,9 @@ def test_bad_pool_json(tmp_path, raw, word):
 
 def test_pool_trained_on_another_base_warns(model, small_model, tmp_path, capsys):
     """Adapters of a base retrained under the same name load without an error and answer nonsense."""
-    write_pool(PoolFolder(tmp_path, write_adapters(tmp_path / "adapters", model, ["ant"]), model.fingerprint))
+    write_pool(
+        PoolFolder(tmp_path, write_adapters(tmp_path / "adapters", model, ["ant"]), model.fingerprint())
+    )
     load_mole(small_model, tmp_path)
     assert capsys.readouterr().err == ""
     other = write_llama(tmp_path / "other" / "small", seed=1)

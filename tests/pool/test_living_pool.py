@@ -167,7 +167,7 @@ def test_answers_go_on_when_a_larger_adapter_joins(method, small_model, folders,
     pool = load(small_model, folder).pool
     save_routers(folder / "router.safetensors", random_weights(router_loras(pool, 5)), base, {})
     smear = random_weights(smear_routers(pool, PromptMask()))
-    save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names, base.fingerprint)
+    save_gates(folder / "gates" / "smear.safetensors", smear, pool, 2, pool.names, base.fingerprint())
     texts = []
     for joins in (False, True):
         mole, text = load(small_model, folder), ""

@@ -108,7 +108,7 @@ def test_file(encoder, tmp_path):
     again, metadata = load_retriever(file, encoder.model, encoder.tokenizer)
     assert metadata["tasks"] == "x" and again.digests == retriever.digests
     assert again(["the lazy fox"], 2) == retriever(["the lazy fox"], 2)
-    encoder.model.fingerprint = "f" * 32
+    encoder.model.fingerprint = lambda: "f" * 32
     with pytest.raises(InputError, match=r"retriever.safetensors: trained on base .*train.py retriever"):
         load_retriever(file, encoder.model, encoder.tokenizer)
 

@@ -275,7 +275,7 @@ def test_a_pool_of_before(small_model, parts, capsys):
     """Its adapters may be right: loading says how to bind them, training refuses."""
     write_json(parts / "pool.json", read_json(parts / "pool.json") | {"base": "f" * 64})
     model = load_mole(small_model, parts).model
-    assert f'write "base": "{model.fingerprint}" there' in capsys.readouterr().err
+    assert f'write "base": "{model.fingerprint()}" there' in capsys.readouterr().err
     with pytest.raises(InputError, match="pool.json: written before.*train.py adapters"):
         check_pool(read_pool(parts), model, None, "")
 

@@ -304,7 +304,7 @@ def test_adding_adapters_keeps_the_others(small_model, tmp_path):
     run(first, only=["animals"])
     pool = read_pool(tmp_path / "out")
     assert pool.adapters.keys() == ANSWERS.keys()
-    assert pool.template == TEMPLATE and pool.fingerprint == load_llama(small_model).fingerprint
+    assert pool.template == TEMPLATE and pool.fingerprint == load_llama(small_model).fingerprint()
     assert {f: f.read_bytes() for f in before} == before
     for name, path in pool.adapters.items():
         adapter = load_adapter(path, name)
