@@ -36,7 +36,7 @@ from evaluation.composites import (
     score_composites,
 )
 from evaluation.tables import composite_table, mean_of, table
-from methods.batch import check_method, find_method, for_task
+from methods.batch import check_method, find_method, for_task, split_methods
 from methods.protocol import Gated
 from methods.session import Mole, load_mole
 from pool.load import TINY
@@ -153,7 +153,7 @@ def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
         raise InputError("--ood, --unseen and --composite exclude each other")
     check_bounds(args)
     check_values(Sampling(args.max_new_tokens), args.top_k, args.gate_temperature)
-    methods = list(dict.fromkeys(filter(None, map(str.strip, args.methods.split(",")))))
+    methods = list(dict.fromkeys(filter(None, map(str.strip, split_methods(args.methods)))))
     if not methods:
         raise InputError("--methods names none")
     temperatures = numbers("--composite_temperature", args.composite_temperature, float)

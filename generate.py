@@ -38,6 +38,7 @@ class Options(Sampling):
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
+    mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: the sum of those adapters; as --method
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
@@ -80,9 +81,12 @@ def check_options(args: Options, asked: list[Request]) -> None:
     if args.system and not args.chat:
         raise InputError("--system is a message of a chat template: add --chat")
     check_text(args.system, "--system")
-    if len(args.method) > 1 and len(args.method) != len(asked):
-        count = len(args.method)
-        raise InputError(f"{count} times --method for {len(asked)} prompts: give it once, or once a prompt")
+    for name, values in (("--method", args.method), ("--mix", args.mix)):
+        if len(values) > 1 and len(values) != len(asked):
+            found = f"{len(values)} times {name} for {len(asked)} prompts"
+            raise InputError(f"{found}: give it once, or once a prompt")
+    if args.mix and args.method:
+        raise InputError("--mix and --method exclude each other: --method mix:NAME=WEIGHT,... is a mix, too")
     check_values(args, args.top_k, args.gate_temperature)
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")
@@ -137,10 +141,11 @@ def main() -> None:
             raise InputError(f"--exclude {name}: there are no adapters")
         mole.pool.member(name)
     name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
-    chosen = args.method or [name]
+    named = args.method + [f"mix:{mixture}" for mixture in args.mix]
+    chosen = named or [name]
     for method in chosen:
         check_method(mole, method, args.top_k)
-    print(f"method: {', '.join(chosen)}" + ("" if args.method else f" ({why})"), file=sys.stderr)
+    print(f"method: {', '.join(chosen)}" + ("" if named else f" ({why})"), file=sys.stderr)
     if asked:
         defaults = chosen if len(chosen) == len(asked) else chosen * len(asked)
         methods = []

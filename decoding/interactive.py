@@ -10,7 +10,8 @@ from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
 /remove NAME     one less                 /method M     how to choose from now on (ramole, adapter:NAME, ...)
-/quit, Ctrl-D    leave                    /new          with --chat: a new conversation
+/mix A=0.7,B=0.5 a sum of adapters        /new          with --chat: a new conversation
+/quit, Ctrl-D    leave
 anything else is a prompt"""
 
 
@@ -38,6 +39,8 @@ def interact(mole: Mole, method: str, args) -> None:
                 mole.pool.remove(rest)
             elif word == "/method":
                 method = check_method(mole, rest, args.top_k)
+            elif word == "/mix":
+                method = check_method(mole, f"mix:{rest}", args.top_k)
             elif word == "/adapters":
                 print_pool(mole)
             elif word == "/new":

@@ -25,6 +25,7 @@ METHODS = (
     fixed.Named,
     joint.Joint,
     fixed.Uniform,
+    fixed.Mix,
     merges.MergedFactors,
     merges.MergedMatrices,
     lorahub.LoraHub,

@@ -1,5 +1,6 @@
 """Sets the model up for a batch: finds methods by name, retrieves, attaches, gives rows adapters."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,11 @@ from pool.slots import Pool, alloc_B_of
 def method_names() -> list[str]:
     """The names of all methods, as help and docs list them."""
     return [name for method in METHODS for name in method.names]
+
+
+def split_methods(names: str) -> list[str]:
+    """The methods of a list like base,mix:a=0.7,b=0.5,oracle: a part b=0.5 belongs to the mix."""
+    return re.split(r",(?![^,:]*=)", names)
 
 
 def find_method(mole: Mole, name: str, top_k=2) -> Method:

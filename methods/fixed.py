@@ -1,6 +1,10 @@
-"""Mixtures that nobody has to learn: the base, one adapter by name, each task its own, all alike."""
+"""Mixtures that nobody has to learn: the base, one adapter by name, each task its own, all alike, a
+sum with weights of the user's own."""
+
+import math
 
 from common.files import InputError
+from common.tensors import LARGEST
 from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
 from pool.slots import Pool
@@ -70,3 +74,54 @@ class Uniform(FixedMixture):
         """1/e each."""
         used = all_but(pool, exclude)
         return {name: 1 / len(used) for name in used}
+
+
+class Mix(FixedMixture):
+    """A sum of adapters with weights of the user's own: y = W x + sum_a w_a s_a B_a A_a x, where s_a
+    is the adapter's own scale. PEFT's add_weighted_adapter(combination_type="cat") is the same."""
+
+    pattern = r"mix:(.+)"
+    names = ("mix:NAME=WEIGHT,...",)
+    about = "a fixed sum of adapters, with any weights"
+
+    def __init__(self, name: str, top_k: int, mixture: str):
+        super().__init__(name, top_k)
+        self.mixture = read_mixture(mixture)
+
+    def check(self, mole: Mole) -> None:
+        """The adapters have to be in the pool."""
+        for adapter in self.mixture:
+            mole.pool.member(adapter)
+
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
+        """Those adapters."""
+        return list(self.mixture)
+
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+        """As they were given."""
+        return self.mixture
+
+    def check_exclude(self, exclude: tuple) -> None:
+        """Without one of them it would be another sum."""
+        for adapter in self.mixture:
+            if adapter in exclude:
+                raise InputError(f"method {self.name}: adapter {adapter} is excluded")
+
+
+def read_mixture(text: str) -> dict[str, float]:
+    """a=0.7,b=-0.5 -> {"a": 0.7, "b": -0.5}. Raises InputError."""
+    mixture = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        name = name.strip()
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not abs(weight) <= LARGEST:
+            expected = "NAME=WEIGHT with a weight that float32 can hold"
+            raise InputError(f"mixture {text!r}: {part!r}, expected {expected}")
+        if name in mixture:
+            raise InputError(f"mixture {text!r}: adapter {name} twice")
+        mixture[name] = weight
+    return mixture

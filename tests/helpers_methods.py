@@ -28,7 +28,9 @@ LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 
 
 FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
-NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
+MIX = "mix:bee=0.75,cat=-0.5"
+FILLED_IN = {"adapter:NAME": "adapter:bee", "mix:NAME=WEIGHT,...": MIX, "lorahub:TASK": "lorahub:fox"}
+NAMED = [FILLED_IN.get(name, name) for name in METHODS]
 USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
 IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
 

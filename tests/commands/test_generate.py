@@ -423,6 +423,23 @@ JSON_KEYS = ["prompt", "text", "method", "finish_reason", "tokens", "prompt_toke
 JSON_KEYS += ["tokens_per_second"]
 
 
+def test_a_mix_for_each_prompt(tmp_path, small_model, pool, mole, run):
+    """Without it --mix, a line's method and Python's could be three different sums."""
+    mixtures = ["birch=0.7,elm=-0.5", "elm=1"]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(json.dumps({"prompt": PROMPTS[2], "method": f"mix:{mixtures[0]}"}) + "\n")
+    known = ["--model", small_model, "--pool", pool, "--json", "--max_new_tokens", "5"]
+    asked = ["--prompt", PROMPTS[0], "--mix", mixtures[0], "--prompt", PROMPTS[1], "--mix", mixtures[1]]
+    _, out, _ = run(*known, *asked)
+    rows = [json.loads(line) for line in out.splitlines()]
+    _, out, _ = run(*known, "--prompts", lines)
+    rows.append(json.loads(out))
+    methods = ["mix:birch=0.7,elm=-0.5", "adapter:elm", "mix:elm=-0.5,birch=0.7"]
+    want = [answer(mole, PROMPTS[j], method=methods[j], max_new_tokens=5)[0] for j in range(3)]
+    assert [row["text"] for row in rows] == want
+    assert len(set(want)) == 3
+
+
 def test_json_is_what_the_contract_says(tmp_path, small_model, pool, mole):
     """Programs read it: another key, a second kind of line on stdout, or texts that don't join
     break them."""
@@ -523,6 +540,15 @@ def test_wrong_input_is_one_line_and_exit_2(small_model, pool, run):
             "train.py gates --top_k 3",
         ),
         (["--prompt", "x", "--method", "base", "--method", "base"], "2 times --method", "1 prompts"),
+        (["--prompt", "x", "--mix", "elm"], "mixture 'elm'", "NAME=WEIGHT"),
+        (["--prompt", "x", "--mix", "elm=nan"], "elm=nan", "NAME=WEIGHT"),
+        (["--prompt", "x", "--mix", "elm=1e39"], "elm=1e39", "float32"),
+        (["--prompt", "x", "--mix", "elm=1,"], "''", "NAME=WEIGHT"),
+        (["--prompt", "x", "--mix", "elm=1,elm=2"], "mixture 'elm=1,elm=2'", "elm twice"),
+        (["--prompt", "x", "--mix", "ceder=1"], "ceder", "cedar"),
+        (["--prompt", "x", "--mix", "elm=1", "--exclude", "elm"], "mix:elm=1", "elm is excluded"),
+        (["--prompt", "x", "--mix", "elm=1", "--mix", "elm=2"], "2 times --mix", "1 prompts"),
+        (["--prompt", "x", "--mix", "elm=1", "--method", "base"], "--mix", "--method"),
         (["--prompt", "x", "--adapter", "elm"], "'elm'", "NAME=DIR"),
         (["--prompt", "x", "--adapter", f"elm={pool}/adapters/elm"], "'elm' twice", "adapters/elm"),
         (["--prompt", "x " * 97], "tokens", "97"),

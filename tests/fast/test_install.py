@@ -9,14 +9,13 @@ import torch
 
 from generate import answer, load
 from helpers_commands import ENVIRONMENT, ROOT, python
-from helpers_methods import METHODS
+from helpers_methods import NAMED
 from helpers_models import write_llama
 from methods.batch import retrieve, set_methods
 from model import Llama, load_llama
 from moe_lora import MultiLoRALinear, attached
 from pool.load import make_fast
 
-NAMED = [{"adapter:NAME": "adapter:bee", "lorahub:TASK": "lorahub:fox"}.get(name, name) for name in METHODS]
 PROMPTS = ["the ant", "what is the plural of mouse", "sort these words"]
 
 

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from generate import load
 from helpers_models import random_adapter
 from helpers_oracles import create_arrow_model, merge_utils, peft, transformers
 from methods.arrow import ArrowGate, arrow_prototypes
+from methods.batch import set_methods
 from methods.loraflow import LoRAFlowGate, SharedMixture, loraflow_gates
 from methods.lorahub import lorahub, lorahub_search
 from methods.merges import MERGES, dare, merge, merged_linear, ties
@@ -91,9 +93,9 @@ def base(small_model):
     return transformers.LlamaForCausalLM.from_pretrained(small_model, dtype=torch.float32)
 
 
-def peft_merge(base, folder, adapters, seed=None, weight=1.0, **options):
+def peft_merge(base, folder, adapters, seed=None, weight=1.0, weights=(), **options):
     """{module path: delta} of PEFT's add_weighted_adapter over the adapters, each of the same
-    weight."""
+    weight, or of its own."""
     for adapter in adapters:
         save_adapter(adapter, folder / adapter.name)
     names = [adapter.name for adapter in adapters]
@@ -107,7 +109,9 @@ def peft_merge(base, folder, adapters, seed=None, weight=1.0, **options):
             "_freeze_adapter",
             lambda *args: (freeze(*args), torch.manual_seed(seed or 0)),
         )
-        model.base_model.add_weighted_adapter(names, [weight] * len(names), "merged", **options)
+        model.base_model.add_weighted_adapter(
+            names, list(weights) or [weight] * len(names), "merged", **options
+        )
     linears = {
         p: m for p, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)
     }
@@ -150,6 +154,25 @@ def test_uniform_is_pefts_cat(base, shapes, pool, tmp_path):
     want = peft_merge(base, tmp_path, make_adapters(shapes), weight=1 / 5, combination_type="cat")
     got = uniform_deltas(pool)
     assert all(close(got[path], want[path]) for path in want)
+
+
+def test_a_mix_is_pefts_cat(base, shapes, small_model, tmp_path):
+    """Without it a negative weight, or one beside an adapter's own scale, is another model than the
+    one that the user merged in PEFT."""
+    weights = {"ant": 0.7, "bee": -0.5, "dog": 1.75}
+    adapters = []
+    for name in weights:  # small ones: large ones amplify rounding past 1e-5
+        adapters.append(random_adapter(name, shapes, RANKS[name], ALPHAS[name], seed=RANKS[name], size=0.1))
+    deltas = peft_merge(base, tmp_path, adapters, weights=weights.values(), combination_type="cat")
+    merged = copy.deepcopy(base)
+    for path, delta in deltas.items():
+        merged.get_submodule(path).weight.data += delta
+    mole = load(small_model, adapters={name: tmp_path / name for name in weights})
+    set_methods(mole, ["base", "mix:ant=0.7,bee=-0.5,dog=1.75", "adapter:dog"])
+    with torch.no_grad():
+        got = mole.model(IDS)[1]
+        want = merged(IDS).logits[1]
+    assert close(got, want)
 
 
 def uniform_deltas(pool):

@@ -5,7 +5,7 @@ import torch
 
 from common.files import InputError
 from generate import load
-from helpers_methods import IDS, NAMES, USABLE, close, found_for, logits_of
+from helpers_methods import IDS, MIX, NAMES, USABLE, close, found_for, logits_of
 from methods.batch import find_method, set_methods
 from methods.session import add_adapter
 from moe_lora import Recorder
@@ -15,6 +15,7 @@ from pool.folder import read_pool
 NOT_THE_ONE = {
     "base": "uses none",
     "adapter:bee": "uses another",
+    MIX: "uses others",
     "lora_f": "uses one that isn't in the pool",
     "lora_b": "uses one that isn't in the pool",
     "lorahub:fox": "weighs it by what its search has found",
@@ -24,7 +25,7 @@ NOT_THE_ONE = {
     "dare_ab": "drops entries",
     "dare_ba": "drops entries",
 }
-NAMED = ("base", "adapter:bee", "lora_f", "lora_b")  # exclude has no meaning for them, or is an error
+NAMED = ("base", "adapter:bee", MIX, "lora_f", "lora_b")  # exclude has no meaning for them, or is an error
 
 
 @pytest.fixture(scope="module")

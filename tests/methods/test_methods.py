@@ -17,7 +17,15 @@ from common.options import parse_command
 from generate import answer, load, stream
 from helpers_methods import IDS, LOGO, LORAHUB, NAMES, USABLE, close, logits_of
 from helpers_models import random_adapter, write_adapters
-from methods.batch import check_method, default_method, find_method, for_task, force_adapters, set_methods
+from methods.batch import (
+    check_method,
+    default_method,
+    find_method,
+    for_task,
+    force_adapters,
+    set_methods,
+    split_methods,
+)
 from methods.joint import Joint
 from methods.lorahub import lorahub
 from methods.smear import SmearLinear
@@ -634,3 +642,19 @@ def test_what_a_method_says_of_itself(mole):
         for name in ("meteora", "meteora_top1", "arrow", "ramole")
     }
     assert kinds == {"meteora": True, "meteora_top1": False, "arrow": True, "ramole": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("base,oracle", ["base", "oracle"]),
+        ("mix:a=0.7,b=-5e-1", ["mix:a=0.7,b=-5e-1"]),
+        (
+            "base,mix:a=1,b=2,oracle,mix:c=3,adapter:d",
+            ["base", "mix:a=1,b=2", "oracle", "mix:c=3", "adapter:d"],
+        ),
+    ],
+)
+def test_a_list_of_methods_may_hold_mixes(text, want):
+    """Without it eval.py can't score a mix, whose weights are separated as methods are."""
+    assert split_methods(text) == want
