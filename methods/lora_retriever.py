@@ -141,6 +141,7 @@ def train_retriever(args: RetrieverRun) -> None:
 
 def _train_retriever(folder, known, tasks, names, args):
     model = load_base(args.model, args.dtype, args.device)
+    model.fingerprint()  # of the files as they are now: another base may lie there when this ends
     tokenizer = Tokenizer(args.model)
     layers = model.config.num_hidden_layers
     if args.depth > layers:
