@@ -38,7 +38,7 @@ class Options(Sampling):
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
-    mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: the sum of those adapters; as --method
+    mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: a fixed sum; one, or one a prompt
     top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
@@ -86,7 +86,7 @@ def check_options(args: Options, asked: list[Request]) -> None:
             found = f"{len(values)} times {name} for {len(asked)} prompts"
             raise InputError(f"{found}: give it once, or once a prompt")
     if args.mix and args.method:
-        raise InputError("--mix and --method exclude each other: --method mix:NAME=WEIGHT,... is a mix, too")
+        raise InputError("--mix and --method exclude each other: as a method a mix is mix:NAME=WEIGHT,...")
     check_values(args, args.top_k, args.gate_temperature)
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")

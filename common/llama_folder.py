@@ -287,8 +287,8 @@ def read_weights(
     tensors = {}
     stored_in = {}
     for file in sorted(set(sources.values())):
+        state = file_state(file)
         with open_safetensors(file) as found:
-            state = file_state(file)
             names = set(found.keys())
             for stored in sorted(name for name, source in sources.items() if source == file):
                 if stored.endswith("rotary_emb.inv_freq"):  # computed from the config

@@ -19,34 +19,53 @@ class Base(FixedMixture):
     needs_adapters = False
 
 
-class Named(FixedMixture):
-    """One adapter for all tokens."""
+class Mix(FixedMixture):
+    """A sum of adapters with weights of the user's own: y = W x + sum_a w_a s_a B_a A_a x, where s_a
+    is the adapter's own scale. PEFT's add_weighted_adapter(combination_type="cat") is the same."""
+
+    pattern = r"mix:(.+)"
+    names = ("mix:NAME=WEIGHT,...",)
+    about = "a fixed sum of adapters, with any weights"
+
+    def __init__(self, name: str, top_k: int, text: str):
+        super().__init__(name, top_k)
+        self.mixture = self.read(text)
+
+    def read(self, text: str) -> dict[str, float]:
+        """{adapter: weight} of what the method's name says. Raises InputError."""
+        return read_mixture(text)
+
+    def check(self, mole: Mole) -> None:
+        """The adapters have to be in the pool."""
+        for adapter in self.mixture:
+            mole.pool.member(adapter)
+
+    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
+        """Those adapters."""
+        return list(self.mixture)
+
+    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+        """As they were given."""
+        return self.mixture
+
+    def check_exclude(self, exclude: tuple) -> None:
+        """Without one of them it would be another sum."""
+        for adapter in self.mixture:
+            if adapter in exclude:
+                raise InputError(f"method {self.name}: adapter {adapter} is excluded")
+
+
+class Named(Mix):
+    """One adapter for all tokens, at weight 1."""
 
     pattern = r"adapter:(.+)"
     names = ("adapter:NAME",)
     about = "one adapter by name"
     has_task_adapter = True
 
-    def __init__(self, name: str, top_k: int, adapter: str):
-        super().__init__(name, top_k)
-        self.adapter = adapter
-
-    def check(self, mole: Mole) -> None:
-        """The adapter has to be in the pool."""
-        mole.pool.member(self.adapter)
-
-    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
-        """That adapter."""
-        return [self.adapter]
-
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
-        """That adapter, at weight 1."""
-        return {self.adapter: 1.0}
-
-    def check_exclude(self, exclude: tuple) -> None:
-        """Nothing is left without it."""
-        if self.adapter in exclude:
-            raise InputError(f"method {self.name}: that adapter is excluded")
+    def read(self, adapter: str) -> dict[str, float]:
+        """The text is the adapter's name."""
+        return {adapter: 1.0}
 
 
 class Oracle(FixedMixture):
@@ -74,38 +93,6 @@ class Uniform(FixedMixture):
         """1/e each."""
         used = all_but(pool, exclude)
         return {name: 1 / len(used) for name in used}
-
-
-class Mix(FixedMixture):
-    """A sum of adapters with weights of the user's own: y = W x + sum_a w_a s_a B_a A_a x, where s_a
-    is the adapter's own scale. PEFT's add_weighted_adapter(combination_type="cat") is the same."""
-
-    pattern = r"mix:(.+)"
-    names = ("mix:NAME=WEIGHT,...",)
-    about = "a fixed sum of adapters, with any weights"
-
-    def __init__(self, name: str, top_k: int, mixture: str):
-        super().__init__(name, top_k)
-        self.mixture = read_mixture(mixture)
-
-    def check(self, mole: Mole) -> None:
-        """The adapters have to be in the pool."""
-        for adapter in self.mixture:
-            mole.pool.member(adapter)
-
-    def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
-        """Those adapters."""
-        return list(self.mixture)
-
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
-        """As they were given."""
-        return self.mixture
-
-    def check_exclude(self, exclude: tuple) -> None:
-        """Without one of them it would be another sum."""
-        for adapter in self.mixture:
-            if adapter in exclude:
-                raise InputError(f"method {self.name}: adapter {adapter} is excluded")
 
 
 def read_mixture(text: str) -> dict[str, float]:

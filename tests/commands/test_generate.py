@@ -419,10 +419,6 @@ def test_every_answer_is_a_line_of_its_own(capsys):
     assert capsys.readouterr().out == "mice\noxen\ngeese\n"
 
 
-JSON_KEYS = ["prompt", "text", "method", "finish_reason", "tokens", "prompt_tokens", "retrieved", "seconds"]
-JSON_KEYS += ["tokens_per_second"]
-
-
 def test_a_mix_for_each_prompt(tmp_path, small_model, pool, mole, run):
     """Without it --mix, a line's method and Python's could be three different sums."""
     mixtures = ["birch=0.7,elm=-0.5", "elm=1"]
@@ -438,6 +434,10 @@ def test_a_mix_for_each_prompt(tmp_path, small_model, pool, mole, run):
     want = [answer(mole, PROMPTS[j], method=methods[j], max_new_tokens=5)[0] for j in range(3)]
     assert [row["text"] for row in rows] == want
     assert len(set(want)) == 3
+
+
+JSON_KEYS = ["prompt", "text", "method", "finish_reason", "tokens", "prompt_tokens", "retrieved", "seconds"]
+JSON_KEYS += ["tokens_per_second"]
 
 
 def test_json_is_what_the_contract_says(tmp_path, small_model, pool, mole):
