@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common.files import InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
+from common.template import TemplateOptions, asked_template
 from common.tensors import read_metadata
 from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -39,7 +40,7 @@ from evaluation.tables import composite_table, mean_of, table
 from methods.batch import check_method, find_method, for_task, split_methods
 from methods.protocol import Gated
 from methods.session import Mole, load_mole
-from pool.load import TINY
+from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
 from tasks import tiny as tiny_tasks
 from tasks.composites import Composite, composites
@@ -48,11 +49,12 @@ from tasks.metrics import score, score_meteora, signature
 
 
 @dataclass
-class Options:
+class Options(TemplateOptions):
     """Options of eval.py."""
 
     model: str = ""  # model folder, default tiny/
-    pool: str = ""  # pool folder, default the model's own
+    pool: str = ""  # pool or a folder of PEFT folders, default the model's own
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     tasks: str = ""  # folder of task folders, default those of tiny/
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter
@@ -272,6 +274,7 @@ def describe_run(mole: Mole, tasks: dict[str, Task], args: Options) -> dict:
     del options["out"]
     return {
         "base": mole.model.fingerprint(),
+        "template": mole.template,
         "adapters": adapters,
         "parts": parts,
         "tasks": examples,
@@ -301,8 +304,10 @@ def main() -> None:
 def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[float]) -> None:
     """Scores `methods` on tasks and on composites of `sizes` questions; writes OUT."""
     embed = sentence_encoder(args.encoder) if args.encoder else None
-    mole = load_mole(args.model or TINY, args.pool or None, (), args.dtype, args.device)
+    folders = (args.model or TINY, args.pool or None, read_adapters(args.adapter))
+    mole = load_mole(*folders, args.dtype, args.device, template=asked_template(args))
     mole.embed = embed
+    print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
     tasks = choose_tasks(mole, args)
     kinds = {}
     for method in methods:

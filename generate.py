@@ -14,6 +14,7 @@ from typing import Literal
 
 from common.files import InputError, check_text, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
+from common.template import CHAT, TemplateOptions, asked_template
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
@@ -27,7 +28,7 @@ __all__ = ["answer", "load", "stream"]
 
 
 @dataclass
-class Options(Sampling):
+class Options(TemplateOptions, Sampling):
     """Options of generate.py."""
 
     prompt: list[str] = field(default_factory=list)  # - is standard input; repeatable: one batch
@@ -45,9 +46,7 @@ class Options(Sampling):
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
     resident: Whole = 0  # adapters in memory at most, the others stay on disk; 0 = all
-    raw: bool = False  # no prompt template
-    chat: bool = False  # the tokenizer's chat template instead of the pool's
-    system: str = ""  # system message of --chat
+    system: str = ""  # system message of a chat
     truncate: Literal["no", "left", "right"] = "no"  # where to cut a prompt that is longer than the context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the weights' dtype, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
@@ -76,10 +75,6 @@ class Request:
 
 def check_options(args: Options, asked: list[Request]) -> None:
     """Raises InputError for options that exclude each other and for values out of range."""
-    if args.raw and args.chat:
-        raise InputError("--raw and --chat exclude each other")
-    if args.system and not args.chat:
-        raise InputError("--system is a message of a chat template: add --chat")
     check_text(args.system, "--system")
     for name, values in (("--method", args.method), ("--mix", args.mix)):
         if len(values) > 1 and len(values) != len(asked):
@@ -129,10 +124,14 @@ def main() -> None:
         print(START)
         return
     check_options(args, asked)
+    template = asked_template(args)
     adapters = read_adapters(args.adapter)
     embed = sentence_encoder(args.encoder) if args.encoder else None
-    mole = load_mole(args.model or TINY, args.pool or None, adapters, args.dtype, args.device, args.resident)
+    folders = (args.model or TINY, args.pool or None, adapters)
+    mole = load_mole(*folders, args.dtype, args.device, args.resident, template=template)
     mole.embed = embed
+    if args.system and mole.template != CHAT:
+        raise InputError("--system is a message of a chat template: add --chat")
     if args.list_:
         print_pool(mole)
         return
@@ -146,6 +145,7 @@ def main() -> None:
     for method in chosen:
         check_method(mole, method, args.top_k)
     print(f"method: {', '.join(chosen)}" + ("" if named else f" ({why})"), file=sys.stderr)
+    print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
     if asked:
         defaults = chosen if len(chosen) == len(asked) else chosen * len(asked)
         methods = []

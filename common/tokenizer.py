@@ -28,6 +28,8 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such model folder")
         self.config_file = folder / "tokenizer_config.json"
         self.config = read_json(self.config_file) if self.config_file.exists() else {}
         added = read_added_tokens(folder, self.config)

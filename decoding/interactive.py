@@ -3,6 +3,7 @@
 import sys
 
 from common.files import InputError
+from common.template import CHAT
 from decoding.respond import respond
 from methods.batch import check_method
 from methods.session import Mole, add_adapter
@@ -10,14 +11,14 @@ from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
 /remove NAME     one less                 /method M     how to choose from now on (ramole, adapter:NAME, ...)
-/mix A=0.7,B=0.5 a sum of adapters        /new          with --chat: a new conversation
+/mix A=0.7,B=0.5 a sum of adapters        /new          in a chat: a new conversation
 /quit, Ctrl-D    leave
 anything else is a prompt"""
 
 
 def interact(mole: Mole, method: str, args) -> None:
-    """Answers each line with `method`, or follows its command. With --chat a line is a turn of one
-    conversation. Ctrl-C stops an answer, and its turn is forgotten."""
+    """Answers each line with `method`, or follows its command. With the chat template a line is a
+    turn of one conversation. Ctrl-C stops an answer, and its turn is forgotten."""
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that aren't UTF-8 are an error of that prompt alone, not the end of the loop.
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -52,7 +53,7 @@ def interact(mole: Mole, method: str, args) -> None:
             elif line:
                 methods = [check_method(mole, method, args.top_k)]
                 (text,) = respond(mole, [line], methods, args, turns=turns)
-                if args.chat:
+                if mole.template == CHAT:
                     turns.append({"role": "user", "content": line})
                     turns.append({"role": "assistant", "content": text})
         except InputError as error:

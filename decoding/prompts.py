@@ -3,23 +3,20 @@
 from collections.abc import Sequence
 
 from common.files import InputError
+from common.template import CHAT, RAW, encode_wrapped
 from common.tokenizer import check_ids
 from methods.session import Mole
-from tasks.folders import fill
 
 
 def encode_prompt(mole: Mole, prompt: str, raw: bool = False, chat: bool = False,
                   truncate: str = "no", before: Sequence[dict] = ()) -> list[int]:  # fmt: skip
-    """Prompt -> token ids, through the pool's template, the chat template or neither. With `chat`
-    the messages `before` come first. Raises InputError for a prompt that is too long, that is empty
-    where there is no BOS, or whose ids the model doesn't have."""
+    """Prompt -> token ids, wrapped in the model's template, or as it is (`raw`), or in the chat
+    template (`chat`), where the messages `before` come first. Raises InputError for a prompt that is
+    too long, that is empty where there is no BOS, or whose ids the model doesn't have."""
     tokenizer = mole.tokenizer
     config = mole.model.config
-    if chat:
-        messages = [*before, {"role": "user", "content": prompt}]
-        ids = tokenizer.encode(tokenizer.chat(messages), start=False)
-    else:
-        ids = tokenizer.encode(prompt if raw else fill(mole.template, prompt))
+    template = CHAT if chat else RAW if raw else mole.template
+    ids = encode_wrapped(tokenizer, template, prompt, before)
     if not ids:
         if tokenizer.bos_id is None:
             raise InputError("empty prompt, and this tokenizer has no BOS token to begin with")

@@ -57,10 +57,10 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             turns: Sequence[dict] = ()) -> list[str]:  # fmt: skip
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
     of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
-    far, with args.chat. Returns the answers' texts."""
+    far, with the chat template. Returns the answers' texts."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     before = [*system, *turns]
-    ids = [encode_prompt(mole, p, args.raw, args.chat, args.truncate, before) for p in prompts]
+    ids = [encode_prompt(mole, p, truncate=args.truncate, before=before) for p in prompts]
     routing = args.routing
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ

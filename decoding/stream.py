@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.files import InputError
+from common.template import check_template
 from decoding.loop import Token, decode, tokens_until_full
 from decoding.prompts import encode_prompt
 from decoding.sampling import Sampling, check_values
@@ -17,11 +18,15 @@ from pool.load import TINY, compile_blocks
 
 def load(model: str | Path | None = None, pool: str | Path | None = None,
          adapters: dict | None = None, dtype: str = "auto", device: str = "auto",
-         resident: int = 0, fast: bool = True) -> Mole:  # fmt: skip
+         resident: int = 0, fast: bool = True, template: str = "") -> Mole:  # fmt: skip
     """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the
     model's own) and `adapters` {name: PEFT folder}, at most `resident` of them in memory, 0 = all.
-    `fast` False leaves out what is there for speed alone. Raises InputError for bad input."""
-    return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device, resident, fast)
+    `fast` False leaves out what is there for speed alone. `template` wraps prompts: a text that
+    holds {prompt}, or "chat"; by default the pool's. Raises InputError for bad input."""
+    if template:
+        check_template(template, "load()")
+    extra = list((adapters or {}).items())
+    return load_mole(model or TINY, pool, extra, dtype, device, resident, fast, template)
 
 
 def stream(mole: Mole, prompts: str | list[str], method: str | list[str] | None = None,

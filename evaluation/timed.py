@@ -17,13 +17,14 @@ import torch
 from common.devices import DTYPES
 from common.files import InputError
 from common.options import numbers
+from common.template import TEMPLATE, choose_template
 from common.tokenizer import Tokenizer
 from evaluation.peers import has, hf_llama, peft_llama, peft_trainer
 from methods.meteora import MeteoraRun, MeteoraTraining
 from methods.ramole import RouterLoRA, candidate_rows, router_loras, set_candidates
 from model import Llama, LlamaConfig
 from moe_lora import KnownAdapterGate, MeteoraGate, SampleGate, attach, attached, set_gates
-from pool.adapters import TEMPLATE, Adapter, linear_shapes, load_adapter, peft_config
+from pool.adapters import Adapter, linear_shapes, load_adapter, peft_config
 from pool.folder import read_pool
 from pool.gate_files import load_gates, parameters_of
 from pool.load import TINY, compile_blocks, load_base, make_fast
@@ -152,13 +153,14 @@ def prompts(args, b: int, t: int, v: int) -> torch.Tensor:
         return torch.randint(3, v, (b, t), generator=seeded(args)).to(args.device)
     tokenizer = Tokenizer(args.model or TINY)
     folder = read_pool(args.pool or args.model or TINY)
+    template, _ = choose_template("", folder.template, tokenizer)
     tasks = list(load_tasks(args.tasks, sorted(folder.adapters)).values())
     rows = []
     for row in range(b):
         ids = []
         examples = tasks[row % len(tasks)].test
         for example in examples * (t // len(examples) + 1):
-            ids += encode(tokenizer, folder.template, example).ids
+            ids += encode(tokenizer, template, example).ids
         rows.append(ids[:t])
     return torch.tensor(rows, device=args.device)
 

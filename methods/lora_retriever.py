@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,8 +34,8 @@ from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
 from methods.session import Mole, Ranking, retriever_of
 from pool.adapters import Adapter, load_adapter
-from pool.folder import is_pool, read_pool
-from pool.load import load_base
+from pool.folder import is_pool, open_pool
+from pool.load import load_base, read_adapters
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from pool.slots import Pool
 from pool.stacks import average_factors
@@ -114,6 +114,7 @@ class RetrieverRun:
     model: str  # model folder
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     share: float = 0.4  # of the tasks: the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
@@ -130,7 +131,8 @@ class RetrieverRun:
 def train_retriever(args: RetrieverRun) -> None:
     """Tunes the projection and writes POOL/retriever.safetensors."""
     folder = Path(required(args, "pool"))
-    known = read_pool(folder) if is_pool(folder) else None
+    extra = read_adapters(args.adapter)
+    known = open_pool(folder, extra) if extra or is_pool(folder) else None
     tasks = load_tasks(required(args, "tasks"), sorted(known.adapters) if known else None)
     names = some_tasks(tasks, args.share, args.seed)
     if args.test and len(names) == len(tasks):

@@ -22,11 +22,10 @@ from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
 from pool.adapters import Adapter
-from pool.folder import read_pool
 from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
-from training.inputs import data_of, load_with_pool
+from training.inputs import PoolOptions, data_of, keep_template, load_with_pool, named_pool
 from training.loop import required
 from training.losses import lm_losses
 
@@ -139,13 +138,11 @@ class LoraHub(Merged):
         return lorahub(mole.pool, {name: w for name, w in weights.items() if name not in exclude})
 
 
-@dataclass
-class LorahubRun:
+@dataclass(kw_only=True)
+class LorahubRun(PoolOptions):
     """Options of `train.py lorahub`."""
 
     model: str  # model folder
-    tasks: str = ""  # folder of task folders
-    pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task; repeatable; default all
     ood: bool = False  # without each task's own adapter, into lorahub_ood.json, for eval.py --ood
     shots: Count = 5  # training examples the weights are judged by
@@ -161,7 +158,7 @@ def train_lorahub(args: LorahubRun) -> None:
     """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}};
     tasks that it holds already, searched with these options, this base, these adapters and this
     data, are kept (LoraHub, section 2.2)."""
-    known = read_pool(required(args, "pool"))
+    known = named_pool(args)
     tasks = load_tasks(required(args, "tasks"), args.only or None)
     with alone(known.path / "runs" / "lorahub"):
         _train_lorahub(known, tasks, args)
@@ -172,6 +169,7 @@ def _train_lorahub(known, tasks, args):
     like = model.head_weight
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     file = Path(known.path) / "baselines" / f"lorahub{'_ood' * args.ood}.json"
+    keep_template(known, model)
     names = sorted(pool.names)
     searched = {"base": model.fingerprint()}
     searched["adapters"] = {name: pool.members[name].hash for name in names}

@@ -29,10 +29,10 @@ from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
-from pool.folder import check_base, read_number, read_pool
+from pool.folder import check_base, read_number
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
-from training.inputs import bound_to, data_of, load_with_pool
+from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -224,11 +224,9 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
 
 
 @dataclass
-class RouterRun(Run):
+class RouterRun(PoolOptions, Run):
     """Options of `train.py router`."""
 
-    tasks: str = ""  # folder of task folders, one named like each adapter
-    pool: str = ""  # pool folder with the adapters, and with the retriever
     share: float = 0.4  # of the tasks: the others are never seen
     r: Count = 8  # rank of A_r, B_r
     retrieve: Annotated[int, Least(2)] = 4  # candidates before the dropout, the own one among them
@@ -245,7 +243,7 @@ class RouterRun(Run):
 
 def train_router(args: RouterRun) -> None:
     """Trains RouterLoRA on the LM loss and writes POOL/router.safetensors."""
-    known = read_pool(required(args, "pool"))
+    known = named_pool(args)
     names = some_tasks(known.adapters, args.share, args.seed)
     tasks = load_tasks(required(args, "tasks"), names)
     run = known.path / "runs" / "router"
@@ -295,6 +293,7 @@ def _train_router(known, names, tasks, run, args):
     fit(checkpoint, params, args, step_loss)
     for param in params.values():
         param.data = param.data.to(DTYPES[args.save_dtype])
+    keep_template(known, model)
     save_routers(file, routers, model, {"tasks": "\n".join(names)})
     checkpoint.finish(file, [file])
 

@@ -6,8 +6,10 @@ from threading import RLock
 import torch
 
 from common.files import warn
+from common.template import RAW, choose_template
 from common.tokenizer import Tokenizer
 from pool.adapters import linear_shapes, load_adapter
+from pool.folder import PoolFolder, is_pool, open_pool
 from pool.load import load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
 from pool.slots import Pool, alloc_B_of
@@ -30,8 +32,9 @@ class Mole:
     tokenizer: Tokenizer
     shapes: dict  # linear_shapes of the base
     pool: Pool | None = None
-    folder: object = None  # the PoolFolder it came from, None without one
-    template: str = "{prompt}"
+    folder: PoolFolder | None = None  # where it came from
+    template: str = RAW  # how prompts are wrapped: common/template.py
+    template_from: str = "as asked"  # who says so
     attached: tuple | None = None  # what is attached: the setup, options, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
     prompt: PromptMask = field(default_factory=PromptMask)  # for methods that decide from the prompt
@@ -65,15 +68,22 @@ class Mole:
         return self.model.model.embed_tokens.weight.device
 
 
-def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True) -> Mole:
+def load_mole(
+    model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True, template=""
+) -> Mole:
     """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
     folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
-    plain, without what fast/ installs."""
-    base = load_base(model, dtype, device, fast)
+    plain, without what fast/ installs. `template`: how prompts are wrapped, "" = choose_template()
+    decides. Raises InputError; what takes no time is checked before any weight is read."""
+    is_named = bool(pool) or is_pool(model)
+    folder = open_pool(pool or model, extra) if is_named or extra else None
     tokenizer = Tokenizer(model)
+    template, template_from = choose_template(template, folder and folder.template, tokenizer)
+    base = load_base(model, dtype, device, fast)
     shapes = linear_shapes(base)
-    folder, adapters = load_pool(base, model, pool, extra, resident)
-    return Mole(base, tokenizer, shapes, adapters, folder, folder.template if folder else "{prompt}")
+    adapters = load_pool(base, model, folder, resident)
+    folder = folder if is_named else None
+    return Mole(base, tokenizer, shapes, adapters, folder, template, template_from)
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:

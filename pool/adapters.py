@@ -21,7 +21,6 @@ from common.tensors import LARGEST, hash_tensors, read_header, read_safetensors,
 from model import Llama
 from pool.adapter_checks import check_shapes, check_targets, compile_pattern
 
-TEMPLATE = "[INST] {prompt} [/INST]\n"  # the one that MeteoRA uses
 PREFIX = "base_model.model."
 
 # LoraConfig fields that change the mathematics where they are set: {field: what the refusal says}.

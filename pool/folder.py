@@ -1,14 +1,16 @@
-"""Pool folders: pool.json, or a folder of PEFT folders without one; checks of what lies beside it."""
+"""Pool folders: pool.json with adapters/, or just PEFT folders; checks of what lies beside them."""
 
 import math
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import InputError, read_json, write_json
+from common.template import TEMPLATE, check_template
 from model import Llama
-from pool.adapters import TEMPLATE, adapter_folders
+from pool.adapters import adapter_folders
 
 
 @dataclass
@@ -18,7 +20,7 @@ class PoolFolder:
     path: Path
     adapters: dict[str, Path]
     fingerprint: str | None = None
-    template: str = "{prompt}"
+    template: str | None = None  # None: nothing says how its adapters were trained
 
 
 def is_pool(path: Path | str) -> bool:
@@ -28,7 +30,8 @@ def is_pool(path: Path | str) -> bool:
 
 
 def read_pool(path: Path | str) -> PoolFolder:
-    """Reads POOL/pool.json, or lists POOL's PEFT folders. Raises InputError if it has neither."""
+    """POOL/pool.json with the adapters that it lists; where it lists none, or there is no such file,
+    the PEFT folders in POOL. Raises InputError if it has neither."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such pool folder")
@@ -40,17 +43,19 @@ def read_pool(path: Path | str) -> PoolFolder:
             raise InputError(f"{path}: not a pool: {missing}")
         return PoolFolder(path, {folder.name: folder for folder in folders})
     raw = read_json(file)
-    names = raw.get("adapters")
+    names = raw.get("adapters", [])
     template = raw.get("template", TEMPLATE)
+    if template is not None:
+        check_template(template, f"{file}")
     if not isinstance(names, list) or not all(map(_is_folder_name, names)):
         expected = "expected a list of folder names under adapters/"
         raise InputError(f"{file}: adapters is {names!r}, {expected}")
     if len(set(names)) < len(names):
         twice = min(name for name in names if names.count(name) > 1)
         raise InputError(f"{file}: adapters lists a name twice: {twice}")
-    if not isinstance(template, str) or "{prompt}" not in template:
-        raise InputError(f"{file}: template is {template!r}, expected a text that holds {{prompt}}")
     folders = {name: path / "adapters" / name for name in names}
+    if "adapters" not in raw:
+        folders = {folder.name: folder for folder in adapter_folders(path)}
     base = raw.get("base")
     if not isinstance(base, str | None):
         raise InputError(f"{file}: base is {base!r}, expected a base's fingerprint")
@@ -61,13 +66,28 @@ def _is_folder_name(name):
     return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name)
 
 
+def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:
+    """The pool `path` and the adapters of `extra`, [(name, PEFT folder)]; with some, the folder may
+    be new. Raises InputError where it is no pool, and for a name that is there twice."""
+    path = Path(path)
+    extra = list(extra)
+    is_new = bool(extra) and not is_pool(path) and (path.is_dir() or not path.exists())
+    folder = PoolFolder(path, {}) if is_new else read_pool(path)
+    for name, where in extra:
+        if name in folder.adapters:
+            raise InputError(f"adapter name {name!r} twice: {folder.adapters[name]} and {where}")
+        folder.adapters[name] = Path(where)
+    return folder
+
+
 def write_pool(folder: PoolFolder) -> None:
-    """Writes pool.json alone; save_adapter has written the adapters before."""
-    raw = {
-        "adapters": sorted(folder.adapters),
-        "base": folder.fingerprint,
-        "template": folder.template,
-    }
+    """Writes pool.json alone: the base, the template and, where they are in POOL/adapters, the
+    adapters, which save_adapter has written before."""
+    raw = {"base": folder.fingerprint, "template": folder.template}
+    inside = folder.path / "adapters"
+    listed = sorted(name for name, path in folder.adapters.items() if path == inside / name)
+    if listed:
+        raw = {"adapters": listed, **raw}
     write_json(folder.path / "pool.json", raw)
 
 
@@ -112,11 +132,3 @@ def check_pool_base(folder: PoolFolder, model: Llama) -> None:
     remedy = "python train.py adapters trains adapters for this one; if these were trained on it, write "
     remedy += f'"base": "{fingerprint}" there'
     check_base(file, folder.fingerprint, fingerprint, remedy)
-
-
-def check_pool(folder: PoolFolder, model: Llama, args, template: str) -> None:
-    """Raises InputError where a pool's adapters were trained on another base or with another template."""
-    file = folder.path / "pool.json"
-    check_pool_base(folder, model)
-    if folder.adapters and folder.template != template:
-        raise InputError(f"{file}: template is {folder.template!r}, this run's {template!r}")

@@ -8,7 +8,7 @@ from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import Llama, load_llama
 from pool.adapters import linear_shapes
-from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool
+from pool.folder import PoolFolder, check_pool_base
 from pool.slots import Pool, alloc_B_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
@@ -45,36 +45,22 @@ def compile_blocks(model: Llama, asked: bool | None, saves: float, costs: float)
         model.compile_blocks(on)
 
 
-def load_pool(
-    model: Llama,
-    name: Path | str,
-    folder: Path | str | None = None,
-    extra: Iterable[tuple[str, Path | str]] = (),
-    resident: int = 0,
-) -> tuple[PoolFolder | None, Pool | None]:
-    """Loads the adapters of the pool `folder` and those of `extra`, [(name, PEFT folder)].
-
-    Without `folder` the model folder `name` is the pool, where it is one. At most `resident`
-    adapters are in memory at a time, 0: all. Raises InputError.
+def load_pool(model: Llama, name: Path | str, folder: PoolFolder | None, resident: int = 0) -> Pool | None:
+    """Loads the adapters of `folder` for the base, which was loaded from `name`; None where there
+    are none. At most `resident` of them are in memory at a time, 0: all. Warns of adapters that
+    were trained on another base. Raises InputError.
     """
-    pool_folder = read_pool(folder or name) if folder or is_pool(name) else None
-    if pool_folder:
-        try:
-            check_pool_base(pool_folder, model)
-        except InputError as error:
-            warn(str(error))
-    folders = dict(pool_folder.adapters) if pool_folder else {}
-    for adapter, path in extra:
-        if adapter in folders:
-            raise InputError(f"adapter name {adapter!r} twice: {folders[adapter]} and {path}")
-        folders[adapter] = Path(path)
-    if not folders:
-        return pool_folder, None
+    if folder is None or not folder.adapters:
+        return None
+    try:
+        check_pool_base(folder, model)
+    except InputError as error:
+        warn(str(error))
     like = model.head_weight
     shapes = linear_shapes(model)
-    pool = Pool.load(folders, shapes, like.dtype, like.device, resident, alloc_B_of(model))
+    pool = Pool.load(folder.adapters, shapes, like.dtype, like.device, resident, alloc_B_of(model))
     _check_base_names(pool, name)
-    return pool_folder, pool
+    return pool
 
 
 def _check_base_names(pool, model):

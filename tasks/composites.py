@@ -4,8 +4,9 @@ import random
 from dataclasses import dataclass
 
 from common.files import InputError
+from common.template import fill
 from common.tokenizer import Tokenizer
-from tasks.folders import Example, PackedExample, Task, fill
+from tasks.folders import Example, PackedExample, Task
 
 ANSWERS = "Answers:\n"  # ends the questions, of which there may be any number
 

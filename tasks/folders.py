@@ -15,6 +15,7 @@ import torch
 
 from common.files import InputError, read_json, read_jsonl, warn
 from common.options import nearest
+from common.template import encode_wrapped
 from common.tokenizer import Tokenizer, check_ids
 from pool.slots import Pool
 from tasks.metrics import METRICS
@@ -87,14 +88,9 @@ class PackedExample:
         return [index for part in self.parts for index in part.ids]
 
 
-def fill(template: str, prompt: str) -> str:
-    """The prompt as the model sees it. Not str.format: prompts may hold braces."""
-    return template.replace("{prompt}", prompt)
-
-
 def encode(tokenizer: Tokenizer, template: str, row: dict[str, str], task: str = "") -> Example:
     """{"prompt", "response"} -> Example. Prompt and response are tokenized separately."""
-    prompt = tokenizer.encode(fill(template, row["prompt"]))
+    prompt = encode_wrapped(tokenizer, template, row["prompt"])
     if tokenizer.eos_id is None:
         problem = "a model could not learn where answers end"
         raise InputError(f"this tokenizer has no EOS token: {problem}")

@@ -68,9 +68,10 @@ def command(*args, stdin="", cwd=None):
 
 
 def assert_refused(done, *words):
-    """Bad input: exit status 2, nothing on stdout, one line on stderr besides warnings, naming each
-    of `words`."""
-    lines = [y for y in done.stderr.splitlines() if not y.startswith(("warning:", "method:"))]
+    """Bad input: exit status 2, nothing on stdout, one line on stderr besides warnings and what is
+    in use, naming each of `words`."""
+    besides = ("warning:", "method:", "template:")
+    lines = [y for y in done.stderr.splitlines() if not y.startswith(besides)]
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

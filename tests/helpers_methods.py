@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from common.files import write_json, write_jsonl
+from common.template import TEMPLATE
 from helpers_models import write_adapters
 from methods import METHODS as TABLE
 from methods.batch import method_names, set_methods
@@ -15,7 +16,6 @@ from methods.ramole import router_loras, save_routers
 from methods.session import load_mole
 from model import load_llama
 from moe_lora import detach
-from pool.adapters import TEMPLATE
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 from training.adapters import AdaptersRun, train_adapters

@@ -12,6 +12,7 @@ import torch
 
 import train
 from common.files import write_json, write_jsonl
+from common.template import TEMPLATE
 from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
@@ -20,7 +21,7 @@ from methods.meteora import MeteoraRun
 from methods.ramole import RouterRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.folder import PoolFolder, write_pool
 from pool.load import load_base
 from pool.slots import Pool

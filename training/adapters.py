@@ -20,14 +20,16 @@ from common.devices import DTYPES
 from common.files import InputError
 from common.locks import alone
 from common.options import Count, Whole
+from common.template import TEMPLATE, TemplateOptions, asked_template
+from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import KnownAdapterGate, attach
-from pool.adapters import TEMPLATE, Adapter, adapter_files, linear_shapes, peft_config, save_adapter
-from pool.folder import PoolFolder, check_pool, is_pool, read_pool, write_pool
+from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
+from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool, write_pool
 from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
-from training.inputs import data_of, load_frozen
+from training.inputs import data_of, load_frozen, settle_template
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -35,7 +37,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass
-class AdaptersRun(Run):
+class AdaptersRun(TemplateOptions, Run):
     """Options of `train.py adapters`."""
 
     tasks: str = ""  # folder of task folders
@@ -49,7 +51,6 @@ class AdaptersRun(Run):
     composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
     late_start: float = 0.0  # share of examples whose adapter starts at a random token, as with gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
-    template: str = TEMPLATE  # how a prompt is wrapped, {prompt} in it; kept in pool.json
     max_length: int = 512  # longer examples are left out; at most the model's context
     samples: Whole = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
@@ -74,17 +75,18 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
 
 
 def _train_adapters(tasks, folder, run, args, sampling):
-    has_file = (folder / "pool.json").exists()
-    if is_pool(folder) and not has_file:
-        found = "holds PEFT folders and no pool.json, which would leave them out"
+    known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
+    if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
+        found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
         raise InputError(f"{folder}: {found}: name another --pool")
-    model, tokenizer = load_frozen(args)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
+    tokenizer = Tokenizer(args.model)
+    settle_template(known, args, tokenizer, TEMPLATE)
+    model = load_frozen(args)
+    check_pool_base(known, model)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
-    known = read_pool(folder) if has_file else PoolFolder(folder, {}, template=args.template)
-    check_pool(known, model, args, args.template)
     name = args.name or args.joint
     targets = target_shapes(model, args)
     learners = list(tasks.values())
@@ -106,7 +108,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
         return picked
 
     def step_loss(step):
-        picked = compose(pick(step), tokenizer, args.template, step, args)
+        picked = compose(pick(step), tokenizer, known.template, step, args)
         if args.joint:
             picked = [relabel(example, name) for example in picked]
         return adapters_step(model, pool, gate, picked, args)
@@ -140,8 +142,7 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError(f"--late_start is {args.late_start}, expected 0 to 1")
     if not math.isfinite(args.alpha) or args.alpha <= 0:
         raise InputError(f"--alpha is {args.alpha}, expected a number above 0")
-    if "{prompt}" not in args.template:
-        raise InputError(f"--template is {args.template!r}, expected a text that holds {{prompt}}")
+    asked_template(args)
 
 
 def target_shapes(model: Llama, args: AdaptersRun) -> dict[str, tuple[int, int]]:
@@ -244,7 +245,7 @@ def save_adapters(
         adapters[name] = known.path / "adapters" / name
         save_adapter(trained(pool, name, args), adapters[name])
         files += adapter_files(adapters[name])
-    write_pool(PoolFolder(known.path, adapters, model.fingerprint(), args.template))
+    write_pool(PoolFolder(known.path, adapters, model.fingerprint(), known.template))
     return files
 
 

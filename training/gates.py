@@ -18,23 +18,21 @@ from common.options import Above0, Count, NotNegative
 from common.tokenizer import Tokenizer
 from model import Llama
 from pool.adapters import adapter_files, save_adapter
-from pool.folder import PoolFolder, read_pool, write_pool
+from pool.folder import PoolFolder, write_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
 from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
-from training.inputs import bound_to, data_of, load_with_pool
+from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
 
 @dataclass
-class GatesRun(Run):
+class GatesRun(PoolOptions, Run):
     """Options of `train.py gates`."""
 
-    tasks: str = ""  # folder of task folders, one named like each adapter
-    pool: str = ""  # pool folder with the adapters
     share: float = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # kind of gate; each is a file of methods/
     top_k: int = 2  # adapters a token uses (meteora, moe)
@@ -56,7 +54,7 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     `kinds` {--kind: class of methods/}, each a protocol.Trained.
     """
     kind = kinds[args.kind]
-    known = read_pool(required(args, "pool"))
+    known = named_pool(args)
     names = some_tasks(known.adapters, args.share, args.seed)
     tasks = load_tasks(required(args, "tasks"), names)
     kind.check_run(args, names)
@@ -89,6 +87,8 @@ def _train_gates(kind, known, names, tasks, run, args):
         files += [folder / "pool.json"]
         for name in pool.names:
             files += adapter_files(folder / "adapters" / name)
+    else:
+        keep_template(known, model)
     for param in parameters_of(gates).values():
         param.data = param.data.to(DTYPES[args.save_dtype])
     save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names, model.fingerprint())

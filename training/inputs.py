@@ -1,23 +1,60 @@
 """How trainers with a frozen base begin: the base, its tokenizer, the adapters of a pool, the data."""
 
 import hashlib
+import sys
+from dataclasses import dataclass, field
 
 import torch
 
+from common.files import InputError
+from common.template import TemplateOptions, asked_template, choose_template
 from common.tokenizer import Tokenizer
 from model import Llama
 from pool.adapters import linear_shapes
-from pool.folder import PoolFolder, check_pool
-from pool.load import load_base
+from pool.folder import PoolFolder, check_pool_base, open_pool, write_pool
+from pool.load import load_base, read_adapters
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Example, Task
+from training.loop import required
 
 
-def load_frozen(args) -> tuple[Llama, Tokenizer]:
-    """The base and its tokenizer; lowers --max_length to the base's context."""
+@dataclass
+class PoolOptions(TemplateOptions):
+    """Options of the trainers that begin with a pool of adapters."""
+
+    tasks: str = ""  # folder of task folders, one named like each adapter
+    pool: str = ""  # pool with the adapters, or a folder of PEFT folders; gets what is trained
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+
+
+def named_pool(args: PoolOptions) -> PoolFolder:
+    """The adapters of --pool and --adapter. Raises InputError."""
+    return open_pool(required(args, "pool"), read_adapters(args.adapter))
+
+
+def settle_template(known: PoolFolder, args, tokenizer: Tokenizer, default: str = "") -> None:
+    """Sets known.template to the one that a run uses, and prints it. Raises InputError where the
+    options ask for another than pool.json's, with which its adapters were trained."""
+    asked = asked_template(args)
+    if known.template and asked not in ("", known.template):
+        file = known.path / "pool.json"
+        raise InputError(f"{file}: template is {known.template!r}, this run's {asked!r}")
+    known.template, source = choose_template(asked, known.template, tokenizer, default)
+    print(f"template: {known.template!r} ({source})", file=sys.stderr)
+
+
+def keep_template(known: PoolFolder, model: Llama) -> None:
+    """Writes a pool.json with the run's base and template, where the pool has none."""
+    if not (known.path / "pool.json").exists():
+        known.fingerprint = model.fingerprint()
+        write_pool(known)
+
+
+def load_frozen(args) -> Llama:
+    """The base; lowers --max_length to its context."""
     model = load_base(args.model, args.dtype, args.device)
     args.max_length = min(args.max_length, model.config.context)
-    return model, Tokenizer(args.model)
+    return model
 
 
 def load_with_pool(
@@ -25,10 +62,12 @@ def load_with_pool(
 ) -> tuple[Llama, Tokenizer, Pool]:
     """The base, its tokenizer, and a pool of the adapters `names`, by default in the base's dtype.
 
-    Raises InputError where the pool's adapters were trained on another base.
+    Settles the template. Raises InputError where the pool's adapters were trained on another base.
     """
-    model, tokenizer = load_frozen(args)
-    check_pool(known, model, args, known.template)
+    tokenizer = Tokenizer(args.model)
+    settle_template(known, args, tokenizer)
+    model = load_frozen(args)
+    check_pool_base(known, model)
     folders = {name: known.adapters[name] for name in names}
     like = model.head_weight
     shapes = linear_shapes(model)

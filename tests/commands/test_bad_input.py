@@ -851,7 +851,7 @@ def worked(outcomes, row):
     done, words = outcomes[row].result()
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert done.stderr.count("\n") == 1 + len(warnings), done.stderr
+    assert done.stderr.count("\n") == 2 + len(warnings), done.stderr  # method and template
     return done, words, warnings
 
 

@@ -17,6 +17,7 @@ from sacrebleu import corpus_bleu
 import eval as evaluation
 from common.files import run_script, write_json, write_jsonl
 from common.locks import alone
+from common.template import TEMPLATE
 from common.tensors import read_safetensors, write_safetensors
 from evaluation import answers
 from evaluation import composites as composing
@@ -26,7 +27,6 @@ from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from methods.ramole import router_loras, save_routers
 from model import load_llama
 from moe_lora import MeteoraGate, attached
-from pool.adapters import TEMPLATE
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 

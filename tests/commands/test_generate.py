@@ -18,6 +18,7 @@ import generate
 from common.files import InputError, run_script
 from common.llama_folder import read_config
 from common.pictures import Printer
+from common.template import TEMPLATE
 from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
 from decoding.loop import Token
@@ -30,7 +31,6 @@ from helpers_models import SMALL, tokenizer_bytes, write_adapters
 from methods.batch import default_method, set_methods
 from model import Llama, LlamaConfig, load_llama
 from moe_lora import MeteoraGate
-from pool.adapters import TEMPLATE
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import save_gates
 
@@ -451,7 +451,8 @@ def test_json_is_what_the_contract_says(tmp_path, small_model, pool, mole):
         *("--dtype", "float32"), stdin="the dog\n", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["method: meteora, adapter:cedar, base"]
+    template = f"template: {TEMPLATE!r} (from pool.json)"
+    assert done.stderr.splitlines() == ["method: meteora, adapter:cedar, base", template]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     asked[2] = "the dog"
     assert [line["prompt"] for line in lines] == asked
@@ -485,7 +486,8 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     status, out, err = run(*args)
     assert (status, out) == (0, "".join(f"{text}\n" for text in said))
     why = f"{len(NAMES)} adapters, top-2 gates from gates/meteora_top2.safetensors"
-    assert err.splitlines() == [f"method: meteora ({why})"]
+    template = f"template: {TEMPLATE!r} (from pool.json)"
+    assert err.splitlines() == [f"method: meteora ({why})", template]
     status, out, _ = run(*args, "--routing", "--html", page)
     assert status == 0 and "\x1b[38;2;" in out and "\x1b[2;38;2;" in out
     bare = re.sub(r"\x1b\[[\d;]*m", "", out)
@@ -560,7 +562,7 @@ def test_wrong_input_is_one_line_and_exit_2(small_model, pool, run):
     ]
     for args, *words in cases:
         status, out, err = run(*known, *args)
-        lines = [line for line in err.splitlines() if not line.startswith("method:")]
+        lines = [line for line in err.splitlines() if not line.startswith(("method:", "template:"))]
         assert (status, out, len(lines)) == (2, "", 1), (args, status, out, err)
         assert lines[0].startswith("error: ") and all(word in lines[0] for word in words), (words, lines[0])
 
@@ -608,9 +610,9 @@ def test_closed_pipe_and_interrupt_end_quietly(tmp_path):
         piped.stdout.close()
         stopped.send_signal(signal.SIGINT)
         said = stopped.communicate(timeout=60)[1].decode()
-        assert (stopped.returncode, said.splitlines()[1:]) == (130, ["interrupted"])
+        assert (stopped.returncode, said.splitlines()[2:]) == (130, ["interrupted"])
         assert piped.wait(timeout=60) == 141
-        assert len(piped.stderr.read().decode().splitlines()) == 1  # the method, no more
+        assert len(piped.stderr.read().decode().splitlines()) == 2  # method and template, no more
     finally:
         for process in (piped, stopped):
             process.kill()

@@ -59,8 +59,8 @@ def test_turns_accumulate(folder):
 
 
 def test_without_chat_each_prompt_stands_alone(folder):
-    """The pool's template is for one prompt: earlier ones in front of it are another one."""
-    rows, _ = ask(folder, "--interactive", lines=["the fox", "the dog"])
+    """A template of text is for one prompt: earlier ones in front of it are another one."""
+    rows, _ = ask(folder, "--raw", "--interactive", lines=["the fox", "the dog"])
     tokenizer = Tokenizer(folder)
     assert list(map(prompt_ids, rows)) == [tokenizer.encode("the fox"), tokenizer.encode("the dog")]
 

@@ -12,13 +12,14 @@ from sacrebleu import corpus_bleu
 from torch import nn
 
 from common.files import InputError
+from common.template import TEMPLATE
 from evaluation import composites as answered
 from evaluation.composites import answer_composites, choose_temperature, encode_spans, score_composites
 from generate import answer, load
 from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from model import load_llama
 from moe_lora import MeteoraGate
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 from pool.slots import Pool

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files import InputError, read_json, write_json
+from common.template import TEMPLATE
 from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from decoding.loop import decode
@@ -39,7 +40,7 @@ from methods.session import PromptMask
 from methods.smear import SmearLinear, smear_routers
 from model import load_llama
 from moe_lora import attach, attached, detach, meteora_gates
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.folder import read_pool
 from pool.gate_files import load_gates, save_gates
 from tasks.folders import draw, encode, load_tasks, pick, tokenize

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common.files import InputError
+from common.template import TEMPLATE
 from common.tokenizer import Tokenizer
 from generate import load
 from helpers_models import write_adapters
@@ -31,7 +32,7 @@ from methods.batch import set_methods
 from methods.meteora import MeteoraRun, MeteoraTraining
 from model import load_llama
 from moe_lora import Recorder, attach
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.folder import read_pool
 from pool.gate_files import load_gates
 from pool.slots import Pool

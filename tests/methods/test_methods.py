@@ -14,6 +14,7 @@ from torch import nn
 import train
 from common.files import InputError, read_json, write_json
 from common.options import parse_command
+from common.template import TEMPLATE
 from generate import answer, load, stream
 from helpers_methods import IDS, LOGO, LORAHUB, NAMES, USABLE, close, logits_of
 from helpers_models import random_adapter, write_adapters
@@ -31,7 +32,7 @@ from methods.lorahub import lorahub
 from methods.smear import SmearLinear
 from model import load_llama
 from moe_lora import Mixture, attach, attached, detach, meteora_gates
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter, save_adapter
+from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.load import load_base
 

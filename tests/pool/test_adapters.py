@@ -21,7 +21,7 @@ from methods.session import load_mole
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
 from pool.adapters import REFUSED, linear_shapes, load_adapter, save_adapter
-from pool.folder import PoolFolder, is_pool, read_pool, write_pool
+from pool.folder import PoolFolder, is_pool, open_pool, read_pool, write_pool
 from pool.slots import Pool
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -737,12 +737,34 @@ def test_pool_folder_round_trip(model, tmp_path):
     assert is_pool(tmp_path) and not is_pool(tmp_path / "adapters" / "ant")
 
 
+def test_a_pool_and_adapters_named_besides(model, tmp_path):
+    """Trainers and commands take both: an adapter that hides another of its name, or a mistyped
+    folder that becomes an empty pool, would be trained on or answered from in silence."""
+    folders = write_adapters(tmp_path / "pool" / "adapters", model, ["ant", "bee"])
+    write_pool(PoolFolder(tmp_path / "pool", folders, "0123", "Q: {prompt}"))
+    cat = write_adapters(tmp_path, model, ["cat"])
+    both = open_pool(tmp_path / "pool", cat.items())
+    assert both == PoolFolder(tmp_path / "pool", folders | cat, "0123", "Q: {prompt}")
+    write_pool(both)
+    assert read_pool(tmp_path / "pool").adapters == folders, "pool.json lists what is in adapters/"
+    new = open_pool(tmp_path / "new", cat.items())
+    assert new == PoolFolder(tmp_path / "new", cat)
+    with pytest.raises(InputError, match="'ant' twice: .*adapters/ant and .*cat"):
+        open_pool(tmp_path / "pool", [("ant", cat["cat"])])
+    with pytest.raises(InputError, match="no such pool folder"):
+        open_pool(tmp_path / "new")
+
+
 def test_a_folder_of_peft_folders_is_a_pool(model, tmp_path):
-    """Most people have no pool.json, only folders that PEFT saved; without one the prompt goes in
-    as it is."""
+    """Most people have no pool.json, only folders that PEFT saved, and what is trained over them
+    adds one that says how prompts are wrapped, but moves no folder."""
     folders = write_adapters(tmp_path, model, ["ant", "bee"])
     (tmp_path / "notes").mkdir()
-    assert is_pool(tmp_path) and read_pool(tmp_path) == PoolFolder(tmp_path, folders, None, "{prompt}")
+    assert is_pool(tmp_path) and read_pool(tmp_path) == PoolFolder(tmp_path, folders)
+    known = PoolFolder(tmp_path, folders, "0123", "chat")
+    write_pool(known)
+    assert read_pool(tmp_path) == known
+    (tmp_path / "pool.json").unlink()
     for folder in folders.values():
         shutil.rmtree(folder)
     with pytest.raises(InputError, match="not a pool"):
@@ -757,7 +779,6 @@ def test_a_folder_of_peft_folders_is_a_pool(model, tmp_path):
         ({"adapters": ["../../secret"]}, "adapters"),
         ({"adapters": "ant"}, "adapters"),
         ({"adapters": [3]}, "adapters"),
-        ({}, "adapters"),
         ({"adapters": ["ant", "bee", "ant"]}, "twice: ant"),
         ({"adapters": ["ant"], "template": "no place for it"}, "template"),
         ({"adapters": ["ant"], "template": 3}, "template"),

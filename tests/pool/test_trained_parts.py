@@ -13,7 +13,7 @@ from methods.ramole import RouterRun, check_router_options
 from methods.session import add_adapter, load_mole, retriever_of
 from model import load_llama
 from pool.adapters import linear_shapes, load_adapter, save_adapter
-from pool.folder import check_pool, read_pool
+from pool.folder import check_pool_base, read_pool
 from pool.retriever import save_retriever
 from pool.slots import Pool
 
@@ -277,7 +277,7 @@ def test_a_pool_of_before(small_model, parts, capsys):
     model = load_mole(small_model, parts).model
     assert f'write "base": "{model.fingerprint()}" there' in capsys.readouterr().err
     with pytest.raises(InputError, match="pool.json: written before.*train.py adapters"):
-        check_pool(read_pool(parts), model, None, "")
+        check_pool_base(read_pool(parts), model)
 
 
 @pytest.mark.parametrize("option", ["divisor", "prior"])

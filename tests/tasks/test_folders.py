@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files import InputError, write_json, write_jsonl
+from common.template import TEMPLATE, fill
 from common.tokenizer import Tokenizer
 from helpers_models import tokenizer_bytes
-from pool.adapters import TEMPLATE
 from tasks.folders import (
     Example,
     PackedExample,
@@ -20,7 +20,6 @@ from tasks.folders import (
     draw,
     encode,
     encode_all,
-    fill,
     load_tasks,
     micro_batches,
 )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common.files import InputError
+from common.template import TEMPLATE
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters, write_llama
 from helpers_training import (
@@ -25,7 +26,7 @@ from helpers_training import (
 )
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
-from pool.adapters import TEMPLATE, linear_shapes, load_adapter
+from pool.adapters import linear_shapes, load_adapter
 from pool.folder import read_pool
 from pool.slots import Pool
 from tasks.composites import compose
@@ -337,7 +338,7 @@ def test_a_folder_of_peft_adapters_is_not_overwritten(small_model, tmp_path):
     """Without it a folder of PEFT adapters given by mistake gets a pool.json that leaves them out."""
     o = options("adapters", small_model, tmp_path / "out", steps=1)
     write_adapters(o.pool, load_llama(small_model), ["elm"])
-    with pytest.raises(InputError, match=r"no pool\.json"):
+    with pytest.raises(InputError, match=r"outside of adapters/"):
         run(o)
 
 
