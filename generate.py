@@ -15,14 +15,17 @@ from typing import Literal
 from common.files import InputError, check_text, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
+from decoding.init_pool import init_pool, read_samples, task_samples
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
 from decoding.stream import answer, load, stream
 from methods.batch import check_method, default_method
 from methods.session import load_mole
+from pool.folder import open_pool
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
+from tasks.folders import load_tasks
 
 __all__ = ["answer", "load", "stream"]
 
@@ -36,6 +39,10 @@ class Options(TemplateOptions, Sampling):
     pool: str = ""  # pool folder, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     list_: bool = False  # print the pool and stop
+    init: bool = False  # make a pool of PEFT folders: writes what --pool lacks, and stops
+    samples: list[str] = field(default_factory=list)  # --init: NAME=FILE, a prompt a line; repeatable
+    tasks: str = ""  # --init: task folders named like adapters, or one file, to take samples from
+    write_samples: Whole = 0  # --init: samples the model writes for an adapter that has none
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
@@ -82,6 +89,9 @@ def check_options(args: Options, asked: list[Request]) -> None:
             raise InputError(f"{found}: give it once, or once a prompt")
     if args.mix and args.method:
         raise InputError("--mix and --method exclude each other: as a method a mix is mix:NAME=WEIGHT,...")
+    for name in ("samples", "tasks", "write_samples"):
+        if getattr(args, name) and not args.init:
+            raise InputError(f"--{name} is for --init")
     check_values(args, args.top_k, args.gate_temperature)
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html}: is a directory, expected a file to write")
@@ -102,6 +112,18 @@ def read_requests(args: Options) -> list[Request]:
     return asked
 
 
+def read_init(args: Options, adapters: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """{adapter: samples} that --init was given. Raises InputError."""
+    if not args.pool:
+        raise InputError("--init: name the folder that becomes a pool with --pool")
+    names = open_pool(args.pool, adapters).adapters.keys()
+    samples = {}
+    if args.tasks:
+        tasks = load_tasks(args.tasks)
+        samples = task_samples({name: task for name, task in tasks.items() if name in names})
+    return samples | read_samples(args.samples, names)
+
+
 def read_prompt(prompt: str) -> str:
     """The prompt, or standard input for "-". Raises InputError where it is not UTF-8."""
     name = "--prompt"
@@ -120,19 +142,22 @@ def main() -> None:
     about = "Answer prompts with a Llama that chooses among its LoRA adapters."
     args = parse_args(Options, description=about)
     asked = read_requests(args)
-    if not (args.prompt or args.prompts or args.list_ or args.interactive):
+    if not (args.prompt or args.prompts or args.list_ or args.interactive or args.init):
         print(START)
         return
     check_options(args, asked)
     template = asked_template(args)
     adapters = read_adapters(args.adapter)
     embed = sentence_encoder(args.encoder) if args.encoder else None
+    samples = read_init(args, adapters) if args.init else {}
     folders = (args.model or TINY, args.pool or None, adapters)
     mole = load_mole(*folders, args.dtype, args.device, args.resident, template=template)
     mole.embed = embed
     if args.system and mole.template != CHAT:
         raise InputError("--system is a message of a chat template: add --chat")
-    if args.list_:
+    if args.init:
+        init_pool(mole, samples, args.write_samples, args.seed)
+    if args.init or args.list_:
         print_pool(mole)
         return
     for name in args.exclude:

@@ -65,14 +65,10 @@ def default_method(mole: Mole, k: int, k_asked=False) -> tuple[str, str]:
     another k will do."""
     if not (mole.pool and mole.pool.members):
         return "base", "no adapters here"
-    many = f"{len(mole.pool.names)} adapters"
-    for kind in METHODS:
-        if found := kind.default(mole, k, k_asked):
-            name, why = found
-            return name, f"{many}, {why}"
-    if len(mole.pool.names) == 1:
-        return f"adapter:{mole.pool.names[0]}", "the only one"
-    return "uniform", f"{many} and no gates: python train.py gates makes them"
+    found = filter(None, (kind.default(mole, k, k_asked) for kind in METHODS))
+    name, why = next(found)  # one adapter or several, there is a method for it
+    many = len(mole.pool.names)
+    return name, f"{many} adapters, {why}" if many > 1 else why
 
 
 # Setting up ---------------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ class Named(Mix):
         """The text is the adapter's name."""
         return {adapter: 1.0}
 
+    @classmethod
+    def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
+        """The adapter of a pool that has but one."""
+        names = mole.pool.names
+        return (f"adapter:{names[0]}", "the only one") if len(names) == 1 else None
+
 
 class Oracle(FixedMixture):
     """Each task with its own adapter: the ceiling for a choice among adapters trained one by one."""

@@ -62,6 +62,12 @@ class Selection(ByText, FixedMixture):
         """The best, at weight 1."""
         return {found[0][0]: 1.0}
 
+    @classmethod
+    def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
+        """Where every adapter can be found: of what needs no training the best on real tasks."""
+        found = all(member.adapter.samples for member in mole.pool.members.values())
+        return ("selection", "no gates, and samples to find each by") if found else None
+
 
 class RetrievedMixture(ByText, FixedMixture):
     """The k best, each weighing 1/k."""
@@ -148,9 +154,7 @@ def _train_retriever(folder, known, tasks, names, args):
     layers = model.config.num_hidden_layers
     if args.depth > layers:
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
-    untuned = LlamaEncoder(
-        model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length
-    )
+    untuned = LlamaEncoder(model, tokenizer, args.depth or None, max_length=args.max_length)
     least = min(args.prompts, *(len(tasks[name].train) for name in names))
     texts = [
         [row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)]

@@ -83,9 +83,9 @@ def _count_prompts(prompts):
 class LlamaEncoder:
     """Texts -> unit vectors (n, d).
 
-    The base's hidden states after block `depth` (default: the last) are averaged over the text's
-    tokens, without those of the instruction, and normalised; then `mean` (h,) is subtracted and
-    `projection` (d, h) applied.
+    The base's hidden states after block `depth` (default: two thirds of the way up, where they tell
+    tasks apart best: LOG.md) are averaged over the text's tokens, without those of the instruction,
+    and normalised; then `mean` (h,) is subtracted and `projection` (d, h) applied.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LlamaEncoder:
         projection: torch.Tensor | None = None,
         max_length: int = 256,
     ):
-        depth = model.config.num_hidden_layers if depth is None else depth
+        depth = depth or max(1, model.config.num_hidden_layers * 2 // 3)
         h = model.config.hidden_size
         max_length = min(max_length, model.config.context)
         self.model = model

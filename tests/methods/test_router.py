@@ -3,6 +3,7 @@ float64 and by hand."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.files import InputError
 from decoding.loop import decode
@@ -23,7 +24,7 @@ from methods.ramole import (
 )
 from model import load_llama
 from moe_lora import AX, attached
-from pool.adapters import linear_shapes
+from pool.adapters import linear_shapes, load_adapter
 from pool.slots import Pool
 
 SAMPLES = {"a": ["the quick fox", "the brown fox"], "b": ["sort these words"], "c": ["what is the plural"]}
@@ -150,18 +151,21 @@ def test_an_expert_keeps_its_share_of_the_full_softmax(k):
 
 
 def test_logo_scores_are_the_adapters_outputs():
-    """Scores of A x alone, or without the scale, would rank adapters by their bookkeeping."""
+    """Scores of A x alone, of the adapters' own size, or of entropies without the scale would rank
+    adapters by their bookkeeping."""
     A, B, scale = stacks()
     x = 0.1 * torch.randn(
         7, 11, dtype=torch.float64
     )  # a softmax that is nearly one-hot has no entropy left to compare
     v = torch.stack([scale[j] * B[j] @ (A[j] @ x[-1]) for j in range(5)]).float()
-    for method in ("logo", "logo_entropy"):
-        probe = LogoProbe(B, scale, method)
+    size = torch.stack([(scale[j] * B[j] @ A[j]).norm() for j in range(5)]).float()
+    for by_entropy in (False, True):
+        probe = LogoProbe(A, B, scale, by_entropy)
         nothing = probe(x, torch.zeros(7, dtype=torch.int64), AX(x, A))
         assert not nothing.weight.any()
         p = v.softmax(-1)
-        want = v.norm(dim=-1) if method == "logo" else 1 / -(p * p.log()).sum(-1)
+        relative = v.norm(dim=-1) / (size * x[-1].norm()).float()
+        want = 1 / -(p * p.log()).sum(-1) if by_entropy else relative
         torch.testing.assert_close(probe.score.float(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -169,7 +173,7 @@ def test_an_adapter_without_entropy_is_the_surest():
     """One over zero, of the wrong sign, would rank it last and make weights of NaN."""
     A, B, scale = stacks()
     scale[2] = 1e5
-    probe = LogoProbe(B, scale, "logo_entropy")
+    probe = LogoProbe(A, B, scale, by_entropy=True)
     probe(
         torch.randn(7, 11, dtype=torch.float64),
         torch.zeros(7, dtype=torch.int64),
@@ -292,6 +296,52 @@ def test_what_is_retrieved_is_what_answers(mole, tmp_path):
     assert texts == alone
     with pytest.raises(InputError, match="every adapter is excluded"):
         retrieve(mole, ["selection"], PROMPTS[:1], 2, exclude=["a", "b", "c"])
+
+
+def test_logo_is_blind_to_scale_rank_and_absence(mole, tmp_path):
+    """Of adapters that PEFT users have at hand one is on all Linears, another has twice the scale:
+    these would win whatever is asked."""
+    ids = [mole.tokenizer.encode(prompt) for prompt in PROMPTS]
+    before = retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids)
+    adapters = {name: load_adapter(member.adapter.folder, name) for name, member in mole.pool.members.items()}
+    pool = Pool(mole.shapes, 3, 23)
+    for name, adapter in adapters.items():
+        if name == "b":  # four times its size, and of rank 23 by rows that add nothing
+            adapter.scale = {path: 4 * s for path, s in adapter.scale.items()}
+            adapter.A = {path: F.pad(a, (0, 0, 0, 23 - len(a))) for path, a in adapter.A.items()}
+            adapter.B = {path: F.pad(b, (0, 23 - b.shape[1])) for path, b in adapter.B.items()}
+        pool.add(adapter)
+    mole.pool = pool
+    for rows, others in zip(before, retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), strict=True):
+        assert [name for name, _ in rows] == [name for name, _ in others]
+        assert [s for _, s in rows] == pytest.approx([s for _, s in others], rel=1e-4)
+    fewer = adapters["a"]
+    paths = [path for path in fewer.A if path.endswith(("q_proj", "v_proj"))]
+    for part in (fewer.A, fewer.B, fewer.scale):
+        for path in part.keys() - set(paths):
+            del part[path]
+    pool.remove("a")
+    pool.add(fewer)
+    with torch.inference_mode():
+        own = [scores_by_hand(mole, fewer, row) for row in ids]
+    for rows, score in zip(retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), own, strict=True):
+        assert dict(rows)["a"] == pytest.approx(score, rel=1e-4), "the mean over its own Linears"
+
+
+def scores_by_hand(mole, adapter, ids):
+    """The mean over the adapter's Linears of ||B A x|| / (||B A|| ||x||) at the last token."""
+    inputs = {}
+    plain = load(mole.folder.path.parent / "base", fast=False)
+    for path in adapter.A:
+        plain.model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: inputs.update({path: args[0].flatten(0, -2)[-1].double()})
+        )
+    plain.model(torch.tensor([ids]))
+    scores = []
+    for path, a in adapter.A.items():
+        BA = adapter.B[path].double() @ a.double()
+        scores.append(float((BA @ inputs[path]).norm() / BA.norm() / inputs[path].norm()))
+    return sum(scores) / len(scores)
 
 
 def test_logo_takes_the_adapters_that_do_most(mole):
