@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,7 @@ from pool.load import load_base
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from pool.slots import Pool
 from pool.stacks import average_factors
-from tasks.folders import load_tasks, some_tasks
+from tasks.folders import Task, load_tasks, some_tasks
 from tasks.metrics import mean_score
 from training.loop import required
 
@@ -112,9 +113,9 @@ class RetrieverRun:
     """Options of `train.py retriever`."""
 
     model: str  # model folder
-    tasks: str = ""  # folder of task folders
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
-    share: float = 0.4  # of the tasks: the others are never seen
+    share: float = 1.0  # share of the tasks; the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
     steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
@@ -131,7 +132,8 @@ def train_retriever(args: RetrieverRun) -> None:
     """Tunes the projection and writes POOL/retriever.safetensors."""
     folder = Path(required(args, "pool"))
     known = read_pool(folder) if is_pool(folder) else None
-    tasks = load_tasks(required(args, "tasks"), sorted(known.adapters) if known else None)
+    adapters = sorted(known.adapters) if known else []
+    tasks = load_tasks(required(args, "tasks"), adapters or None, adapters)
     names = some_tasks(tasks, args.share, args.seed)
     if args.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
@@ -149,12 +151,14 @@ def _train_retriever(folder, known, tasks, names, args):
     untuned = LlamaEncoder(
         model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length
     )
-    least = min(args.prompts, *(len(tasks[name].train) for name in names))
-    texts = [
-        [row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)]
-        for bare in (0, 1)
-    ]
-    views = [F.normalize(untuned.pooled(some), dim=-1).view(len(names), least, -1) for some in texts]
+    n = even_count([tasks[name] for name in names], args.prompts)
+    views = []
+    for bare in (False, True):
+        texts = []
+        for name in names:
+            drawn = draw_prompts(tasks[name], n, args.seed, bare)
+            texts += islice(cycle(drawn), n)  # again from the first, where a task has fewer
+        views.append(F.normalize(untuned.pooled(texts), dim=-1).view(len(names), n, -1))
     mean, projection = whiten_within(views)
     projection = info_nce([view - mean for view in views], projection, args)
     encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, args.max_length)
@@ -171,6 +175,19 @@ def _train_retriever(folder, known, tasks, names, args):
         table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, args.seed)
         write_text(folder / "runs" / "retriever.md", table)
         print(table, end="")
+
+
+def even_count(tasks: list[Task], most: int) -> int:
+    """How many prompts of each task to tune on: `most`, or as many as the largest task has. Raises
+    InputError where a task has none, or none has two: then nothing varies within a task."""
+    distinct = {task.name: len({row["prompt"] for row in task.train}) for task in tasks}
+    if empty := [name for name, count in distinct.items() if not count]:
+        raise InputError(f"task {empty[0]}: no training example")
+    if max(distinct.values()) < 2:
+        found = f"one prompt of each of {len(tasks)} tasks, expected two or more of some"
+        without = "without retriever.safetensors the base's hidden states rank adapters"
+        raise InputError(f"--tasks: {found}: {without}")
+    return min(most, max(len(task.train) for task in tasks))
 
 
 def draw_prompts(task, count: int, seed: int, bare=False, split="train") -> list[str]:

@@ -144,7 +144,7 @@ class LorahubRun:
     """Options of `train.py lorahub`."""
 
     model: str  # model folder
-    tasks: str = ""  # folder of task folders
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task; repeatable; default all
     ood: bool = False  # without each task's own adapter, into lorahub_ood.json, for eval.py --ood
@@ -162,7 +162,7 @@ def train_lorahub(args: LorahubRun) -> None:
     tasks that it holds already, searched with these options, this base, these adapters and this
     data, are kept (LoraHub, section 2.2)."""
     known = read_pool(required(args, "pool"))
-    tasks = load_tasks(required(args, "tasks"), args.only or None)
+    tasks = load_tasks(required(args, "tasks"), args.only or None, known.adapters)
     with alone(known.path / "runs" / "lorahub"):
         _train_lorahub(known, tasks, args)
 

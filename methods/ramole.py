@@ -227,9 +227,9 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
 class RouterRun(Run):
     """Options of `train.py router`."""
 
-    tasks: str = ""  # folder of task folders, one named like each adapter
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder with the adapters, and with the retriever
-    share: float = 0.4  # of the tasks: the others are never seen
+    share: float = 1.0  # share of the tasks; the others and their adapters are never seen
     r: Count = 8  # rank of A_r, B_r
     retrieve: Annotated[int, Least(2)] = 4  # candidates before the dropout, the own one among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
@@ -247,7 +247,7 @@ def train_router(args: RouterRun) -> None:
     """Trains RouterLoRA on the LM loss and writes POOL/router.safetensors."""
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
-    tasks = load_tasks(required(args, "tasks"), names)
+    tasks = load_tasks(required(args, "tasks"), names, known.adapters)
     run = known.path / "runs" / "router"
     with alone(run):
         _train_router(known, names, tasks, run, args)

@@ -38,7 +38,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class AdaptersRun(Run):
     """Options of `train.py adapters`."""
 
-    tasks: str = ""  # folder of task folders
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
     joint: str = ""  # train one adapter instead: on all data as it is, or evenly on all tasks

@@ -33,7 +33,7 @@ from training.losses import lm_losses
 class GatesRun(Run):
     """Options of `train.py gates`."""
 
-    tasks: str = ""  # folder of task folders, one named like each adapter
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder with the adapters
     share: float = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # kind of gate; each is a file of methods/
@@ -58,7 +58,7 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     kind = kinds[args.kind]
     known = read_pool(required(args, "pool"))
     names = some_tasks(known.adapters, args.share, args.seed)
-    tasks = load_tasks(required(args, "tasks"), names)
+    tasks = load_tasks(required(args, "tasks"), names, known.adapters)
     kind.check_run(args, names)
     check_composite(args.composite, args.batch_size)
     if args.adapters_too and Path(args.adapters_too).resolve() == known.path.resolve():
