@@ -26,7 +26,7 @@ from pool.folder import read_pool
 from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
-from training.inputs import data_of, load_with_pool
+from training.inputs import check_adapters_help, data_of, load_with_pool
 from training.loop import required
 from training.losses import lm_losses
 
@@ -191,6 +191,9 @@ def _train_lorahub(known, tasks, args):
     for task in tasks:
         if data.get(f"data of {task}") != hashes[f"data of {task}"]:
             found.pop(task, None)
+    own = {task: examples[task] for task in tasks if task in pool.members and task not in found}
+    if own:
+        check_adapters_help(model, pool, own, known.template, args.seed)
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)

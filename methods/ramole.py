@@ -32,7 +32,7 @@ from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
 from pool.folder import check_base, read_number, read_pool
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
-from training.inputs import bound_to, data_of, load_with_pool
+from training.inputs import bound_to, check_adapters_help, data_of, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -266,6 +266,8 @@ def _train_router(known, names, tasks, run, args):
     checkpoint = Checkpoint(run, args, bound)
     if checkpoint.finished:
         return finished(checkpoint)
+    if not checkpoint.file.exists():
+        check_adapters_help(model, pool, examples, known.template, args.seed, args.micro_tokens)
     scores = None
     if retrieves:
         retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))

@@ -24,7 +24,7 @@ from pool.slots import Pool
 from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
-from training.inputs import bound_to, data_of, load_with_pool
+from training.inputs import bound_to, check_adapters_help, data_of, load_with_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -78,6 +78,8 @@ def _train_gates(kind, known, names, tasks, run, args):
     checkpoint = Checkpoint(run, args, bound_to(model, pool) | data_of(tasks, examples))
     if checkpoint.finished:
         return finished(checkpoint)
+    if not checkpoint.file.exists():
+        check_adapters_help(model, pool, examples, known.template, args.seed, args.micro_tokens)
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)

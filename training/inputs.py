@@ -1,16 +1,22 @@
-"""How trainers with a frozen base begin: the base, its tokenizer, the adapters of a pool, the data."""
+"""How trainers with a frozen base begin: the base, its tokenizer, the adapters of a pool, the data,
+and whether the adapters help on that data."""
 
 import hashlib
 
 import torch
 
+from common.files import InputError, warn
 from common.tokenizer import Tokenizer
 from model import Llama
+from moe_lora import KnownAdapterGate, attach, detach
 from pool.adapters import linear_shapes
 from pool.folder import PoolFolder, check_pool
 from pool.load import load_base
 from pool.slots import Pool, alloc_B_of
-from tasks.folders import Example, Task
+from tasks.folders import Example, PackedExample, Task, collate, draw, micro_batches
+from training.losses import lm_losses
+
+Examples = dict[str, list[Example | PackedExample]]  # {task: its examples}
 
 
 def load_frozen(args) -> tuple[Llama, Tokenizer]:
@@ -56,3 +62,69 @@ def data_of(tasks: dict[str, Task], examples: dict[str, list[Example]]) -> dict[
             digest.update(repr((example.n_prompt, example.ids)).encode())
         hashes[f"data of {name}"] = digest.hexdigest()
     return hashes
+
+
+# Do the adapters help? ----------------------------------------------------------------------------
+
+
+def check_adapters_help(
+    model: Llama, pool: Pool, examples: Examples, template: str, seed: int, tokens: int = 4096
+) -> None:
+    """Warns of each adapter that doesn't lower the loss of its own task's first examples (own_losses).
+
+    Raises InputError where none does: then the template or the base is not the one they were
+    trained with, and whatever learns to choose among them learns nothing.
+    """
+    losses = own_losses(model, pool, examples, seed, tokens)
+    why = f"template {template!r}; were they trained with another one, or on another base?"
+    worse = {name: pair for name, pair in losses.items() if not pair[0] < pair[1]}
+    if len(worse) == len(losses):
+        shown = ", ".join(f"{name} {own:.2f} / {base:.2f}" for name, (own, base) in worse.items())
+        found = f"no adapter lowers the loss of its own examples (with it / without: {shown})"
+        raise InputError(f"{found}: {why}")
+    for name, (own, base) in worse.items():
+        found = f"loss {own:.2f} with it, {base:.2f} without"
+        warn(f"adapter {name} doesn't help on its own examples: {found} ({why})")
+
+
+@torch.no_grad()
+def own_losses(
+    model: Llama, pool: Pool, examples: Examples, seed: int, tokens: int = 4096
+) -> dict[str, tuple[float, float]]:
+    """{adapter: the mean loss of its own examples' response tokens (with it, without)}.
+
+    The examples are first_examples(). The model must have no adapters attached, and has none
+    afterwards; it uses no random numbers, so training goes on as without it.
+    """
+    gate = KnownAdapterGate()
+    attach(model, pool, gate)
+    losses = {}
+    for name, some in first_examples(examples, seed, tokens).items():
+        total = torch.zeros(2)  # with the adapter, without
+        count = 0
+        for part in micro_batches(some, tokens):
+            batch = collate(part, model.head_weight.device)
+            slots = batch.slots(pool)[batch.real]
+            for column, weight in enumerate((1.0, 0.0)):
+                gate.set(slots, torch.full(slots.shape, weight, device=slots.device))
+                total[column] += lm_losses(model, batch).sum().item()
+            count += int(batch.predicts.sum())
+        losses[name] = tuple((total / count).tolist())
+    detach(model)
+    return losses
+
+
+def first_examples(examples: Examples, seed: int, tokens: int) -> Examples:
+    """What a run sees first: an example of each task in turn, up to eight rounds, until they have
+    `tokens` tokens, about two training steps' work to measure."""
+    first = {}
+    total = 0
+    for turn in range(8):
+        for name in sorted(examples):
+            if turn < len(examples[name]):
+                (example,) = draw(examples[name], name, turn, 1, seed)
+                total += len(example.ids)
+                if total > tokens and first:
+                    return first
+                first.setdefault(name, []).append(example)
+    return first
