@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import InputError, write_text
+from common.files import InputError, write_jsonl, write_text
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -114,7 +114,7 @@ class RetrieverRun:
 
     model: str  # model folder
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
-    pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
+    pool: str = ""  # pool folder; its tasks alone are used, its samples get vectors, missing ones are written
     share: float = 1.0  # share of the tasks; the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
@@ -164,7 +164,7 @@ def _train_retriever(folder, known, tasks, names, args):
     encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, args.max_length)
     retriever = Retriever(encoder)
     for name, path in sorted(known.adapters.items()) if known else ():
-        retriever.add(name, load_adapter(path, name, header=True).samples)
+        retriever.add(name, samples_of(load_adapter(path, name, header=True), tasks[name], args.seed))
     file = folder / "retriever.safetensors"
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
     print(f"wrote {file}", file=sys.stderr)
@@ -175,6 +175,17 @@ def _train_retriever(folder, known, tasks, names, args):
         table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, args.seed)
         write_text(folder / "runs" / "retriever.md", table)
         print(table, end="")
+
+
+def samples_of(adapter: Adapter, task: Task, seed: int) -> list[str]:
+    """The adapter's samples. One that came without gets prompts of its task, in samples.jsonl in
+    its folder, where every later command looks for them."""
+    if not adapter.samples:
+        adapter.samples = draw_prompts(task, SAMPLES, seed)
+        file = adapter.folder / "samples.jsonl"
+        write_jsonl(file, [{"prompt": prompt} for prompt in adapter.samples])
+        print(f"wrote {file}: prompts of the task", file=sys.stderr)
+    return adapter.samples
 
 
 def even_count(tasks: list[Task], most: int) -> int:

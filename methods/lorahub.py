@@ -193,7 +193,7 @@ def _train_lorahub(known, tasks, args):
             found.pop(task, None)
     own = {task: examples[task] for task in tasks if task in pool.members and task not in found}
     if own:
-        check_adapters_help(model, pool, own, known.template, args.seed)
+        check_adapters_help(model, tokenizer, pool, own, known.template, args.seed)
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)

@@ -267,7 +267,7 @@ def _train_router(known, names, tasks, run, args):
     if checkpoint.finished:
         return finished(checkpoint)
     if not checkpoint.file.exists():
-        check_adapters_help(model, pool, examples, known.template, args.seed, args.micro_tokens)
+        check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
     scores = None
     if retrieves:
         retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))

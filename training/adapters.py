@@ -28,7 +28,7 @@ from pool.load import compile_blocks
 from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
-from training.inputs import Examples, data_of, load_frozen, own_losses
+from training.inputs import Examples, data_of, first_examples, load_frozen, own_losses
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -133,7 +133,7 @@ def warn_of_unlearnt(model: Llama, pool: Pool, examples: Examples, args: Adapter
     was zero: the base's."""
     detach(model)
     compile_blocks(model, False, 0, 0)  # they would be compiled anew, for a second's work
-    losses = own_losses(model, pool, examples, args.seed, args.micro_tokens)
+    losses = own_losses(model, pool, first_examples(examples, args.seed))
     for name, (own, base) in losses.items():
         if not own < base:
             found = f"loss {own:.2f} on its own examples after training, {base:.2f} before"

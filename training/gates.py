@@ -79,7 +79,7 @@ def _train_gates(kind, known, names, tasks, run, args):
     if checkpoint.finished:
         return finished(checkpoint)
     if not checkpoint.file.exists():
-        check_adapters_help(model, pool, examples, known.template, args.seed, args.micro_tokens)
+        check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)

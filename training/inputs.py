@@ -9,14 +9,15 @@ from common.files import InputError, warn
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import KnownAdapterGate, attach, detach
-from pool.adapters import linear_shapes
+from pool.adapters import TEMPLATE, linear_shapes
 from pool.folder import PoolFolder, check_pool
 from pool.load import load_base
 from pool.slots import Pool, alloc_B_of
-from tasks.folders import Example, PackedExample, Task, collate, draw, micro_batches
+from tasks.folders import Example, PackedExample, Task, collate, draw, encode, micro_batches
 from training.losses import lm_losses
 
 Examples = dict[str, list[Example | PackedExample]]  # {task: its examples}
+TOKENS = 2048  # measured to see whether adapters help: the time of a few training steps
 
 
 def load_frozen(args) -> tuple[Llama, Tokenizer]:
@@ -68,14 +69,27 @@ def data_of(tasks: dict[str, Task], examples: dict[str, list[Example]]) -> dict[
 
 
 def check_adapters_help(
-    model: Llama, pool: Pool, examples: Examples, template: str, seed: int, tokens: int = 4096
+    model: Llama,
+    tokenizer: Tokenizer,
+    pool: Pool,
+    examples: Examples,
+    template: str,
+    seed: int,
 ) -> None:
-    """Warns of each adapter that doesn't lower the loss of its own task's first examples (own_losses).
+    """Warns of each adapter that doesn't lower the loss of its own task's first examples, and where
+    the adapters fit another template much better than `template`.
 
-    Raises InputError where none does: then the template or the base is not the one they were
+    Raises InputError where no adapter helps: then the template or the base is not the one they were
     trained with, and whatever learns to choose among them learns nothing.
     """
-    losses = own_losses(model, pool, examples, seed, tokens)
+    first = first_examples(examples, seed)
+    losses = own_losses(model, pool, first)
+    mean = sum(own for own, _ in losses.values()) / len(losses)
+    others = losses_with_others(model, tokenizer, pool, first, template)
+    best = min(others, key=others.get, default=template)
+    if others.get(best, mean) < 0.8 * mean:
+        found = f"mean loss {others[best]:.2f} with {best!r}, {mean:.2f} with this run's {template!r}"
+        warn(f"the adapters fit another template better: {found}: were they trained with it?")
     why = f"template {template!r}; were they trained with another one, or on another base?"
     worse = {name: pair for name, pair in losses.items() if not pair[0] < pair[1]}
     if len(worse) == len(losses):
@@ -87,25 +101,45 @@ def check_adapters_help(
         warn(f"adapter {name} doesn't help on its own examples: {found} ({why})")
 
 
+def losses_with_others(
+    model: Llama, tokenizer: Tokenizer, pool: Pool, first: Examples, template: str
+) -> dict[str, float]:
+    """{another template: the adapters' mean loss with it}, of the templates in common use.
+
+    A wrong template makes the base worse as well, so that adapters seem to help all the same.
+    """
+    found = {}
+    for other in (TEMPLATE, "{prompt}"):
+        again = {}
+        for name, some in first.items():
+            again[name] = [encode(tokenizer, other, example.row, name) for example in some]
+        longest = max(len(example.ids) for some in again.values() for example in some)
+        if other != template and longest <= model.config.context:
+            losses = own_losses(model, pool, again, (1.0,))
+            found[other] = sum(loss for (loss,) in losses.values()) / len(losses)
+    return found
+
+
 @torch.no_grad()
 def own_losses(
-    model: Llama, pool: Pool, examples: Examples, seed: int, tokens: int = 4096
-) -> dict[str, tuple[float, float]]:
-    """{adapter: the mean loss of its own examples' response tokens (with it, without)}.
+    model: Llama, pool: Pool, first: Examples, weights=(1.0, 0.0), tokens: int = TOKENS
+) -> dict[str, tuple[float, ...]]:
+    """{adapter: the mean loss of its examples' response tokens, with it at each of `weights`}; at
+    weight 0 that is the base's. A forward has at most `tokens` tokens.
 
-    The examples are first_examples(). The model must have no adapters attached, and has none
-    afterwards; it uses no random numbers, so training goes on as without it.
+    The model must have no adapters attached, and has none afterwards; no random number is drawn, so
+    training goes on as without this.
     """
     gate = KnownAdapterGate()
     attach(model, pool, gate)
     losses = {}
-    for name, some in first_examples(examples, seed, tokens).items():
-        total = torch.zeros(2)  # with the adapter, without
+    for name, some in first.items():
+        total = torch.zeros(len(weights))
         count = 0
         for part in micro_batches(some, tokens):
             batch = collate(part, model.head_weight.device)
             slots = batch.slots(pool)[batch.real]
-            for column, weight in enumerate((1.0, 0.0)):
+            for column, weight in enumerate(weights):
                 gate.set(slots, torch.full(slots.shape, weight, device=slots.device))
                 total[column] += lm_losses(model, batch).sum().item()
             count += int(batch.predicts.sum())
@@ -114,9 +148,9 @@ def own_losses(
     return losses
 
 
-def first_examples(examples: Examples, seed: int, tokens: int) -> Examples:
-    """What a run sees first: an example of each task in turn, up to eight rounds, until they have
-    `tokens` tokens, about two training steps' work to measure."""
+def first_examples(examples: Examples, seed: int, tokens: int = TOKENS) -> Examples:
+    """What a run sees first: an example of each task in turn, up to eight rounds, and as long as
+    they have at most `tokens` tokens."""
     first = {}
     total = 0
     for turn in range(8):

@@ -23,12 +23,19 @@ from training import gates as train_gates
 from training.inputs import check_adapters_help, first_examples, own_losses
 
 
-def loaded(o):
-    """(model, pool, examples) of a run's options."""
+def loaded(o, template=TEMPLATE):
+    """(model, tokenizer, pool, examples) of a run's options."""
     model = load_base(o.model)
     pool = Pool.load(read_pool(o.pool).adapters, linear_shapes(model))
     rows = load_tasks(o.tasks)
-    return model, pool, tokenize(rows, Tokenizer(o.model), model.config.vocab_size, TEMPLATE, 512)
+    tokenizer = Tokenizer(o.model)
+    return model, tokenizer, pool, tokenize(rows, tokenizer, model.config.vocab_size, template, 512)
+
+
+def losses_of(o):
+    """own_losses of the first examples of a run with seed 0."""
+    model, _, pool, examples = loaded(o)
+    return own_losses(model, pool, first_examples(examples, 0))
 
 
 def mean_loss(llama, some):
@@ -42,14 +49,14 @@ def mean_loss(llama, some):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("tokens", [4096, 61])
+@pytest.mark.parametrize("tokens", [2048, 61])
 def test_own_losses_are_pefts(tokens, trained):
     """A mean over other tokens, another's adapter or dropout that is left on would warn of good
     adapters and pass bad ones."""
-    model, pool, examples = loaded(trained)
-    found = own_losses(model, pool, examples, 7, tokens)
+    model, _, pool, examples = loaded(trained)
+    seen = first_examples(examples, 7)
+    found = own_losses(model, pool, seen, tokens=tokens)
     assert list(found) == sorted(ANSWERS) and not attached(model)
-    seen = first_examples(examples, 7, tokens)
     for name, (own, base) in found.items():
         llama = LlamaForCausalLM.from_pretrained(trained.model, dtype=torch.float32)
         assert base == pytest.approx(mean_loss(llama, seen[name]), rel=1e-5)
@@ -60,14 +67,14 @@ def test_own_losses_are_pefts(tokens, trained):
 def test_what_is_measured_is_what_a_run_sees_first(trained):
     """Other examples than the first steps' could hide what those are about to learn; without a
     bound a thousand adapters would be measured for longer than they are trained on."""
-    _, _, examples = loaded(trained)
+    examples = loaded(trained)[-1]
     names = sorted(examples)
-    first = first_examples(examples, 3, 4096)
+    first = first_examples(examples, 3)
     assert [len(some) for some in first.values()] == [8, 8]
     step = pick(examples, 0, replace(options_of_a_step(), batch_size=16))
     assert [first[names[j % 2]][j // 2] for j in range(16)] == step
     few = {"animals": examples["animals"][:3], "plurals": examples["plurals"]}
-    assert [len(some) for some in first_examples(few, 3, 4096).values()] == [3, 8]
+    assert [len(some) for some in first_examples(few, 3).values()] == [3, 8]
     lengths = [len(example.ids) for example in step]
     assert first_examples(examples, 3, sum(lengths[:5])) == {
         "animals": step[0:5:2], "plurals": step[1:5:2]}  # fmt: skip
@@ -96,7 +103,7 @@ def test_right_is_silent_and_wrong_is_said(trained, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     o = replace(trained, pool=str(shutil.copytree(trained.pool, tmp_path / "pool")))
     negate(o.pool, ["plurals"])
-    own, base = own_losses(*loaded(o), 0)["plurals"]
+    own, base = losses_of(o)["plurals"]
     assert own > base
     check_adapters_help(*loaded(o), "<{prompt}>", 0)
     assert capsys.readouterr().err == (
@@ -104,12 +111,28 @@ def test_right_is_silent_and_wrong_is_said(trained, tmp_path, capsys):
         f"{base:.2f} without (template '<{{prompt}}>'; were they trained with another one, or on another base?)\n"
     )
     negate(o.pool, ["animals"])
-    losses = own_losses(*loaded(o), 0)
+    losses = losses_of(o)
     shown = [f"{name} {own:.2f} / {base:.2f}" for name, (own, base) in losses.items()]
     with pytest.raises(InputError) as error:
         check_adapters_help(*loaded(o), TEMPLATE, 0)
     for part in [*shown, repr(TEMPLATE), "no adapter lowers the loss of its own examples"]:
         assert part in str(error.value)
+
+
+def test_another_template_that_fits_better_is_named(trained, capsys):
+    """A wrong template makes the base worse, too: adapters seem to help, and nothing is noticed."""
+    strange = "lazy lazy {prompt} jumps over what what what"
+    model, tokenizer, pool, examples = loaded(trained, strange)
+    check_adapters_help(model, tokenizer, pool, examples, strange, 0)
+    err = capsys.readouterr().err
+    means = {}
+    for template in (TEMPLATE, strange):
+        again = loaded(trained, template)[-1]
+        losses = own_losses(model, pool, first_examples(again, 0)).values()
+        assert all(own < base for own, base in losses)
+        means[template] = sum(own for own, _ in losses) / 2
+    found = f"mean loss {means[TEMPLATE]:.2f} with {TEMPLATE!r}, {means[strange]:.2f} with this run's"
+    assert found in err and err.count("warning") == 1
 
 
 @pytest.mark.parametrize("kind", ["top2", "router", "lorahub"])
@@ -156,9 +179,8 @@ def test_an_adapter_that_learnt_nothing(small_model, tmp_path, capsys):
     """A learning rate that is much too high or too low gives a pool that loads and does nothing."""
     o = options("adapters", small_model, tmp_path / "out", lr=0.0)
     run(o)
-    model, pool, examples = loaded(o)
     err = capsys.readouterr().err
-    for name, (own, base) in own_losses(model, pool, examples, o.seed).items():
+    for name, (own, base) in losses_of(o).items():
         assert own == base  # B is still zero
         found = f"loss {own:.2f} on its own examples after training, {base:.2f} before"
         assert f"warning: adapter {name} learnt nothing: {found}: change --lr (now 0.0) or --steps" in err
