@@ -55,7 +55,7 @@ class Options(TemplateOptions):
     model: str = ""  # model folder, default tiny/
     pool: str = ""  # pool or a folder of PEFT folders, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
-    tasks: str = ""  # folder of task folders, default those of tiny/
+    tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter
     composite: str = ""  # questions in a composite prompt, as 3,5,10: two columns each
@@ -126,7 +126,7 @@ def choose_tasks(mole: Mole, args: Options) -> dict[str, Task]:
     """{name: Task} to score: --only's tasks, by default those that the pool has an adapter for."""
     adapters = mole.pool.names if mole.pool else []
     if args.tasks:
-        tasks = load_tasks(args.tasks, args.only or adapters)
+        tasks = load_tasks(args.tasks, args.only or adapters, () if args.only else adapters)
     else:
         wanted = args.only or [name for name in adapters if name in tiny_tasks.TASKS]
         for name in wanted:
@@ -153,6 +153,9 @@ def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
     """-> (methods, composite sizes, composite temperatures). Raises InputError for bad values."""
     if args.ood and args.unseen or (args.composite and (args.ood or args.unseen)):
         raise InputError("--ood, --unseen and --composite exclude each other")
+    if args.composite and Path(args.tasks).is_file():
+        needed = "solves training examples before it asks others, and a file has no others"
+        raise InputError(f"--composite {needed}: name a folder of task folders with --tasks")
     check_bounds(args)
     check_values(Sampling(args.max_new_tokens), args.top_k, args.gate_temperature)
     methods = list(dict.fromkeys(filter(None, map(str.strip, split_methods(args.methods)))))

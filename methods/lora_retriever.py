@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import InputError, write_text
+from common.files import InputError, write_jsonl, write_text
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -39,7 +40,7 @@ from pool.load import load_base, read_adapters
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from pool.slots import Pool
 from pool.stacks import average_factors
-from tasks.folders import load_tasks, some_tasks
+from tasks.folders import Task, load_tasks, some_tasks
 from tasks.metrics import mean_score
 from training.loop import required
 
@@ -118,10 +119,10 @@ class RetrieverRun:
     """Options of `train.py retriever`."""
 
     model: str  # model folder
-    tasks: str = ""  # folder of task folders
-    pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
+    pool: str = ""  # pool folder; its tasks alone are used, its samples get vectors, missing ones are written
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
-    share: float = 0.4  # of the tasks: the others are never seen
+    share: float = 1.0  # share of the tasks; the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
     steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
@@ -139,7 +140,8 @@ def train_retriever(args: RetrieverRun) -> None:
     folder = Path(required(args, "pool"))
     extra = read_adapters(args.adapter)
     known = open_pool(folder, extra) if extra or is_pool(folder) else None
-    tasks = load_tasks(required(args, "tasks"), sorted(known.adapters) if known else None)
+    adapters = sorted(known.adapters) if known else []
+    tasks = load_tasks(required(args, "tasks"), adapters or None, adapters)
     names = some_tasks(tasks, args.share, args.seed)
     if args.test and len(names) == len(tasks):
         raise InputError(f"--test: all {len(tasks)} tasks are tuned on, none is left out: lower --share")
@@ -155,18 +157,20 @@ def _train_retriever(folder, known, tasks, names, args):
     if args.depth > layers:
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     untuned = LlamaEncoder(model, tokenizer, args.depth or None, max_length=args.max_length)
-    least = min(args.prompts, *(len(tasks[name].train) for name in names))
-    texts = [
-        [row for name in names for row in draw_prompts(tasks[name], least, args.seed, bare)]
-        for bare in (0, 1)
-    ]
-    views = [F.normalize(untuned.pooled(some), dim=-1).view(len(names), least, -1) for some in texts]
+    n = even_count([tasks[name] for name in names], args.prompts)
+    views = []
+    for bare in (False, True):
+        texts = []
+        for name in names:
+            drawn = draw_prompts(tasks[name], n, args.seed, bare)
+            texts += islice(cycle(drawn), n)  # again from the first, where a task has fewer
+        views.append(F.normalize(untuned.pooled(texts), dim=-1).view(len(names), n, -1))
     mean, projection = whiten_within(views)
     projection = info_nce([view - mean for view in views], projection, args)
     encoder = LlamaEncoder(model, tokenizer, untuned.depth, mean, projection, args.max_length)
     retriever = Retriever(encoder)
     for name, path in sorted(known.adapters.items()) if known else ():
-        retriever.add(name, load_adapter(path, name, header=True).samples)
+        retriever.add(name, samples_of(load_adapter(path, name, header=True), tasks[name], args.seed))
     file = folder / "retriever.safetensors"
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
     print(f"wrote {file}", file=sys.stderr)
@@ -177,6 +181,30 @@ def _train_retriever(folder, known, tasks, names, args):
         table = compare({"bag of words": bag_of_words, **encoders}, tasks, names, args.seed)
         write_text(folder / "runs" / "retriever.md", table)
         print(table, end="")
+
+
+def samples_of(adapter: Adapter, task: Task, seed: int) -> list[str]:
+    """The adapter's samples. One that came without gets prompts of its task, in samples.jsonl in
+    its folder, where every later command looks for them."""
+    if not adapter.samples:
+        adapter.samples = draw_prompts(task, SAMPLES, seed)
+        file = adapter.folder / "samples.jsonl"
+        write_jsonl(file, [{"prompt": prompt} for prompt in adapter.samples])
+        print(f"wrote {file}: prompts of the task", file=sys.stderr)
+    return adapter.samples
+
+
+def even_count(tasks: list[Task], most: int) -> int:
+    """How many prompts of each task to tune on: `most`, or as many as the largest task has. Raises
+    InputError where a task has none, or none has two: then nothing varies within a task."""
+    distinct = {task.name: len({row["prompt"] for row in task.train}) for task in tasks}
+    if empty := [name for name, count in distinct.items() if not count]:
+        raise InputError(f"task {empty[0]}: no training example")
+    if max(distinct.values()) < 2:
+        found = f"one prompt of each of {len(tasks)} tasks, expected two or more of some"
+        without = "without retriever.safetensors the base's hidden states rank adapters"
+        raise InputError(f"--tasks: {found}: {without}")
+    return min(most, max(len(task.train) for task in tasks))
 
 
 def draw_prompts(task, count: int, seed: int, bare=False, split="train") -> list[str]:

@@ -25,7 +25,14 @@ from pool.adapters import Adapter
 from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
-from training.inputs import PoolOptions, data_of, keep_template, load_with_pool, named_pool
+from training.adapters_help import check_adapters_help
+from training.inputs import (
+    PoolOptions,
+    data_of,
+    keep_template,
+    load_with_pool,
+    named_pool,
+)
 from training.loop import required
 from training.losses import lm_losses
 
@@ -159,7 +166,7 @@ def train_lorahub(args: LorahubRun) -> None:
     tasks that it holds already, searched with these options, this base, these adapters and this
     data, are kept (LoraHub, section 2.2)."""
     known = named_pool(args)
-    tasks = load_tasks(required(args, "tasks"), args.only or None)
+    tasks = load_tasks(required(args, "tasks"), args.only or None, known.adapters)
     with alone(known.path / "runs" / "lorahub"):
         _train_lorahub(known, tasks, args)
 
@@ -189,6 +196,9 @@ def _train_lorahub(known, tasks, args):
     for task in tasks:
         if data.get(f"data of {task}") != hashes[f"data of {task}"]:
             found.pop(task, None)
+    own = {task: examples[task] for task in tasks if task in pool.members and task not in found}
+    if own:
+        check_adapters_help(model, tokenizer, pool, own, known.template, args.seed)
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)

@@ -32,7 +32,15 @@ from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
 from pool.folder import check_base, read_number
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
-from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
+from training.adapters_help import check_adapters_help
+from training.inputs import (
+    PoolOptions,
+    bound_to,
+    data_of,
+    keep_template,
+    load_with_pool,
+    named_pool,
+)
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -227,7 +235,7 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
 class RouterRun(PoolOptions, Run):
     """Options of `train.py router`."""
 
-    share: float = 0.4  # of the tasks: the others are never seen
+    share: float = 1.0  # share of the tasks; the others and their adapters are never seen
     r: Count = 8  # rank of A_r, B_r
     retrieve: Annotated[int, Least(2)] = 4  # candidates before the dropout, the own one among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
@@ -245,7 +253,7 @@ def train_router(args: RouterRun) -> None:
     """Trains RouterLoRA on the LM loss and writes POOL/router.safetensors."""
     known = named_pool(args)
     names = some_tasks(known.adapters, args.share, args.seed)
-    tasks = load_tasks(required(args, "tasks"), names)
+    tasks = load_tasks(required(args, "tasks"), names, known.adapters)
     run = known.path / "runs" / "router"
     with alone(run):
         _train_router(known, names, tasks, run, args)
@@ -264,6 +272,8 @@ def _train_router(known, names, tasks, run, args):
     checkpoint = Checkpoint(run, args, bound)
     if checkpoint.finished:
         return finished(checkpoint)
+    if not checkpoint.file.exists():
+        check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
     scores = None
     if retrieves:
         retriever = retriever_of(Mole(model, tokenizer, pool.shapes, pool, known, known.template))

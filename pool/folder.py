@@ -47,7 +47,7 @@ def read_pool(path: Path | str) -> PoolFolder:
     template = raw.get("template", TEMPLATE)
     if template is not None:
         check_template(template, f"{file}")
-    if not isinstance(names, list) or not all(map(_is_folder_name, names)):
+    if not isinstance(names, list) or not all(map(is_folder_name, names)):
         expected = "expected a list of folder names under adapters/"
         raise InputError(f"{file}: adapters is {names!r}, {expected}")
     if len(set(names)) < len(names):
@@ -62,7 +62,8 @@ def read_pool(path: Path | str) -> PoolFolder:
     return PoolFolder(path, folders, base, template)
 
 
-def _is_folder_name(name):
+def is_folder_name(name: object) -> bool:
+    """Whether an adapter of this name can have a folder: a text without slashes that no dot begins."""
     return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name)
 
 

@@ -16,7 +16,8 @@ python train.py gates "${run[@]}" "${gates[@]}" --pool "$out-alone" --adapters_t
     --top_k 1 --steps 500 --beta 1
 python train.py gates "${run[@]}" "${gates[@]}" --pool "$out" --top_k 2 --steps 300 --beta 2
 # Adapters found for a prompt, and what weighs them: the retriever from 11 of the tasks, the router from all 28.
-[ -e "$out/retriever.safetensors" ] || python train.py retriever --model "$out" --tasks $tasks --pool "$out" --test
+[ -e "$out/retriever.safetensors" ] || python train.py retriever --model "$out" --tasks $tasks --pool "$out" \
+    --share 0.4 --test
 python train.py router "${run[@]}" --pool "$out" --dtype float32 --share 1 --retrieve 28 --drop 0.3 --r 16 \
     --prior 0.1 --divisor 1 --steps 1800
 # What they are compared with: one adapter of the same rank, from as many examples, as many of them in composites.

@@ -32,6 +32,6 @@ arrow,lorahub,uniform
 done
 
 # Retriever and router know 11 tasks; the adapters of the other 17 join after them, and these are asked for.
-python train.py router --model $later --tasks $tasks --pool $later --retrieve 11 --drop 0.3 --r 16 --prior 0.1 \
-    --divisor 1 --steps 400
+python train.py router --model $later --tasks $tasks --pool $later --share 0.4 --retrieve 11 --drop 0.3 --r 16 \
+    --prior 0.1 --divisor 1 --steps 400
 python eval.py --model $later --out "$later-eval" --unseen --methods base,oracle,ramole,selection,mixture,fusion,uniform

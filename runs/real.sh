@@ -11,9 +11,9 @@ only=(--only tatoeba_de --only tatoeba_es --only tatoeba_it --only past_tense --
     --only sports_understanding --only common_gen)
 
 python train.py adapters "${run[@]}" "${only[@]}" --steps 120 --batch_size 3 --lr 2e-3 --save_dtype bfloat16 --resume
-[ -e "$out/retriever.safetensors" ] || python train.py retriever "${run[@]}" --test
-python train.py router "${run[@]}" --steps 60 --batch_size 10 --retrieve 5 --drop 0.3 --r 16 --prior 0.1 --divisor 1 \
-    --resume
+[ -e "$out/retriever.safetensors" ] || python train.py retriever "${run[@]}" --share 0.4 --test
+python train.py router "${run[@]}" --share 0.4 --steps 60 --batch_size 10 --retrieve 5 --drop 0.3 --r 16 --prior 0.1 \
+    --divisor 1 --resume
 gates=("${run[@]}" --steps 60 --batch_size 12 --save_dtype bfloat16 --resume)
 for kind in soft smear; do
     python train.py gates "${gates[@]}" --kind $kind --clip 1

@@ -1,13 +1,16 @@
 """Task folders in, tokenized batches out.
 
 A task folder holds NAME/train.jsonl and NAME/test.jsonl with {"prompt", "response"} a line, and
-NAME/task.json with its metric. The data of a training step is a pure function of (seed, step), so a
-resumed run needs only its step number to go on with the same data.
+NAME/task.json with its metric. A file with {"adapter", "prompt", "response"} a line will do in
+their place: each adapter's lines are a task of its name.
+
+The data of a training step is a pure function of (seed, step), so a resumed run needs only its step
+number to go on with the same data.
 """
 
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +20,14 @@ from common.files import InputError, read_json, read_jsonl, warn
 from common.options import nearest
 from common.template import encode_wrapped
 from common.tokenizer import Tokenizer, check_ids
+from pool.folder import is_folder_name
 from pool.slots import Pool
 from tasks.metrics import METRICS
 
 
 @dataclass
 class Task:
-    """One task folder; train and test are lists of {"prompt", "response"}."""
+    """A task folder, or an adapter's lines of a file; train and test are lists of {"prompt", "response"}."""
 
     name: str
     metric: str
@@ -31,14 +35,22 @@ class Task:
     test: list[dict[str, str]]
 
 
-def load_tasks(folder: str | Path, only: list[str] | None = None) -> dict[str, Task]:
+def load_tasks(
+    path: str | Path, only: list[str] | None = None, adapters: Collection[str] = ()
+) -> dict[str, Task]:
     """{name: Task} of a folder of task folders, all or `only` those named.
 
-    Raises InputError for what is missing.
+    `path` may also be a file with {"adapter", "prompt", "response"} a line. All lines of an adapter
+    are its task's train split and its test split, and the metric is exact_match: task folders hold
+    other metrics. `adapters` are the names that the lines may have, () for any.
+
+    Raises InputError for what is missing, and for lines of an adapter that is not in `adapters`.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    if folder.is_file():
+        return _load_lines(folder, only, adapters)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of tasks")
+        raise InputError(f"{folder}: no such folder of tasks, nor a file of examples")
     names = sorted(file.parent.name for file in folder.glob("[!.]*/task.json"))
     if not names:
         raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
@@ -56,6 +68,28 @@ def _load_task(folder):
     train = read_jsonl(folder / "train.jsonl", ("prompt", "response"))
     test = read_jsonl(folder / "test.jsonl", ("prompt", "response"))
     return Task(folder.name, metric, train, test)
+
+
+def _load_lines(file, only, adapters):
+    rows = {}  # {adapter: [{"prompt", "response"}]}
+    for row in read_jsonl(file, ("adapter", "prompt", "response")):
+        rows.setdefault(row.pop("adapter"), []).append(row)
+    if not rows:
+        raise InputError(f"{file}: no example in it")
+    for name in rows:
+        if not is_folder_name(name):
+            expected = "expected one that can name a folder"
+            raise InputError(f"{file}: adapter is {name!r}, {expected}")
+        if adapters and name not in adapters:
+            hint = nearest(name, adapters) or f", it has {', '.join(sorted(adapters))}"
+            found = f"adapter {name!r} (in {len(rows[name])} lines) is not in the pool"
+            raise InputError(f"{file}: {found}{hint}")
+    names = only or sorted(rows)
+    if missing := [name for name in names if name not in rows]:
+        found = f"no line for {len(missing)} of {len(names)} adapters: {', '.join(missing)}"
+        hint = nearest(missing[0], rows) if len(missing) == 1 else ""
+        raise InputError(f"{file}: {found}{hint}")
+    return {name: Task(name, "exact_match", rows[name], rows[name]) for name in names}
 
 
 # Tokens -------------------------------------------------------------------------------------------

@@ -17,18 +17,20 @@ from typing import Literal
 import torch
 
 from common.devices import DTYPES
-from common.files import InputError
+from common.files import InputError, warn
 from common.locks import alone
 from common.options import Count, Whole
 from common.template import TEMPLATE, TemplateOptions, asked_template
 from common.tokenizer import Tokenizer
 from model import Llama
-from moe_lora import KnownAdapterGate, attach
+from moe_lora import KnownAdapterGate, attach, detach
 from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
 from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool, write_pool
+from pool.load import compile_blocks
 from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
+from training.adapters_help import Examples, first_examples, own_losses
 from training.inputs import data_of, load_frozen, settle_template
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
@@ -40,7 +42,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class AdaptersRun(TemplateOptions, Run):
     """Options of `train.py adapters`."""
 
-    tasks: str = ""  # folder of task folders
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
     joint: str = ""  # train one adapter instead: on all data as it is, or evenly on all tasks
@@ -122,7 +124,23 @@ def _train_adapters(tasks, folder, run, args, sampling):
     else:
         written = f"{known.path / 'adapters'}/{{{','.join(tasks)}}}"
         files = save_adapters(pool, tasks, model, known, args)
+    learnt = examples
+    if args.joint:
+        learnt = {name: [relabel(example, name) for some in examples.values() for example in some]}
+    warn_of_unlearnt(model, pool, learnt, args)
     checkpoint.finish(written, files)
+
+
+def warn_of_unlearnt(model: Llama, pool: Pool, examples: Examples, args: AdaptersRun) -> None:
+    """Warns of each adapter whose loss on its own examples is not below that at the start, when B
+    was zero: the base's."""
+    detach(model)
+    compile_blocks(model, False, 0, 0)  # they would be compiled anew, for a second's work
+    losses = own_losses(model, pool, first_examples(examples, args.seed))
+    for name, (own, base) in losses.items():
+        if not own < base:
+            found = f"loss {own:.2f} on its own examples after training, {base:.2f} before"
+            warn(f"adapter {name} learnt nothing: {found}: change --lr (now {args.lr}) or --steps")
 
 
 def check_adapter_options(args: AdaptersRun) -> None:

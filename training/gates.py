@@ -24,7 +24,15 @@ from pool.slots import Pool
 from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
-from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
+from training.adapters_help import check_adapters_help
+from training.inputs import (
+    PoolOptions,
+    bound_to,
+    data_of,
+    keep_template,
+    load_with_pool,
+    named_pool,
+)
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -56,7 +64,7 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
     kind = kinds[args.kind]
     known = named_pool(args)
     names = some_tasks(known.adapters, args.share, args.seed)
-    tasks = load_tasks(required(args, "tasks"), names)
+    tasks = load_tasks(required(args, "tasks"), names, known.adapters)
     kind.check_run(args, names)
     check_composite(args.composite, args.batch_size)
     if args.adapters_too and Path(args.adapters_too).resolve() == known.path.resolve():
@@ -76,6 +84,8 @@ def _train_gates(kind, known, names, tasks, run, args):
     checkpoint = Checkpoint(run, args, bound_to(model, pool) | data_of(tasks, examples))
     if checkpoint.finished:
         return finished(checkpoint)
+    if not checkpoint.file.exists():
+        check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)

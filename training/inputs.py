@@ -22,7 +22,7 @@ from training.loop import required
 class PoolOptions(TemplateOptions):
     """Options of the trainers that begin with a pool of adapters."""
 
-    tasks: str = ""  # folder of task folders, one named like each adapter
+    tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool with the adapters, or a folder of PEFT folders; gets what is trained
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
 

@@ -1,5 +1,6 @@
 """What one command writes every other reads: each command of train.py before each other command."""
 
+import json
 import shutil
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 import eval as evaluation
 import generate
 import train
+from common.files import InputError, read_jsonl, write_jsonl
+from common.tensors import read_safetensors
 from helpers_training import write_tasks
 
 KINDS = ("meteora", "soft", "loraflow", "smear", "moe")
@@ -121,3 +124,47 @@ def test_a_base_of_our_own(tasks, tmp_path, capsys):
         run_train(model, tasks, model, WRITERS[name][0])
     for method in ("meteora", "ramole", "selection", "lorahub:animals", "lora_b"):
         run(generate, "--model", model, "--prompt", "the fox", "--max_new_tokens", 2, "--method", method)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_lines_of_each_adapter(count, small_model, tasks, pools, tmp_path, capsys):
+    """Who has one, two or three examples of each adapter, in one file, must get gates, a router and
+    LoraHub's weights, and a retriever or one line that says why there is none, not a traceback or
+    weights of NaN."""
+    pool = shutil.copytree(pools("adapters"), tmp_path / "pool")
+    file = tmp_path / "examples.jsonl"
+    lines = []
+    for name in ("animals", "plurals"):
+        for row in read_jsonl(tasks / name / "train.jsonl", ("prompt", "response"))[:count]:
+            lines.append({"adapter": name} | row)
+    write_jsonl(file, lines)
+    if count == 1:
+        with pytest.raises(InputError, match="one prompt of each of 2 tasks, expected two or more"):
+            run_train(small_model, file, pool, "retriever")
+    else:
+        run_train(small_model, file, pool, "retriever --steps 3")
+    for reader in ("router", "meteora", "loraflow", "lorahub", "joint", "adapters again"):
+        run_train(small_model, file, pool, WRITERS[reader][0])
+    for saved in pool.rglob("*.safetensors"):
+        for name, tensor in read_safetensors(saved)[0].items():
+            assert tensor.isfinite().all(), (saved, name)
+
+
+def test_eval_scores_the_lines_of_a_file(small_model, tasks, pools, tmp_path, capsys):
+    """All lines are asked, each by its own adapter where oracle answers; composites would show
+    the lines that they ask as solved."""
+    file = tmp_path / "examples.jsonl"
+    write_jsonl(file, [{"adapter": "plurals", "prompt": "mouse", "response": "x"}] * 3)
+    where = ["--model", small_model, "--pool", pools("adapters"), "--tasks", file, "--only", "plurals"]
+    where += ["--max_new_tokens", 2, "--methods", "oracle,adapter:plurals,adapter:animals"]
+    run(evaluation, *where, "--out", tmp_path / "out")
+    rows = read_jsonl(tmp_path / "out" / "answers.jsonl", ("prompt", "response", "answer"))
+    answers = [row["answer"] for row in rows]
+    assert answers[:3] == answers[3:6] and len(answers) == 9
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    task = results["oracle"]["tasks"]["plurals"]
+    assert (task["n"], task["metric"], task["score"]) == (3, "exact_match", 0.0)
+    with pytest.raises(InputError, match="--composite solves training examples"):
+        run(evaluation, *where, "--out", tmp_path / "out", "--composite", "2")
+    with pytest.raises(InputError, match="no line for 1 of 2 adapters: animals"):
+        run(evaluation, "--model", small_model, "--pool", pools("adapters"), "--tasks", file)

@@ -183,12 +183,19 @@ def test_command(small_model, tmp_path):
     write_adapters(tmp_path / "pool" / "adapters", load_llama(small_model), names)
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"adapters": names}))
     tasks = write_tasks(tmp_path / "tasks")
-    for name in names:
-        rows = (tasks / name / "train.jsonl").read_text().splitlines()
-        (tmp_path / "pool" / "adapters" / name / "samples.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    rows = (tasks / "animals" / "train.jsonl").read_text().splitlines()
+    samples = [tmp_path / "pool" / "adapters" / name / "samples.jsonl" for name in names]
+    samples[0].write_text("\n".join(rows[:5]) + "\n")
     where = ["--model", small_model, "--tasks", tasks, "--pool", tmp_path / "pool", "--max_length", "90"]
     done = command("train.py", "retriever", *where, "--steps", "3", "--prompts", "7")
     assert done.returncode == 0, done.stderr
+    # An adapter from elsewhere has no samples; without some it would never be retrieved.
+    assert samples[0].read_text() == "\n".join(rows[:5]) + "\n"
+    written = [json.loads(line)["prompt"] for line in samples[1].read_text().splitlines()]
+    train = [
+        json.loads(line)["prompt"] for line in (tasks / "plurals" / "train.jsonl").read_text().splitlines()
+    ]
+    assert sorted(written) == sorted(train) and f"wrote {samples[1]}" in done.stderr
     refused = command("train.py", "retriever", *where, "--test")
     assert refused.returncode == 2 and "all 2 tasks are tuned on" in refused.stderr
     mole = load(small_model, tmp_path / "pool")

@@ -278,3 +278,58 @@ def test_empty_training_data_is_refused(tokenizer, tmp_path):
     write_task(tmp_path / "plural", [])
     with pytest.raises(InputError, match="plural"):
         encode_all(tokenizer, TEMPLATE, load_tasks(tmp_path)["plural"].train, "plural", 100)
+
+
+# A file of examples -------------------------------------------------------------------------------
+
+LINES = [
+    {"adapter": "plural", "prompt": "mouse", "response": "mice"},
+    {"adapter": "add", "prompt": "2 3", "response": "5"},
+    {"adapter": "plural", "prompt": "ox", "response": "oxen", "source": "here"},
+]
+
+
+def test_a_file_of_examples_is_its_folders(tmp_path):
+    """Who has a dozen examples in one file would have to write a folder an adapter, and get the
+    same tasks from it."""
+    file = tmp_path / "examples.jsonl"
+    write_jsonl(file, LINES)
+    for name in ("plural", "add"):
+        rows = [{key: row[key] for key in row if key != "adapter"} for row in LINES if row["adapter"] == name]
+        write_task(tmp_path / "folders" / name, rows)
+    assert load_tasks(file) == load_tasks(tmp_path / "folders")
+    assert list(load_tasks(file)) == ["add", "plural"]
+    assert load_tasks(file, ["plural"], ["add", "plural"]) == load_tasks(tmp_path / "folders", ["plural"])
+
+
+@pytest.mark.parametrize(
+    ("row", "only", "adapters", "expected"),
+    [
+        ({"prompt": "p", "response": "r"}, None, (), r"examples\.jsonl:4: .*'adapter'"),
+        ({"adapter": "add", "prompt": "p"}, None, (), r"examples\.jsonl:4: .*'response'"),
+        (
+            {"adapter": "plurals"},
+            None,
+            ["add", "plural"],
+            r"'plurals' \(in 1 lines\) is not in the pool, did you mean plural\?",
+        ),
+        ({"adapter": "x"}, None, ["add", "plural"], "is not in the pool, it has add, plural"),
+        ({"adapter": "../x"}, None, (), r"adapter is '\.\./x', expected one that can name a folder"),
+        ({"adapter": "add"}, ["plurl"], (), r"no line for 1 of 1 adapters: plurl, did you mean plural\?"),
+        ({"adapter": "add"}, ["add", "x", "y"], (), r"examples\.jsonl: no line for 2 of 3 adapters: x, y$"),
+    ],
+)
+def test_broken_lines_say_what_is_wrong(row, only, adapters, expected, tmp_path):
+    """A typo would silently leave an adapter without its examples, or write one outside its pool."""
+    if "adapter" in row and "prompt" not in row:
+        row = row | {"prompt": "p", "response": "r"}
+    write_jsonl(tmp_path / "examples.jsonl", [*LINES, row])
+    with pytest.raises(InputError, match=expected):
+        load_tasks(tmp_path / "examples.jsonl", only, adapters)
+
+
+def test_a_file_without_lines(tmp_path):
+    """An empty file would train nothing and say nothing."""
+    (tmp_path / "examples.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"examples\.jsonl: no example in it"):
+        load_tasks(tmp_path / "examples.jsonl")
