@@ -4,6 +4,8 @@ where that pays."""
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import Llama, load_llama
@@ -51,11 +53,13 @@ def load_pool(
     folder: Path | str | None = None,
     extra: Iterable[tuple[str, Path | str]] = (),
     resident: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PoolFolder | None, Pool | None]:
     """Loads the adapters of the pool `folder` and those of `extra`, [(name, PEFT folder)].
 
     Without `folder` the model folder `name` is the pool, where it is one. At most `resident`
-    adapters are in memory at a time, 0: all. Raises InputError.
+    adapters are in memory at a time, 0: all. Their dtype is by default the base's. Raises
+    InputError.
     """
     pool_folder = read_pool(folder or name) if folder or is_pool(name) else None
     if pool_folder:
@@ -72,7 +76,7 @@ def load_pool(
         return pool_folder, None
     like = model.head_weight
     shapes = linear_shapes(model)
-    pool = Pool.load(folders, shapes, like.dtype, like.device, resident, alloc_B_of(model))
+    pool = Pool.load(folders, shapes, dtype or like.dtype, like.device, resident, alloc_B_of(model))
     _check_base_names(pool, name)
     return pool_folder, pool
 
