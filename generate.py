@@ -15,6 +15,7 @@ from typing import Literal
 from common.files import InputError, check_text, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
+from decoding.export import export
 from decoding.init_pool import init_pool, read_samples, task_samples
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
@@ -61,6 +62,9 @@ class Options(TemplateOptions, Sampling):
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write the routing as a web page to this file
     json: bool = False  # one JSON object a prompt on standard output
+    export: str = ""  # write the mixture of --mix or --method into this new folder, as one PEFT adapter
+    export_rank: Whole = 0  # rank of the exported adapter, by truncated SVD; 0 = the sum of the ranks, exact
+    export_merged: bool = False  # export a model folder: the base with the mixture merged into its weights
 
 
 START = """nanoMoLE: a Llama that carries many LoRA adapters and chooses among them, token by token.
@@ -141,6 +145,9 @@ def main() -> None:
     """The command: answers prompts, lists the pool, or prompts for more."""
     about = "Answer prompts with a Llama that chooses among its LoRA adapters."
     args = parse_args(Options, description=about)
+    if args.export or args.export_rank or args.export_merged:
+        export(args)
+        return
     asked = read_requests(args)
     if not (args.prompt or args.prompts or args.list_ or args.interactive or args.init):
         print(START)

@@ -26,14 +26,21 @@ def split_methods(names: str) -> list[str]:
     return re.split(r",(?![^,:]*=)", names)
 
 
+def listed_method(name: str, top_k=2) -> Method | None:
+    """The Method of the table that `name` names, None where that depends on a pool's folders."""
+    for kind in METHODS:
+        if kind is not FALLBACK and (method := kind.parse(name, top_k)):
+            return method
+    return None
+
+
 def find_method(mole: Mole, name: str, top_k=2) -> Method:
     """The Method `name`; `top_k` is the k of names that leave it open. Raises InputError where
     there is none."""
     if name in mole.custom_gates:
         return CUSTOM(name, top_k)
-    for kind in METHODS:
-        if kind is not FALLBACK and (method := kind.parse(name, top_k)):
-            return method
+    if method := listed_method(name, top_k):
+        return method
     method = FALLBACK.parse(name, top_k)
     folder = method.folder(mole) if method else None
     if name in FALLBACK.names or (folder and folder.is_dir()):
@@ -109,7 +116,7 @@ def set_methods(
     requests = list(zip(methods, retrieved or [[]] * len(names), strict=True))
     needed = []
     for method, found in requests:
-        _check_request(mole, method, found, exclude)
+        check_request(mole, method, found, exclude)
         needed += method.in_memory(mole, found, exclude)
     shared = _shared(methods)
     mole.pool.need(needed)
@@ -124,7 +131,7 @@ def set_methods(
     set_gates(mole.gates, idx.to(mole.device), weight.to(mole.device), routed.to(mole.device))
 
 
-def _check_request(mole, method, found, exclude):
+def check_request(mole: Mole, method: Method, found: Ranking, exclude) -> None:
     """Raises InputError where a request lacks what it has to have."""
     if method.retrieves and not found:
         hint = "retrieve() comes before set_methods()"

@@ -127,8 +127,13 @@ class MergedMatrices(OwnLinears):
     names = ("ties_ba", "dare_ba")
     about = "TIES and DARE on the matrices B A"
     paper = "2306.01708, 2311.03099"
+    edits_W = True
+
+    def deltas(self, mole: Mole, exclude: tuple) -> dict[str, Tensor]:
+        """merge() of all adapters but those of `exclude`."""
+        return merge(mole.pool, self.name, exclude=exclude)
 
     def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """A Linear of weight W + delta for each that the pool covers."""
-        for path, delta in merge(mole.pool, self.name, exclude=exclude).items():
+        for path, delta in self.deltas(mole, exclude).items():
             swap(mole.model, path, merged_linear(mole.model.get_submodule(path), delta))

@@ -248,6 +248,8 @@ class Merged(Method):
 class OwnLinears(Method):
     """attach() puts Linears of its own into the model; such a method has the batch to itself."""
 
+    edits_W = False  # they are plain Linears of weight W + deltas(), whatever the prompt
+
     @property
     def key(self) -> tuple:
         """The name stands for its Linears."""
@@ -260,6 +262,10 @@ class OwnLinears(Method):
     def attach(self, mole: Mole, backend: str, exclude: tuple) -> None:
         """Puts its Linears into the model; detach() takes them out."""
         raise AttributeError(f"{type(self).__name__} has no attach()")
+
+    def deltas(self, mole: Mole, exclude: tuple) -> dict[str, Tensor]:
+        """{module path: what is added to W (o, i)}, of a method that edits W."""
+        raise AttributeError(f"{type(self).__name__} has no deltas()")
 
 
 def all_but(pool: Pool, exclude: tuple) -> list[str]:

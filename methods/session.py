@@ -9,7 +9,7 @@ from common.files import warn
 from common.template import RAW, choose_template
 from common.tokenizer import Tokenizer
 from pool.adapters import linear_shapes, load_adapter
-from pool.folder import PoolFolder, is_pool, open_pool
+from pool.folder import PoolFolder, find_pool
 from pool.load import load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
 from pool.slots import Pool, alloc_B_of
@@ -75,14 +75,12 @@ def load_mole(
     folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
     plain, without what fast/ installs. `template`: how prompts are wrapped, "" = choose_template()
     decides. Raises InputError; what takes no time is checked before any weight is read."""
-    is_named = bool(pool) or is_pool(model)
-    folder = open_pool(pool or model, extra) if is_named or extra else None
+    folder = find_pool(model, pool, extra)
     tokenizer = Tokenizer(model)
     template, template_from = choose_template(template, folder and folder.template, tokenizer)
     base = load_base(model, dtype, device, fast)
     shapes = linear_shapes(base)
     adapters = load_pool(base, model, folder, resident)
-    folder = folder if is_named else None
     return Mole(base, tokenizer, shapes, adapters, folder, template, template_from)
 
 

@@ -81,6 +81,15 @@ def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) ->
     return folder
 
 
+def find_pool(
+    model: Path | str, pool: Path | str | None = None, extra: Iterable[tuple[str, Path | str]] = ()
+) -> PoolFolder | None:
+    """open_pool() of `pool`, by default of the model folder; None where that is no pool and there is
+    nothing in `extra`."""
+    extra = list(extra)
+    return open_pool(pool or model, extra) if pool or extra or is_pool(model) else None
+
+
 def write_pool(folder: PoolFolder) -> None:
     """Writes pool.json alone: the base, the template and, where they are in POOL/adapters, the
     adapters, which save_adapter has written before."""

@@ -4,6 +4,8 @@ where that pays."""
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import Llama, load_llama
@@ -45,10 +47,16 @@ def compile_blocks(model: Llama, asked: bool | None, saves: float, costs: float)
         model.compile_blocks(on)
 
 
-def load_pool(model: Llama, name: Path | str, folder: PoolFolder | None, resident: int = 0) -> Pool | None:
+def load_pool(
+    model: Llama,
+    name: Path | str,
+    folder: PoolFolder | None,
+    resident: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Pool | None:
     """Loads the adapters of `folder` for the base, which was loaded from `name`; None where there
-    are none. At most `resident` of them are in memory at a time, 0: all. Warns of adapters that
-    were trained on another base. Raises InputError.
+    are none. At most `resident` of them are in memory at a time, 0: all. Their dtype is by default
+    the base's. Warns of adapters that were trained on another base. Raises InputError.
     """
     if folder is None or not folder.adapters:
         return None
@@ -58,7 +66,8 @@ def load_pool(model: Llama, name: Path | str, folder: PoolFolder | None, residen
         warn(str(error))
     like = model.head_weight
     shapes = linear_shapes(model)
-    pool = Pool.load(folder.adapters, shapes, like.dtype, like.device, resident, alloc_B_of(model))
+    dtype = dtype or like.dtype
+    pool = Pool.load(folder.adapters, shapes, dtype, like.device, resident, alloc_B_of(model))
     _check_base_names(pool, name)
     return pool
 

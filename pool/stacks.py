@@ -32,15 +32,33 @@ def member_stacks(pool: Pool, names: list[str]) -> Iterator[tuple[str, torch.Ten
 
 
 def derived_adapter(pool: Pool, name: str, merged: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
-    """{module path: (A (r, i), B (o, r))} -> an Adapter of scale 1."""
-    A = {}
-    B = {}
-    for path, (a, b) in merged.items():
-        A[path] = a.contiguous()
-        B[path] = b.contiguous()
-    r = len(next(iter(A.values())))
-    base = next(iter(pool.members.values())).adapter.config.get("base_model_name_or_path")
-    return Adapter(name, A, B, dict.fromkeys(A, 1.0), peft_config(r, r, 0.0, A, base))
+    """{module path: (A (r, i), B (o, r))} -> an Adapter of scale 1, computed from the pool's."""
+    return unit_adapter(name, merged, common_base(pool, pool.members))
+
+
+def unit_adapter(
+    name: str, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], base: str | None
+) -> Adapter:
+    """{module path: (A (r, i), B (o, r))}, r as it may be in each -> an Adapter of scale 1.
+
+    lora_alpha is r, the largest rank, and alpha_pattern is rank_pattern. So a reader that knows
+    nothing of patterns (vLLM's) finds the right scale, and the rank that it needs room for.
+    """
+    A = {path: a.contiguous() for path, (a, _) in factors.items()}
+    B = {path: b.contiguous() for path, (_, b) in factors.items()}
+    r = max(map(len, A.values()))
+    config = peft_config(r, r, 0.0, A, base)
+    smaller = {path: len(a) for path, a in A.items() if len(a) < r}
+    if smaller:
+        config |= {"rank_pattern": smaller, "alpha_pattern": smaller}
+    return Adapter(name, A, B, dict.fromkeys(A, 1.0), config)
+
+
+def common_base(pool: Pool, names: Iterable[str]) -> str | None:
+    """The base that the configs of all the named members name, None where they disagree."""
+    configs = [pool.members[name].adapter.config for name in names]
+    bases = {config.get("base_model_name_or_path") for config in configs}
+    return bases.pop() if len(bases) == 1 else None
 
 
 def average_factors(pool: Pool, name: str, names: Iterable[str]) -> Adapter:
