@@ -51,7 +51,7 @@ from tasks.metrics import score, score_meteora, signature
 class Options:
     """Options of eval.py."""
 
-    model: str = ""  # model folder, default tiny/
+    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool folder, default the model's own
     tasks: str = ""  # folder of task folders, default those of tiny/
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all

@@ -31,9 +31,9 @@ class Options(Sampling):
     """Options of generate.py."""
 
     prompt: list[str] = field(default_factory=list)  # - is standard input; repeatable: one batch
-    model: str = ""  # model folder, default tiny/
+    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool folder, default the model's own
-    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
     list_: bool = False  # print the pool and stop
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes

@@ -20,6 +20,7 @@ def load(model: str | Path | None = None, pool: str | Path | None = None,
          resident: int = 0, fast: bool = True) -> Mole:  # fmt: skip
     """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the
     model's own) and `adapters` {name: PEFT folder}, at most `resident` of them in memory, 0 = all.
+    Model and adapters may be named as on the hub, ORG/NAME[@REVISION].
     `fast` False leaves out what is there for speed alone. Raises InputError for bad input."""
     return load_mole(model or TINY, pool, (adapters or {}).items(), dtype, device, resident, fast)
 

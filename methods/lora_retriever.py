@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import InputError, write_text
+from common.hub import find_folder
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -111,7 +112,7 @@ class AdapterSoup(Fusion):
 class RetrieverRun:
     """Options of `train.py retriever`."""
 
-    model: str  # model folder
+    model: str  # folder or hub name ORG/NAME[@REVISION]
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder: its adapters' tasks alone are used, their samples get vectors
     share: float = 0.4  # of the tasks: the others are never seen
@@ -140,9 +141,10 @@ def train_retriever(args: RetrieverRun) -> None:
 
 
 def _train_retriever(folder, known, tasks, names, args):
-    model = load_base(args.model, args.dtype, args.device)
+    base = find_folder(args.model, "model")
+    model = load_base(base, args.dtype, args.device)
     model.fingerprint()  # of the files as they are now: another base may lie there when this ends
-    tokenizer = Tokenizer(args.model)
+    tokenizer = Tokenizer(base)
     layers = model.config.num_hidden_layers
     if args.depth > layers:
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")

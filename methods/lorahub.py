@@ -143,7 +143,7 @@ class LoraHub(Merged):
 class LorahubRun:
     """Options of `train.py lorahub`."""
 
-    model: str  # model folder
+    model: str  # folder or hub name ORG/NAME[@REVISION]
     tasks: str = ""  # folder of task folders
     pool: str = ""  # pool folder with the adapters; gets baselines/lorahub.json
     only: list[str] = field(default_factory=list)  # search for this task; repeatable; default all

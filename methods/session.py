@@ -6,6 +6,7 @@ from threading import RLock
 import torch
 
 from common.files import warn
+from common.hub import find_folder
 from common.tokenizer import Tokenizer
 from pool.adapters import linear_shapes, load_adapter
 from pool.load import load_base, load_pool
@@ -67,19 +68,21 @@ class Mole:
 
 def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True) -> Mole:
     """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
-    folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
-    plain, without what fast/ installs."""
-    base = load_base(model, dtype, device, fast)
-    tokenizer = Tokenizer(model)
+    folder)] -> Mole; model and adapters also as on the hub, ORG/NAME[@REVISION]. `resident`: how many
+    adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs."""
+    extra = [(name, find_folder(path, "adapter")) for name, path in extra]
+    found = find_folder(model, "model")
+    base = load_base(found, dtype, device, fast)
+    tokenizer = Tokenizer(found)
     shapes = linear_shapes(base)
     folder, adapters = load_pool(base, model, pool, extra, resident)
     return Mole(base, tokenizer, shapes, adapters, folder, folder.template if folder else "{prompt}")
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:
-    """One more adapter for a running model, from a PEFT folder; requests under way go on as they
-    were. Raises InputError."""
-    adapter = load_adapter(folder, name, mole.shapes)
+    """One more adapter for a running model, from a PEFT folder or the hub's ORG/NAME[@REVISION];
+    requests under way go on as they were. Raises InputError."""
+    adapter = load_adapter(find_folder(folder, "adapter"), name, mole.shapes)
     with mole.lock:
         if mole.pool is None:
             mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))

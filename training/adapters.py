@@ -18,6 +18,7 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.hub import base_name
 from common.locks import alone
 from common.options import Count, Whole
 from model import Llama
@@ -167,7 +168,7 @@ def new_adapter(task: Task, targets: dict[str, tuple[int, int]], args: AdaptersR
         A[path] = (torch.rand(args.r, i, generator=generator) * 2 - 1) / math.sqrt(i)
         B[path] = torch.zeros(o, args.r)
     alpha = int(args.alpha) if args.alpha == int(args.alpha) else args.alpha
-    config = peft_config(args.r, alpha, args.dropout, args.target, Path(args.model).resolve().name)
+    config = peft_config(args.r, alpha, args.dropout, args.target, base_name(args.model))
     count = min(args.samples, len(task.train))
     rows = random.Random(f"{args.seed}/{task.name}").sample(task.train, count)
     samples = [row["prompt"] for row in rows]

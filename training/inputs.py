@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from common.hub import find_folder
 from common.tokenizer import Tokenizer
 from model import Llama
 from pool.adapters import linear_shapes
@@ -15,9 +16,10 @@ from tasks.folders import Example, Task
 
 def load_frozen(args) -> tuple[Llama, Tokenizer]:
     """The base and its tokenizer; lowers --max_length to the base's context."""
-    model = load_base(args.model, args.dtype, args.device)
+    folder = find_folder(args.model, "model")
+    model = load_base(folder, args.dtype, args.device)
     args.max_length = min(args.max_length, model.config.context)
-    return model, Tokenizer(args.model)
+    return model, Tokenizer(folder)
 
 
 def load_with_pool(
