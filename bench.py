@@ -24,6 +24,7 @@ import torch
 
 from common.devices import DTYPES, find_device
 from common.files import InputError, run_script
+from common.hub import find_folder
 from common.options import numbers, parse_command
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
@@ -48,7 +49,7 @@ from fast.matmul import linear
 from fast.moe_lora import once
 from kernels import BACKENDS
 from pool.adapters import linear_shapes
-from pool.load import compile_blocks
+from pool.load import TINY, compile_blocks
 
 
 @dataclass
@@ -78,7 +79,7 @@ class LayerBench(Bench):
 class ModelBench(Bench):
     """Options of benchmarks of a whole model."""
 
-    model: str = ""  # model folder, default tiny/
+    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     peers: bool = True  # also transformers and peft, where they are installed
 
 
@@ -331,6 +332,7 @@ def main() -> None:
     args.device = find_device(args.device)
     if getattr(args, "gguf", ""):
         check_gguf(args.gguf, args.device)
+    args.model = find_folder(getattr(args, "model", "") or TINY, "model")
     facts = card(args)
     limits = once(partial(measure_limits, DTYPES[args.dtype], args.device))
     table = COMMANDS[command][1](args, limits)

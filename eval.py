@@ -52,7 +52,7 @@ from tasks.metrics import score, score_meteora, signature
 class Options(TemplateOptions):
     """Options of eval.py."""
 
-    model: str = ""  # model folder, default tiny/
+    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool or a folder of PEFT folders, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
     tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s

@@ -36,9 +36,9 @@ class Options(TemplateOptions, Sampling):
     """Options of generate.py."""
 
     prompt: list[str] = field(default_factory=list)  # - is standard input; repeatable: one batch
-    model: str = ""  # model folder, default tiny/
+    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool folder, default the model's own
-    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
     list_: bool = False  # print the pool and stop
     init: bool = False  # make a pool of PEFT folders: writes what --pool lacks, and stops
     samples: list[str] = field(default_factory=list)  # --init: NAME=FILE, a prompt a line; repeatable

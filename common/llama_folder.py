@@ -214,7 +214,7 @@ def weight_map(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
-    listed = _read_index(index) if index.exists() else {}
+    listed = read_index(index) if index.exists() else {}
     if whole.exists() and whole not in listed.values():
         if index.exists():
             warn(f"{index}: ignored, as it doesn't name {whole.name}, which is the whole model")
@@ -235,8 +235,9 @@ def weight_map(folder: str | Path) -> dict[str, Path]:
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def _read_index(index):
-    """{tensor name: file} of a model.safetensors.index.json; all files lie in its folder."""
+def read_index(index: Path) -> dict[str, Path]:
+    """{tensor name: file} of a model.safetensors.index.json; all files lie in its folder. Raises
+    InputError."""
     value = parse_json(read_text(index), index)
     names = value.get("weight_map") if isinstance(value, dict) else None
     values = names.values() if isinstance(names, dict) else [None]

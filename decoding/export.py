@@ -7,6 +7,7 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError
+from common.hub import find_folder
 from common.options import check_bounds
 from methods.batch import check_method, check_request, find_method, listed_method
 from methods.protocol import FixedMixture, Merged, Method, OwnLinears
@@ -36,7 +37,7 @@ def export(args) -> None:
     name = check_options(args)
     if method := listed_method(name):
         check_exportable(method, args)
-    folder = args.model or TINY
+    folder = find_folder(args.model or TINY, "model")
     extra = read_adapters(args.adapter)
     pool_folder = find_pool(folder, args.pool, extra)
     base = load_base(folder, "auto", args.device, fast=False)

@@ -21,8 +21,9 @@ def load(model: str | Path | None = None, pool: str | Path | None = None,
          resident: int = 0, fast: bool = True, template: str = "") -> Mole:  # fmt: skip
     """A model folder (default tiny/) with its tokenizer and adapters: those of `pool` (default: the
     model's own) and `adapters` {name: PEFT folder}, at most `resident` of them in memory, 0 = all.
-    `fast` False leaves out what is there for speed alone. `template` wraps prompts: a text that
-    holds {prompt}, or "chat"; by default the pool's. Raises InputError for bad input."""
+    Models and adapters may be named as on the hub, ORG/NAME[@REVISION]. `fast` False leaves out
+    what is there for speed alone. `template` wraps prompts: a text that holds {prompt}, or "chat";
+    by default the pool's. Raises InputError for bad input."""
     if template:
         check_template(template, "load()")
     extra = list((adapters or {}).items())

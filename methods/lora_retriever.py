@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import InputError, write_jsonl, write_text
+from common.hub import find_folder
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -118,7 +119,7 @@ class AdapterSoup(Fusion):
 class RetrieverRun:
     """Options of `train.py retriever`."""
 
-    model: str  # model folder
+    model: str  # folder or hub name ORG/NAME[@REVISION]
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder; its tasks alone are used, its samples get vectors, missing ones are written
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
@@ -150,9 +151,10 @@ def train_retriever(args: RetrieverRun) -> None:
 
 
 def _train_retriever(folder, known, tasks, names, args):
-    model = load_base(args.model, args.dtype, args.device)
+    base = find_folder(args.model, "model")
+    model = load_base(base, args.dtype, args.device)
     model.fingerprint()  # of the files as they are now: another base may lie there when this ends
-    tokenizer = Tokenizer(args.model)
+    tokenizer = Tokenizer(base)
     layers = model.config.num_hidden_layers
     if args.depth > layers:
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")

@@ -149,7 +149,7 @@ class LoraHub(Merged):
 class LorahubRun(PoolOptions):
     """Options of `train.py lorahub`."""
 
-    model: str  # model folder
+    model: str  # folder or hub name ORG/NAME[@REVISION]
     only: list[str] = field(default_factory=list)  # search for this task; repeatable; default all
     ood: bool = False  # without each task's own adapter, into lorahub_ood.json, for eval.py --ood
     shots: Count = 5  # training examples the weights are judged by

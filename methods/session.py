@@ -6,6 +6,7 @@ from threading import RLock
 import torch
 
 from common.files import warn
+from common.hub import find_folder
 from common.template import RAW, choose_template
 from common.tokenizer import Tokenizer
 from pool.adapters import linear_shapes, load_adapter
@@ -72,22 +73,24 @@ def load_mole(
     model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True, template=""
 ) -> Mole:
     """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
-    folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
-    plain, without what fast/ installs. `template`: how prompts are wrapped, "" = choose_template()
-    decides. Raises InputError; what takes no time is checked before any weight is read."""
-    folder = find_pool(model, pool, extra)
-    tokenizer = Tokenizer(model)
+    folder)] -> Mole; model and adapters also as on the hub, ORG/NAME[@REVISION]. `resident`: how
+    many adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs.
+    `template`: how prompts are wrapped, "" = choose_template() decides. Raises InputError; what
+    takes no time is checked before any weight is read."""
+    found = find_folder(model, "model")
+    folder = find_pool(found, pool, extra)
+    tokenizer = Tokenizer(found)
     template, template_from = choose_template(template, folder and folder.template, tokenizer)
-    base = load_base(model, dtype, device, fast)
+    base = load_base(found, dtype, device, fast)
     shapes = linear_shapes(base)
     adapters = load_pool(base, model, folder, resident)
     return Mole(base, tokenizer, shapes, adapters, folder, template, template_from)
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:
-    """One more adapter for a running model, from a PEFT folder; requests under way go on as they
-    were. Raises InputError."""
-    adapter = load_adapter(folder, name, mole.shapes)
+    """One more adapter for a running model, from a PEFT folder or the hub's ORG/NAME[@REVISION];
+    requests under way go on as they were. Raises InputError."""
+    adapter = load_adapter(find_folder(folder, "adapter"), name, mole.shapes)
     with mole.lock:
         if mole.pool is None:
             mole.pool = Pool.of([adapter], mole.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))

@@ -8,6 +8,7 @@ import torch
 
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
+from common.hub import base_name
 from model import Llama, load_llama
 from pool.adapters import linear_shapes
 from pool.folder import PoolFolder, check_pool_base
@@ -77,7 +78,7 @@ def _check_base_names(pool, model):
     strangers = {}
     for name, member in pool.members.items():
         named = member.adapter.config.get("base_model_name_or_path")
-        if named and Path(named).name.lower() != Path(model).resolve().name.lower():
+        if named and Path(named).name.lower() != Path(base_name(model)).name.lower():
             strangers.setdefault(named, []).append(name)
     for named, names in strangers.items():
         warn(f"trained on base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")

@@ -20,11 +20,12 @@ import jinja2.sandbox, numpy, safetensors.torch, sentencepiece, tokenizers, torc
 with torch.device("meta"):
     torch.nn.Linear(2, 3), torch.nn.Embedding(5, 7)  # the first time imports sympy: a second
 for line in sys.stdin:
-    argv, cwd, *files = json.loads(line)
+    argv, cwd, environment, *files = json.loads(line)
     child = os.fork()
     if not child:
         signal.alarm(300)
         os.chdir(cwd)
+        os.environ.update(environment)
         for number, name in enumerate(files):
             os.dup2(os.open(name, os.O_RDWR), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
@@ -43,7 +44,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8", "PYTHON
 _own = threading.local()
 
 
-def warm(argv, stdin=b"", cwd=None):
+def warm(argv, stdin=b"", cwd=None, environment=None):
     """`python SCRIPT ARGS...` in a tenth of the time of a fresh interpreter; CompletedProcess with
     text output. From any thread."""
     if not hasattr(_own, "server"):  # it ends with us, as its stdin does
@@ -54,17 +55,18 @@ def warm(argv, stdin=b"", cwd=None):
         files = [Path(folder) / name for name in ("in", "out", "err")]
         for file, data in zip(files, (stdin, b"", b""), strict=True):
             file.write_bytes(data)
-        _own.server.stdin.write(json.dumps([argv, str(cwd or Path.cwd()), *map(str, files)]) + "\n")
+        request = [argv, str(cwd or Path.cwd()), environment or {}, *map(str, files)]
+        _own.server.stdin.write(json.dumps(request) + "\n")
         _own.server.stdin.flush()
         code = int(_own.server.stdout.readline())
         return subprocess.CompletedProcess(argv, code, *(file.read_bytes().decode() for file in files[1:]))
 
 
-def command(*args, stdin="", cwd=None):
-    """Runs `python SCRIPT ARGS...` of the repository; returns the CompletedProcess with text
-    output."""
+def command(*args, stdin="", cwd=None, environment=None):
+    """Runs `python SCRIPT ARGS...` of the repository, with more variables in its `environment`;
+    returns the CompletedProcess with text output."""
     script, *rest = map(str, args)
-    return warm([str(ROOT / script), *rest], stdin.encode(), cwd)
+    return warm([str(ROOT / script), *rest], stdin.encode(), cwd, environment)
 
 
 def assert_refused(done, *words):

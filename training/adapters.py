@@ -18,20 +18,20 @@ import torch
 
 from common.devices import DTYPES
 from common.files import InputError, warn
+from common.hub import base_name
 from common.locks import alone
 from common.options import Count, Whole
 from common.template import TEMPLATE, TemplateOptions, asked_template
-from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import KnownAdapterGate, attach, detach
 from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
-from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool, write_pool
+from pool.folder import PoolFolder, is_pool, read_pool, write_pool
 from pool.load import compile_blocks
 from pool.slots import Pool, alloc_B_of
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
 from training.adapters_help import Examples, first_examples, own_losses
-from training.inputs import data_of, load_frozen, settle_template
+from training.inputs import data_of, load_frozen
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
@@ -81,10 +81,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
     if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
         found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
         raise InputError(f"{folder}: {found}: name another --pool")
-    tokenizer = Tokenizer(args.model)
-    settle_template(known, args, tokenizer, TEMPLATE)
-    model = load_frozen(args)
-    check_pool_base(known, model)
+    model, tokenizer = load_frozen(args, known, TEMPLATE)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
@@ -186,7 +183,7 @@ def new_adapter(task: Task, targets: dict[str, tuple[int, int]], args: AdaptersR
         A[path] = (torch.rand(args.r, i, generator=generator) * 2 - 1) / math.sqrt(i)
         B[path] = torch.zeros(o, args.r)
     alpha = int(args.alpha) if args.alpha == int(args.alpha) else args.alpha
-    config = peft_config(args.r, alpha, args.dropout, args.target, Path(args.model).resolve().name)
+    config = peft_config(args.r, alpha, args.dropout, args.target, base_name(args.model))
     count = min(args.samples, len(task.train))
     rows = random.Random(f"{args.seed}/{task.name}").sample(task.train, count)
     samples = [row["prompt"] for row in rows]

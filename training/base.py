@@ -34,6 +34,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_confi
 class BaseRun(Run):
     """Options of `train.py base`."""
 
+    model: str  # folder to write the model into
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32; saved as bfloat16
     text: str = ""  # UTF-8 text to train on, an empty line between its documents
     vocab_size: Count = 2048  # size of the sentencepiece vocabulary

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from common.files import InputError
+from common.hub import find_folder
 from common.template import TemplateOptions, asked_template, choose_template
 from common.tokenizer import Tokenizer
 from model import Llama
@@ -50,11 +51,17 @@ def keep_template(known: PoolFolder, model: Llama) -> None:
         write_pool(known)
 
 
-def load_frozen(args) -> Llama:
-    """The base; lowers --max_length to its context."""
-    model = load_base(args.model, args.dtype, args.device)
+def load_frozen(args, known: PoolFolder, default: str = "") -> tuple[Llama, Tokenizer]:
+    """The base and its tokenizer. Settles the template of the pool `known`, by `default` that one,
+    and lowers --max_length to the base's context. Raises InputError, also where the pool's adapters
+    were trained on another base."""
+    folder = find_folder(args.model, "model")
+    tokenizer = Tokenizer(folder)
+    settle_template(known, args, tokenizer, default)
+    model = load_base(folder, args.dtype, args.device)
+    check_pool_base(known, model)
     args.max_length = min(args.max_length, model.config.context)
-    return model
+    return model, tokenizer
 
 
 def load_with_pool(
@@ -62,12 +69,9 @@ def load_with_pool(
 ) -> tuple[Llama, Tokenizer, Pool]:
     """The base, its tokenizer, and a pool of the adapters `names`, by default in the base's dtype.
 
-    Settles the template. Raises InputError where the pool's adapters were trained on another base.
+    Raises InputError where the pool's adapters were trained on another base.
     """
-    tokenizer = Tokenizer(args.model)
-    settle_template(known, args, tokenizer)
-    model = load_frozen(args)
-    check_pool_base(known, model)
+    model, tokenizer = load_frozen(args, known)
     folders = {name: known.adapters[name] for name in names}
     like = model.head_weight
     shapes = linear_shapes(model)

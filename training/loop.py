@@ -31,7 +31,7 @@ from tasks.folders import Example
 class Run:
     """Options that all runs of gradient steps share."""
 
-    model: str  # model folder
+    model: str  # folder or hub name ORG/NAME[@REVISION]
     steps: Count = 300  # optimizer steps
     batch_size: Count = 8  # examples a step: of each adapter (adapters), in all (gates), windows
     micro_tokens: Count = 4096  # tokens in one forward; a larger step accumulates gradients
