@@ -57,7 +57,8 @@ def find_folder(name: str | Path, what: str) -> Path:
     except InputError:
         raise
     except Exception as error:  # the hub's own, or those of whichever library speaks HTTP for it
-        raise InputError(f"{neither}, and from {ENDPOINT}: {_explain(error, *found.groups())}") from None
+        as_name = f"as a name on {ENDPOINT}: {_explain(error, *found.groups())}"
+        raise InputError(f"{neither}; {as_name}") from None
 
 
 def _fetch(name, what, repository, revision):
@@ -78,7 +79,8 @@ def _fetch(name, what, repository, revision):
     files = [file.rfilename for file in info.siblings]
     if config not in files or not set(WEIGHTS[what]) & set(files):
         expected = f"{config} and {' or '.join(WEIGHTS[what])}"
-        found = ", ".join(sorted(files)[:7]) or "no files"
+        weights = [file for file in files if file.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
+        found = ", ".join(weights[:5]) or "no weights"
         raise InputError(f"{name}: no {what} on the hub: expected {expected}, found {found}")
     names = [file for pattern in READ[what] for file in fnmatch.filter(files, pattern)]
     folder = _download(repository, revision, info.sha, names)
@@ -101,14 +103,22 @@ def _download(repository, revision, commit, names):
     cached = [try_to_load_from_cache(repository, name, revision=commit) for name in names]
     missing = [name for name, file in zip(names, cached, strict=True) if not isinstance(file, str)]
     if missing:
-        print(f"{repository}: fetching {len(missing)} files from the hub", file=sys.stderr)
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        print(f"{repository}: fetching {missing[0]}{more} from the hub", file=sys.stderr)
+
+    bars = []
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
             shown = missing and sys.stderr.isatty()
-            super().__init__(*args, **options | {"disable": not shown})
+            super().__init__(*args, **options | {"disable": not shown, "leave": False})
+            bars.append(self)
 
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=names, tqdm_class=Bar))
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names, tqdm_class=Bar))
+    finally:
+        for bar in reversed(bars):  # the library leaves some open, which later write over other lines
+            bar.close()
 
 
 def _explain(error, repository, revision):
