@@ -77,6 +77,7 @@ def load_mole(
     many adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs.
     `template`: how prompts are wrapped, "" = choose_template() decides. Raises InputError; what
     takes no time is checked before any weight is read."""
+    extra = [(name, find_folder(path, "adapter")) for name, path in extra]  # before the larger files
     found = find_folder(model, "model")
     folder = find_pool(found, pool, extra)
     tokenizer = Tokenizer(found)
