@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common.files import InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
+from common.progress import progress, track
 from common.tensors import read_metadata
 from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -173,12 +173,12 @@ def evaluate(
     timing = {}
     examples = sum(len(task.test) for task in tasks.values())
     score_one = score_meteora if args.meteora_metrics else score
-    with tqdm(total=len(methods) * examples, file=sys.stderr, mininterval=1) as bar:
+    with progress("answers", len(methods) * examples) as bar:
         for method in methods:
             scores = {}
             seconds = 0.0
             for name, task in tasks.items():
-                bar.set_postfix_str(f"{method} on {name}")
+                bar.set_postfix_str(f"{method} on {name}", refresh=False)
                 cell = _answer_task(mole, method, task, cells, args)
                 seconds += cell["seconds"]
                 targets = [row["response"] for row in task.test]
@@ -220,7 +220,7 @@ def evaluate_composites(
     for n, group in asked.items():
         results[str(n)] = {}
         answering = [method for method in methods if find_method(mole, method, args.top_k).answers_composites]
-        for method in tqdm(answering, desc=f"composite-{n}", file=sys.stderr):
+        for method in track(answering, f"composite-{n}"):
             kind = find_method(mole, method, args.top_k)
             search = len(temperatures) > 1 and kind.has_temperature
             temperature = temperatures[0]

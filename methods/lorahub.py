@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
+from common.progress import track
 from common.tensors import LARGEST
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
@@ -194,7 +194,7 @@ def _train_lorahub(known, tasks, args):
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
-    for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
+    for task in track([task for task in tasks if task not in found], "lorahub"):
         used = [name for name in names if not (args.ood and name == task)]
         count = min(args.shots, len(examples[task]))
         batch = collate(draw(examples[task], task, 0, count, args.seed), like.device)

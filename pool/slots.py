@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from common.files import InputError
+from common.files import InputError, warn
 from common.options import nearest
+from common.progress import track
 from common.tensors import LARGEST, cast_finite, dtype_name
 from model import Llama
 from pool.adapters import Adapter, _pattern, load_adapter
@@ -151,15 +152,23 @@ class Pool:
             if name in self._used:
                 self._used.remove(name)
             self._used.append(name)  # so that none of them leaves for another
-        for name in names:
-            member = self.members[name]
-            if member.slot is None:
-                loaded_before = member.hash is not None
-                folder = member.adapter.folder
-                adapter = load_adapter(folder, name, self.shapes, quiet=loaded_before)
-                self._check_values(adapter)
-                slot = self._fill(self._free_slot(), adapter)
-                self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
+        missing = [name for name in names if self.members[name].slot is None]
+        for name in track(missing, "adapters loaded"):
+            self._load(name)
+
+    def _load(self, name):
+        """Reads an adapter that is on disk alone into a slot."""
+        before = self.members[name]
+        quiet = before.hash is not None  # it was loaded before, with its warnings
+        adapter = load_adapter(before.adapter.folder, name, self.shapes, quiet=quiet)
+        self._check_values(adapter)
+        if before.hash not in (None, adapter.hash):
+            found = f"{before.hash[:12]} when it was loaded, now {adapter.hash[:12]}"
+            warn(f"{adapter.folder}: adapter {name} has changed on disk: {found}: going on with the new one")
+        if adapter.rank > self.rank:
+            self._grow(self.capacity, adapter.rank)
+        slot = self._fill(self._free_slot(), adapter)
+        self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
 
     def add(self, adapter: Adapter) -> int | None:
         """Puts the adapter into a free slot and returns the slot; raises capacity or rank where
