@@ -175,8 +175,7 @@ class Pool:
         needed. Where the limit is reached the adapter stays on disk, and None is returned. Raises
         InputError where it isn't on disk."""
         if adapter.name in self.members:
-            first = self.members[adapter.name].adapter.folder
-            raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
+            raise InputError(self._how_it_differs(adapter))
         full = len(self.resident) >= self.capacity
         slot = None
         larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
@@ -193,6 +192,17 @@ class Pool:
             self._used.append(adapter.name)
         self.members[adapter.name] = Member(slot, adapter.hash, without_tensors(adapter))
         return slot
+
+    def _how_it_differs(self, adapter):
+        """One line: whether the member of an adapter's name is the same, and how to replace it."""
+        member = self.members[adapter.name]
+        first = member.adapter.folder
+        name = repr(adapter.name)
+        was = member.hash or load_adapter(first, adapter.name, quiet=True).hash
+        if was == adapter.hash:
+            return f"adapter {name} is here already: {adapter.folder} holds the same as {first}"
+        found = f"here it is {was[:12]} of {first}, and {adapter.folder} holds {adapter.hash[:12]}"
+        return f"adapter {name} differs: {found}: to replace it, first /remove {adapter.name}, then /add it"
 
     def _cover(self, adapter):
         """Adds stacks for Linears that no adapter has adapted so far. Holders of the other stacks
