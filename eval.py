@@ -36,9 +36,9 @@ from evaluation.composites import (
     score_composites,
 )
 from evaluation.tables import composite_table, mean_of, table
-from methods.batch import check_method, find_method, for_task, split_methods
+from methods.batch import check_name, find_method, for_task, split_methods
 from methods.protocol import Gated
-from methods.session import Mole, load_mole
+from methods.session import Mole, load_mole, mole_by_name
 from pool.load import TINY
 from pool.retriever import sentence_encoder
 from tasks import tiny as tiny_tasks
@@ -301,18 +301,21 @@ def main() -> None:
 def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[float]) -> None:
     """Scores `methods` on tasks and on composites of `sizes` questions; writes OUT."""
     embed = sentence_encoder(args.encoder) if args.encoder else None
-    mole = load_mole(args.model or TINY, args.pool or None, (), args.dtype, args.device)
-    mole.embed = embed
-    tasks = choose_tasks(mole, args)
+    known = mole_by_name(args.model or TINY, args.pool or None)  # to refuse before weights are read
+    tasks = choose_tasks(known, args)
     kinds = {}
+    checked = []
     for method in methods:
-        kinds[method] = find_method(mole, method, args.top_k)
+        kinds[method] = find_method(known, method, args.top_k)
         if args.ood and kinds[method].has_task_adapter:
             raise InputError(f"--ood: {method} has no adapter of a task that it could do without")
-        for name in tasks:
-            check_method(mole, for_task(mole, method, name), args.top_k)
+        checked += [check_name(known, for_task(known, method, name), args.top_k) for name in tasks]
+    asked = {n: composites(tasks, n, args.composites, known.template, args.seed) for n in sizes}
+    mole = load_mole(args.model or TINY, args.pool or None, (), args.dtype, args.device)
+    mole.embed = embed
+    for method in checked:
+        method.check_adapters(mole)
     meta = describe_run(mole, tasks, args)
-    asked = {n: composites(tasks, n, args.composites, mole.template, args.seed) for n in sizes}
     for group in asked.values():
         for composite in group:
             encode_spans(mole, composite)  # refuses a prompt that doesn't fit before hours of work

@@ -9,17 +9,16 @@ come, answer() waits for whole answers.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from common.files import InputError, check_text, read_jsonl, run_script
+from common.files import InputError, check_text, check_writable, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
 from decoding.stream import answer, load, stream
-from methods.batch import check_method, default_method
-from methods.session import load_mole
+from methods.batch import check_method, check_name, default_method
+from methods.session import load_mole, mole_by_name
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
 
@@ -88,8 +87,8 @@ def check_options(args: Options, asked: list[Request]) -> None:
     if args.mix and args.method:
         raise InputError("--mix and --method exclude each other: as a method a mix is mix:NAME=WEIGHT,...")
     check_values(args, args.top_k, args.gate_temperature)
-    if args.html and Path(args.html).is_dir():
-        raise InputError(f"--html {args.html}: is a directory, expected a file to write")
+    if args.html:
+        check_writable(args.html)
 
 
 def read_requests(args: Options) -> list[Request]:
@@ -120,6 +119,18 @@ def read_prompt(prompt: str) -> str:
         raise InputError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
+def check_names(args: Options, asked: list[Request], adapters: list[tuple[str, str]]) -> None:
+    """Raises InputError for a pool, an adapter or a method that isn't there, before weights are read."""
+    known = mole_by_name(args.model or TINY, args.pool or None, adapters)
+    for name in args.exclude:
+        if not known.pool.members:
+            raise InputError(f"--exclude {name}: there are no adapters")
+        known.pool.member(name)
+    mixtures = [f"mix:{mixture}" for mixture in args.mix]
+    for name in [*args.method, *mixtures, *(request.method for request in asked if request.method)]:
+        check_name(known, name, args.top_k)
+
+
 def main() -> None:
     """The command: answers prompts, lists the pool, or prompts for more."""
     about = "Answer prompts with a Llama that chooses among its LoRA adapters."
@@ -130,16 +141,13 @@ def main() -> None:
         return
     check_options(args, asked)
     adapters = read_adapters(args.adapter)
+    check_names(args, asked, adapters)
     embed = sentence_encoder(args.encoder) if args.encoder else None
     mole = load_mole(args.model or TINY, args.pool or None, adapters, args.dtype, args.device, args.resident)
     mole.embed = embed
     if args.list_:
         print_pool(mole)
         return
-    for name in args.exclude:
-        if not mole.pool:
-            raise InputError(f"--exclude {name}: there are no adapters")
-        mole.pool.member(name)
     name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
     named = args.method + [f"mix:{mixture}" for mixture in args.mix]
     chosen = named or [name]

@@ -179,6 +179,16 @@ def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
 # Writing ------------------------------------------------------------------------------------------
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises InputError unless a file can be written there: asked before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory, expected a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path}: can't be written: {folder} is no folder that you may write to")
+
+
 def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
     """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new.
 

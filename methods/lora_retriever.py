@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import InputError, write_text
+from common.llama_folder import read_config
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -140,12 +141,12 @@ def train_retriever(args: RetrieverRun) -> None:
 
 
 def _train_retriever(folder, known, tasks, names, args):
+    layers = read_config(args.model)["num_hidden_layers"]
+    if args.depth > layers:
+        raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     model = load_base(args.model, args.dtype, args.device)
     model.fingerprint()  # of the files as they are now: another base may lie there when this ends
     tokenizer = Tokenizer(args.model)
-    layers = model.config.num_hidden_layers
-    if args.depth > layers:
-        raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     untuned = LlamaEncoder(
         model, tokenizer, args.depth or max(1, layers * 2 // 3), max_length=args.max_length
     )

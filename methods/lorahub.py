@@ -112,20 +112,26 @@ class LoraHub(Merged):
 
     def check(self, mole: Mole) -> None:
         """The file has to know the task."""
-        known = self.known_weights(mole)
+        known = read_searched(self.file(mole))["weights"]
         if self.task not in known:
             hint = nearest(self.task, known) or ", only for " + ", ".join(known)
             raise InputError(f"method {self.name}: no weights for {self.task!r}{hint}")
 
-    def known_weights(self, mole: Mole, ood=False) -> dict[str, dict[str, float]]:
-        """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched
-        without each task's own adapter. Raises InputError where other adapters made it."""
+    def check_adapters(self, mole: Mole) -> None:
+        """The weights have to be those of the pool's adapters."""
+        self.known_weights(mole)
+
+    def file(self, mole: Mole, ood=False) -> Path:
+        """POOL/baselines/lorahub.json, or lorahub_ood.json, searched without each task's own
+        adapter. Raises InputError where it isn't there."""
         name = f"lorahub{'_ood' * ood}.json"
         file = mole.folder.path / "baselines" / name if mole.folder else None
-        if not (file and file.exists()):
-            found = file or "a pool folder with its parts"
-            command = "train.py lorahub" + " --ood" * ood
-            raise InputError(f"method lorahub: needs {found}: python {command} makes it")
+        self.need(file, "train.py lorahub" + " --ood" * ood)
+        return file
+
+    def known_weights(self, mole: Mole, ood=False) -> dict[str, dict[str, float]]:
+        """{task: {adapter: weight}} of the file. Raises InputError where other adapters made it."""
+        file = self.file(mole, ood)
         found = read_searched(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
         if found.get("adapters") != {name: member.hash for name, member in mole.pool.members.items()}:

@@ -7,10 +7,10 @@ import torch
 
 from common.files import warn
 from common.tokenizer import Tokenizer
-from pool.adapters import linear_shapes, load_adapter
-from pool.load import load_base, load_pool
+from pool.adapters import Adapter, linear_shapes, load_adapter
+from pool.load import find_adapters, load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
-from pool.slots import Pool, alloc_B_of
+from pool.slots import Member, Pool, alloc_B_of
 
 Ranking = list[tuple[str, float]]  # retrieved adapters with their scores, the best first
 
@@ -69,11 +69,22 @@ def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=
     """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
     folder)] -> Mole. `resident`: how many adapters are in memory at most, 0 = all. `fast` False:
     plain, without what fast/ installs."""
+    folder, folders = find_adapters(model, pool, extra)
     base = load_base(model, dtype, device, fast)
     tokenizer = Tokenizer(model)
     shapes = linear_shapes(base)
-    folder, adapters = load_pool(base, model, pool, extra, resident)
+    adapters = load_pool(base, model, folder, folders, resident)
     return Mole(base, tokenizer, shapes, adapters, folder, folder.template if folder else "{prompt}")
+
+
+def mole_by_name(model, pool=None, extra=()) -> Mole:
+    """A Mole without a model and without weights: the names of its adapters, and its folder, for
+    checks that come before minutes of loading. Raises InputError."""
+    folder, folders = find_adapters(model, pool, extra)
+    named = Pool({}, capacity=0, rank=0)
+    for name, path in folders.items():
+        named.members[name] = Member(None, None, Adapter(name, {}, {}, {}, {}, folder=path))
+    return Mole(None, None, {}, named, folder, folder.template if folder else "{prompt}")
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:

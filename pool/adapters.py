@@ -118,7 +118,7 @@ def load_adapter(
     are on the meta device. `header` and `quiet` suppress warnings. Raises InputError where the
     folder isn't plain LoRA or doesn't fit the base.
     """
-    folder = _adapter_folder(Path(folder))
+    folder = find_folder(folder)
     file = folder / "adapter_model.safetensors"
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
@@ -152,7 +152,9 @@ def load_adapter(
     return adapter
 
 
-def _adapter_folder(folder):
+def find_folder(folder: Path | str) -> Path:
+    """The folder itself or the one in it that holds a PEFT adapter. Raises InputError where none does."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such adapter folder")
     if (folder / "adapter_config.json").exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
 from model import Llama, load_llama
-from pool.adapters import linear_shapes
+from pool.adapters import find_folder, linear_shapes
 from pool.folder import PoolFolder, check_pool_base, is_pool, read_pool
 from pool.slots import Pool, alloc_B_of
 
@@ -45,36 +45,46 @@ def compile_blocks(model: Llama, asked: bool | None, saves: float, costs: float)
         model.compile_blocks(on)
 
 
-def load_pool(
-    model: Llama,
-    name: Path | str,
-    folder: Path | str | None = None,
-    extra: Iterable[tuple[str, Path | str]] = (),
-    resident: int = 0,
-) -> tuple[PoolFolder | None, Pool | None]:
-    """Loads the adapters of the pool `folder` and those of `extra`, [(name, PEFT folder)].
+def find_adapters(
+    name: Path | str, folder: Path | str | None = None, extra: Iterable[tuple[str, Path | str]] = ()
+) -> tuple[PoolFolder | None, dict[str, Path]]:
+    """(The pool `folder`, {adapter: PEFT folder} of its adapters and those of `extra`).
 
-    Without `folder` the model folder `name` is the pool, where it is one. At most `resident`
-    adapters are in memory at a time, 0: all. Raises InputError.
+    Without `folder` the model folder `name` is the pool, where it is one. Reads no weights, so that
+    a wrong name is refused at once. Raises InputError.
     """
     pool_folder = read_pool(folder or name) if folder or is_pool(name) else None
-    if pool_folder:
-        try:
-            check_pool_base(pool_folder, model)
-        except InputError as error:
-            warn(str(error))
     folders = dict(pool_folder.adapters) if pool_folder else {}
     for adapter, path in extra:
         if adapter in folders:
             raise InputError(f"adapter name {adapter!r} twice: {folders[adapter]} and {path}")
         folders[adapter] = Path(path)
+    for path in folders.values():
+        find_folder(path)
+    return pool_folder, folders
+
+
+def load_pool(
+    model: Llama,
+    name: Path | str,
+    pool_folder: PoolFolder | None,
+    folders: dict[str, Path],
+    resident: int = 0,
+) -> Pool | None:
+    """Loads what find_adapters() found into the pool of a `model` called `name`, at most `resident`
+    adapters in memory at a time, 0: all. None where there are no adapters. Raises InputError."""
+    if pool_folder:
+        try:
+            check_pool_base(pool_folder, model)
+        except InputError as error:
+            warn(str(error))
     if not folders:
-        return pool_folder, None
+        return None
     like = model.head_weight
     shapes = linear_shapes(model)
     pool = Pool.load(folders, shapes, like.dtype, like.device, resident, alloc_B_of(model))
     _check_base_names(pool, name)
-    return pool_folder, pool
+    return pool
 
 
 def _check_base_names(pool, model):

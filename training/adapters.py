@@ -78,12 +78,12 @@ def _train_adapters(tasks, folder, run, args, sampling):
     if is_pool(folder) and not has_file:
         found = "holds PEFT folders and no pool.json, which would leave them out"
         raise InputError(f"{folder}: {found}: name another --pool")
+    known = read_pool(folder) if has_file else PoolFolder(folder, {}, template=args.template)
     model, tokenizer = load_frozen(args)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, args.template, args.max_length)
     checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
-    known = read_pool(folder) if has_file else PoolFolder(folder, {}, template=args.template)
     check_pool(known, model, args, args.template)
     name = args.name or args.joint
     targets = target_shapes(model, args)
@@ -134,6 +134,9 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
     if not 0 <= args.dropout < 0.99:
         raise InputError(f"--dropout is {args.dropout}, expected 0 or more and less than 0.99")
+    for target in args.target:
+        if not target.endswith(LINEARS):
+            raise InputError(f"--target {target}: no such Linear, expected some of {', '.join(LINEARS)}")
     if args.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
     if not 0 <= args.late_start <= 1:

@@ -6,7 +6,7 @@ import torch
 
 from common.tokenizer import Tokenizer
 from model import Llama
-from pool.adapters import linear_shapes
+from pool.adapters import find_folder, linear_shapes
 from pool.folder import PoolFolder, check_pool
 from pool.load import load_base
 from pool.slots import Pool, alloc_B_of
@@ -27,6 +27,8 @@ def load_with_pool(
 
     Raises InputError where the pool's adapters were trained on another base.
     """
+    for name in names:
+        find_folder(known.adapters[name])  # before the base is read
     model, tokenizer = load_frozen(args)
     check_pool(known, model, args, known.template)
     folders = {name: known.adapters[name] for name in names}
