@@ -14,21 +14,20 @@ same command continues where it stopped. Runs with equal options write the same 
 
 import platform
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common.files import InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
+from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
-from common.tensors import read_metadata
 from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
 from evaluation.answers import AnswerCache, answer_all, sha256
+from evaluation.choose import choose_tasks, hidden_from, with_adapters
 from evaluation.composites import (
     answer_composites,
     choose_temperature,
@@ -37,14 +36,13 @@ from evaluation.composites import (
     score_composites,
 )
 from evaluation.tables import composite_table, mean_of, table
-from methods.batch import check_method, find_method, for_task, split_methods
+from methods.batch import check_name, find_method, for_task, split_methods
 from methods.protocol import Gated
-from methods.session import Mole, load_mole
+from methods.session import Mole, find_mole, load_weights
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
-from tasks import tiny as tiny_tasks
 from tasks.composites import Composite, composites
-from tasks.folders import Task, load_tasks
+from tasks.folders import Task
 from tasks.metrics import score, score_meteora, signature
 
 
@@ -77,76 +75,7 @@ class Options(TemplateOptions):
     out: str = "out/eval"  # folder for results.json, results.md, answers.jsonl, timing.json
 
 
-def tiny_test_tasks(names: Iterable[str], n: int = 100) -> dict[str, Task]:
-    """The embedded tasks, generated on the spot: `n` test examples and `n` training examples."""
-    tasks = {}
-    for name in names:
-        train = tiny_tasks.examples(name, "train", n)
-        tasks[name] = Task(name, "exact_match", train, tiny_tasks.examples(name, "test", n))
-    return tasks
-
-
-def hidden_from(mole: Mole, method: str, name: str, args: Options) -> tuple[str, ...]:
-    """The adapters that `method` may not use on task `name`: with --ood the task's own; with
-    --unseen, for methods trained on a fixed pool, those of all unseen tasks."""
-    found = find_method(mole, method, args.top_k)
-    if args.ood and name in mole.pool.members and not found.is_ceiling:
-        return (name,)
-    if args.unseen and found.trained_on_pool:
-        return tuple(sorted(mole.pool.members.keys() - seen_tasks(mole)))
-    return ()
-
-
-def seen_tasks(mole: Mole) -> set[str]:
-    """The tasks that the pool's router and retriever were trained on. Raises InputError where the
-    pool has neither."""
-    files = []
-    if mole.folder:
-        folder = mole.folder.path
-        files = [folder / "router.safetensors", folder / "retriever.safetensors"]
-    files = list(filter(Path.exists, files))
-    if not files:
-        raise InputError("--unseen: the pool has neither router.safetensors nor retriever.safetensors")
-    seen = set()
-    for file in files:
-        seen.update(read_metadata(file).get("tasks", "").split("\n"))
-    return seen
-
-
-def with_adapters(mole: Mole, tasks: dict[str, Task]) -> dict[str, Task]:
-    """Those of `tasks` that the pool has an adapter for."""
-    members = mole.pool.members if mole.pool else {}
-    return {name: task for name, task in tasks.items() if name in members}
-
-
-# Tasks and options -------------------------------------------------------------------------------
-
-
-def choose_tasks(mole: Mole, args: Options) -> dict[str, Task]:
-    """{name: Task} to score: --only's tasks, by default those that the pool has an adapter for."""
-    adapters = mole.pool.names if mole.pool else []
-    if args.tasks:
-        tasks = load_tasks(args.tasks, args.only or adapters, () if args.only else adapters)
-    else:
-        wanted = args.only or [name for name in adapters if name in tiny_tasks.TASKS]
-        for name in wanted:
-            if name not in tiny_tasks.TASKS:
-                raise InputError(f"no embedded task {name!r}: name a folder with --tasks")
-        tasks = tiny_test_tasks(wanted)
-    if not tasks:
-        hint = "no adapter of the pool has the name of a task; name some with --only"
-        raise InputError(f"nothing to evaluate: {hint}")
-    if args.unseen:
-        seen = seen_tasks(mole)
-        tasks = {name: task for name, task in tasks.items() if name not in seen}
-        if not tasks:
-            hint = "train.py router --share 0.4"
-            raise InputError(f"--unseen: router and retriever have seen every task: {hint}")
-    for task in tasks.values():
-        task.test = task.test[: args.limit or None]
-        if not task.test:
-            raise InputError(f"task {task.name}: test.jsonl holds no example")
-    return tasks
+# Options -------------------------------------------------------------------------------------------
 
 
 def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
@@ -178,12 +107,12 @@ def evaluate(
     timing = {}
     examples = sum(len(task.test) for task in tasks.values())
     score_one = score_meteora if args.meteora_metrics else score
-    with tqdm(total=len(methods) * examples, file=sys.stderr, mininterval=1) as bar:
+    with progress("answers", len(methods) * examples) as bar:
         for method in methods:
             scores = {}
             seconds = 0.0
             for name, task in tasks.items():
-                bar.set_postfix_str(f"{method} on {name}")
+                bar.set_postfix_str(f"{method} on {name}", refresh=False)
                 cell = _answer_task(mole, method, task, cells, args)
                 seconds += cell["seconds"]
                 targets = [row["response"] for row in task.test]
@@ -225,7 +154,7 @@ def evaluate_composites(
     for n, group in asked.items():
         results[str(n)] = {}
         answering = [method for method in methods if find_method(mole, method, args.top_k).answers_composites]
-        for method in tqdm(answering, desc=f"composite-{n}", file=sys.stderr):
+        for method in track(answering, f"composite-{n}"):
             kind = find_method(mole, method, args.top_k)
             search = len(temperatures) > 1 and kind.has_temperature
             temperature = temperatures[0]
@@ -308,19 +237,22 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
     """Scores `methods` on tasks and on composites of `sizes` questions; writes OUT."""
     embed = sentence_encoder(args.encoder) if args.encoder else None
     folders = (args.model or TINY, args.pool or None, read_adapters(args.adapter))
-    mole = load_mole(*folders, args.dtype, args.device, template=asked_template(args))
+    mole = find_mole(*folders, asked_template(args))  # what is wrong is refused before weights are read
     mole.embed = embed
     print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
     tasks = choose_tasks(mole, args)
     kinds = {}
+    checked = []
     for method in methods:
         kinds[method] = find_method(mole, method, args.top_k)
         if args.ood and kinds[method].has_task_adapter:
             raise InputError(f"--ood: {method} has no adapter of a task that it could do without")
-        for name in tasks:
-            check_method(mole, for_task(mole, method, name), args.top_k)
-    meta = describe_run(mole, tasks, args)
+        checked += [check_name(mole, for_task(mole, method, name), args.top_k) for name in tasks]
     asked = {n: composites(tasks, n, args.composites, mole.template, args.seed) for n in sizes}
+    load_weights(mole, args.dtype, args.device)
+    for method in checked:
+        method.check_adapters(mole)
+    meta = describe_run(mole, tasks, args)
     for group in asked.values():
         for composite in group:
             encode_spans(mole, composite)  # refuses a prompt that doesn't fit before hours of work

@@ -9,10 +9,9 @@ come, answer() waits for whole answers.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from common.files import InputError, check_text, read_jsonl, run_script
+from common.files import InputError, check_text, check_writable, read_jsonl, run_script
 from common.options import Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
 from decoding.export import export
@@ -21,9 +20,8 @@ from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
 from decoding.stream import answer, load, stream
-from methods.batch import check_method, default_method
-from methods.session import load_mole
-from pool.folder import open_pool
+from methods.batch import check_method, check_name, default_method
+from methods.session import Mole, find_mole, load_weights
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
 from tasks.folders import load_tasks
@@ -97,8 +95,8 @@ def check_options(args: Options, asked: list[Request]) -> None:
         if getattr(args, name) and not args.init:
             raise InputError(f"--{name} is for --init")
     check_values(args, args.top_k, args.gate_temperature)
-    if args.html and Path(args.html).is_dir():
-        raise InputError(f"--html {args.html}: is a directory, expected a file to write")
+    if args.html:
+        check_writable(args.html)
 
 
 def read_requests(args: Options) -> list[Request]:
@@ -116,11 +114,10 @@ def read_requests(args: Options) -> list[Request]:
     return asked
 
 
-def read_init(args: Options, adapters: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """{adapter: samples} that --init was given. Raises InputError."""
+def read_init(args: Options, names: list[str]) -> dict[str, list[str]]:
+    """{adapter: samples} that --init was given for the adapters `names`. Raises InputError."""
     if not args.pool:
         raise InputError("--init: name the folder that becomes a pool with --pool")
-    names = open_pool(args.pool, adapters).adapters.keys()
     samples = {}
     if args.tasks:
         tasks = load_tasks(args.tasks)
@@ -141,6 +138,19 @@ def read_prompt(prompt: str) -> str:
         raise InputError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
+def check_names(mole: Mole, args: Options, asked: list[Request]) -> None:
+    """Raises InputError for an adapter, a method or a template that isn't there."""
+    if args.system and mole.template != CHAT:
+        raise InputError("--system is a message of a chat template: add --chat")
+    for name in args.exclude:
+        if not mole.pool.members:
+            raise InputError(f"--exclude {name}: there are no adapters")
+        mole.pool.member(name)
+    mixtures = [f"mix:{mixture}" for mixture in args.mix]
+    for name in [*args.method, *mixtures, *(request.method for request in asked if request.method)]:
+        check_name(mole, name, args.top_k)
+
+
 def main() -> None:
     """The command: answers prompts, lists the pool, or prompts for more."""
     about = "Answer prompts with a Llama that chooses among its LoRA adapters."
@@ -154,23 +164,16 @@ def main() -> None:
         return
     check_options(args, asked)
     template = asked_template(args)
-    adapters = read_adapters(args.adapter)
-    embed = sentence_encoder(args.encoder) if args.encoder else None
-    samples = read_init(args, adapters) if args.init else {}
-    folders = (args.model or TINY, args.pool or None, adapters)
-    mole = load_mole(*folders, args.dtype, args.device, args.resident, template=template)
-    mole.embed = embed
-    if args.system and mole.template != CHAT:
-        raise InputError("--system is a message of a chat template: add --chat")
+    mole = find_mole(args.model or TINY, args.pool or None, read_adapters(args.adapter), template)
+    check_names(mole, args, asked)
+    mole.embed = sentence_encoder(args.encoder) if args.encoder else None
+    samples = read_init(args, mole.pool.names) if args.init else {}
+    load_weights(mole, args.dtype, args.device, args.resident)
     if args.init:
         init_pool(mole, samples, args.write_samples, args.seed)
     if args.init or args.list_:
         print_pool(mole)
         return
-    for name in args.exclude:
-        if not mole.pool:
-            raise InputError(f"--exclude {name}: there are no adapters")
-        mole.pool.member(name)
     name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
     named = args.method + [f"mix:{mixture}" for mixture in args.mix]
     chosen = named or [name]

@@ -9,6 +9,7 @@ earlier file whole, and two processes never write into one file.
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import glob
 import io
@@ -55,9 +56,14 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(null, sys.stdout.fileno())  # otherwise the flush at exit fails again
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that can't be written
-        name = error.filename2 or error.filename or "standard output"  # a rename's target
-        print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: OSError) -> str:
+    """The file that the system couldn't read or write, and why."""
+    name = error.filename2 or error.filename or "standard output"  # a rename's target
+    return f"{name}: {error.strerror or error}"
 
 
 def _keep_memory():
@@ -76,6 +82,12 @@ def _keep_memory():
 def warn(message: str) -> None:
     """One line on standard error."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """warn(), unless this process has said the same already."""
+    warn(message)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -165,6 +177,16 @@ def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
 
 
 # Writing ------------------------------------------------------------------------------------------
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises InputError unless a file can be written there: asked before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory, expected a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path}: can't be written: {folder} is no folder that you may write to")
 
 
 def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:

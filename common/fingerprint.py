@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common.files import InputError
+from common.progress import track
 from common.tensors import open_safetensors
 
 
@@ -25,7 +26,7 @@ def hash_weights(stored_in: dict[str, tuple[Path, tuple, str]]) -> str:
     digest = hashlib.sha256()
     opened = {}
     with contextlib.ExitStack() as stack:
-        for name, (file, state, stored) in sorted(stored_in.items()):
+        for name, (file, state, stored) in track(sorted(stored_in.items()), "tensors hashed"):
             if file not in opened:
                 if not file.exists() or file_state(file) != state:
                     raise InputError(f"{file}: changed since the model was loaded from it; load it again")

@@ -14,6 +14,7 @@ from torch import nn
 from common.devices import DTYPES
 from common.files import InputError, parse_json, read_json, read_text, warn
 from common.fingerprint import file_state, hash_weights
+from common.progress import track
 from common.tensors import check_finite, open_safetensors
 
 # RoPE type -> the fields that it needs besides rope_theta. 'linear' and 'dynamic' stretch the
@@ -287,11 +288,12 @@ def read_weights(
     allowed = shapes | {HEAD: shapes[EMBEDDING]} if tied else shapes
     tensors = {}
     stored_in = {}
-    for file in sorted(set(sources.values())):
+    for file in track(sorted(set(sources.values())), "files of weights"):
         state = file_state(file)
         with open_safetensors(file) as found:
             names = set(found.keys())
-            for stored in sorted(name for name, source in sources.items() if source == file):
+            here = sorted(name for name, source in sources.items() if source == file)
+            for stored in track(here, f"tensors of {file.name}"):
                 if stored.endswith("rotary_emb.inv_freq"):  # computed from the config
                     continue
                 if stored not in names:

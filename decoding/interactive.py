@@ -1,8 +1,12 @@
 """The prompt loop of generate.py --interactive; between prompts, pool and method may change."""
 
+import re
+import shutil
 import sys
 
-from common.files import InputError
+from common.files import InputError, one_line
+from common.history import line_history
+from common.pictures import Trace, heat_map
 from common.template import CHAT
 from decoding.respond import respond
 from methods.batch import check_method
@@ -12,7 +16,7 @@ from pool.load import read_adapters
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds
 /remove NAME     one less                 /method M     how to choose from now on (ramole, adapter:NAME, ...)
 /mix A=0.7,B=0.5 a sum of adapters        /new          in a chat: a new conversation
-/quit, Ctrl-D    leave
+/quit, Ctrl-D    leave                    /route        which adapters the last answer used, and where
 anything else is a prompt"""
 
 
@@ -22,7 +26,14 @@ def interact(mole: Mole, method: str, args) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that aren't UTF-8 are an error of that prompt alone, not the end of the loop.
         sys.stdin.reconfigure(errors="surrogateescape")
+    commands = re.findall(r"/\w+", HELP)
+    with line_history(lambda: commands + (mole.pool.names if mole.pool else [])):
+        _interact(mole, method, args)
+
+
+def _interact(mole, method, args):
     turns = []
+    traces = None  # of the last prompt and its answer
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -44,6 +55,8 @@ def interact(mole: Mole, method: str, args) -> None:
                 method = check_method(mole, f"mix:{rest}", args.top_k)
             elif word == "/adapters":
                 print_pool(mole)
+            elif word == "/route":
+                print_route(traces)
             elif word == "/new":
                 turns = []
             elif word in ("/quit", "/exit"):
@@ -52,14 +65,28 @@ def interact(mole: Mole, method: str, args) -> None:
                 print(HELP)
             elif line:
                 methods = [check_method(mole, method, args.top_k)]
-                (text,) = respond(mole, [line], methods, args, turns=turns)
+                (traces,) = respond(mole, [line], methods, args, turns=turns)
                 if mole.template == CHAT:
+                    text = "".join(text for text, _ in traces[1])
                     turns.append({"role": "user", "content": line})
                     turns.append({"role": "assistant", "content": text})
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+        except BrokenPipeError:  # of whoever reads the answers
+            raise
+        except OSError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
         except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
+            print("stopped", file=sys.stderr)
+
+
+def print_route(traces: tuple[Trace, Trace] | None) -> None:
+    """A prompt's and its answer's tokens with the adapters that computed them, as wide as the
+    terminal. Raises InputError where there was no answer yet."""
+    if traces is None:
+        raise InputError("no answer yet, whose routing /route could show")
+    width = shutil.get_terminal_size((100, 24)).columns
+    print(heat_map(*traces, width, sys.stdout.encoding or "utf-8"))
 
 
 def print_pool(mole: Mole) -> None:

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from common.files import write_text
-from common.pictures import Printer, html_page
+from common.files import InputError, write_text
+from common.pictures import Printer, Trace, html_page
 from common.tokenizer import TextStream
 from decoding.loop import Token, decode
 from decoding.prompts import encode_prompt
@@ -54,17 +54,18 @@ def _trace(tokens):
 
 
 def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,
-            turns: Sequence[dict] = ()) -> list[str]:  # fmt: skip
+            turns: Sequence[dict] = ()) -> list[tuple[Trace, Trace]]:  # fmt: skip
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
     of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
-    far, with the chat template. Returns the answers' texts."""
+    far, with the chat template. Returns the traces (common/pictures.py) of each prompt and its
+    answer; they name adapters where these were recorded, as they always are with args.interactive."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     before = [*system, *turns]
     ids = [encode_prompt(mole, p, truncate=args.truncate, before=before) for p in prompts]
     routing = args.routing
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    recording = bool(routing or args.json or args.html)
+    recording = bool(routing or args.json or args.html or args.interactive)
     with mole.lock:
         found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
         compile_for(mole, args.compile, ids, args)
@@ -81,12 +82,17 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     tokens = [[] for _ in prompts]
     answer_traces = [[] for _ in prompts]
     seconds = [0.0] * len(prompts)
-    for token in events:
-        tokens[token.row].append(token)
-        answer_traces[token.row].append((token.text, token.adapters))
-        seconds[token.row] = time.perf_counter() - begin
+    try:
+        for token in events:
+            tokens[token.row].append(token)
+            answer_traces[token.row].append((token.text, token.adapters))
+            seconds[token.row] = time.perf_counter() - begin
+            if printer:
+                printer.push(token)
+    except (KeyboardInterrupt, InputError):
         if printer:
-            printer.push(token)
+            printer.end_line()
+        raise
     if printer:
         printer.close()
     if args.json:
@@ -94,7 +100,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             took = seconds[row]
             line = result(prompt, methods[row], tokens[row], prompt_tokens[row], took, found[row])
             print(json.dumps(line, ensure_ascii=False), flush=True)
+    traces = list(zip(prompt_traces, answer_traces, strict=True))
     if args.html:
-        traces = list(zip(prompt_traces, answer_traces, strict=True))
         write_text(args.html, html_page(traces, "Which adapter computed which token"))
-    return ["".join(token.text for token in row) for row in tokens]
+    return traces

@@ -12,7 +12,7 @@ from decoding.loop import Token, decode, tokens_until_full
 from decoding.prompts import encode_prompt
 from decoding.sampling import Sampling, check_values
 from methods.batch import check_method, default_method, retrieve, set_methods
-from methods.session import Mole, load_mole
+from methods.session import Mole, find_mole, load_weights
 from pool.load import TINY, compile_blocks
 
 
@@ -27,7 +27,8 @@ def load(model: str | Path | None = None, pool: str | Path | None = None,
     if template:
         check_template(template, "load()")
     extra = list((adapters or {}).items())
-    return load_mole(model or TINY, pool, extra, dtype, device, resident, fast, template)
+    mole = find_mole(model or TINY, pool, extra, template)
+    return load_weights(mole, dtype, device, resident, fast)
 
 
 def stream(mole: Mole, prompts: str | list[str], method: str | list[str] | None = None,

@@ -2,6 +2,7 @@
 
 import torch
 
+from common.progress import track
 from common.tokenizer import check_ids
 from methods.batch import set_methods
 from methods.meteora import GateLoss
@@ -29,7 +30,7 @@ def gate_accuracy(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict
     for name, task in tasks.items():
         examples += [encode(mole.tokenizer, mole.template, row, name) for row in task.test]
     check_ids([max(example.ids) for example in examples], mole.model.config.vocab_size)
-    for part in micro_batches(examples, 4096, padded=True):
+    for part in track(micro_batches(examples, 4096, padded=True), f"gates of {method}"):
         batch = collate(part)
         set_methods(mole, [method] * len(part), args.top_k, args.gate_temperature)
         labels = batch.slots(mole.pool).masked_fill(batch.prompt, -100)
@@ -57,7 +58,7 @@ def retrieval(mole: Mole, tasks: dict[str, Task]) -> dict[str, float]:
     retriever = retriever_of(mole)
     found = dict.fromkeys((1, 3, 5, 8), 0)
     n = 0
-    for name, task in tasks.items():
+    for name, task in track(tasks.items(), "retrieval"):
         prompts = [row["prompt"] for row in task.test]
         for pairs in retriever(prompts, max(found)):
             n += 1

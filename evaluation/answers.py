@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from common.files import MARK, InputError, read_json, warn, write_json
+from common.progress import track
 from decoding.loop import decode
 from decoding.prompts import by_length, encode_prompt
 from decoding.sampling import Sampling
@@ -22,7 +23,7 @@ def answer_all(mole: Mole, prompts: list[str], method: str, args, exclude: Names
     ids = [encode_prompt(mole, prompt) for prompt in prompts]
     found = retrieve(mole, [method] * len(ids), prompts, args.retrieve, exclude, ids)
     texts = [""] * len(ids)
-    for rows in by_length(ids, args.batch_size):
+    for rows in track(by_length(ids, args.batch_size), f"batches of {method}"):
         routing = {"retrieved": [found[j] for j in rows], "exclude": exclude}
         set_methods(mole, [method] * len(rows), args.top_k, args.gate_temperature, **routing)
         for token in decode(mole, [ids[j] for j in rows], Sampling(args.max_new_tokens)):

@@ -9,6 +9,7 @@ import numpy as np
 
 from common.files import InputError
 from common.pictures import svg_picture
+from common.progress import track
 from common.tokenizer import check_ids
 from decoding.loop import decode
 from decoding.prompts import by_length
@@ -34,7 +35,8 @@ def answer_composites(mole: Mole, asked: Asked, method: str, temperature: float,
     used = "base" if forced else method
     encoded = [encode_spans(mole, composite) for composite in asked]
     texts = [""] * len(asked)
-    for rows in by_length([ids for ids, _ in encoded], args.batch_size):
+    batches = by_length([ids for ids, _ in encoded], args.batch_size)
+    for rows in track(batches, f"batches of {method}"):
         ids = [encoded[row][0] for row in rows]
         route(mole, [asked[row] for row in rows], ids, used, temperature, args)
         if forced:

@@ -49,8 +49,9 @@ def find_method(mole: Mole, name: str, top_k=2) -> Method:
     raise InputError(f"no method {name!r}{hint}")
 
 
-def check_method(mole: Mole, name: str, top_k=2) -> str:
-    """Raises InputError unless `name` is a method that this pool has the parts for. Returns it."""
+def check_name(mole: Mole, name: str, top_k=2) -> Method:
+    """The Method `name`. Raises InputError unless this pool has the parts for it; reads no weights:
+    `mole` may be a find_mole()."""
     method = find_method(mole, name, top_k)
     if method.per_task:
         hint = f"name it, {method.per_task.format('NAME')}, or let eval.py"
@@ -59,6 +60,12 @@ def check_method(mole: Mole, name: str, top_k=2) -> str:
         hint = "name a --pool or an --adapter NAME=DIR"
         raise InputError(f"method {name}: needs adapters, and there are none: {hint}")
     method.check(mole)
+    return method
+
+
+def check_method(mole: Mole, name: str, top_k=2) -> str:
+    """check_name(), and that the parts were made with these adapters. Returns the name."""
+    check_name(mole, name, top_k).check_adapters(mole)
     return name
 
 

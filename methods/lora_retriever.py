@@ -29,6 +29,7 @@ from torch import Tensor
 
 from common.files import InputError, write_jsonl, write_text
 from common.hub import find_folder
+from common.llama_folder import read_config
 from common.locks import alone
 from common.options import Above0, Least, NotNegative, Seed, Whole
 from common.tables import markdown
@@ -152,12 +153,12 @@ def train_retriever(args: RetrieverRun) -> None:
 
 def _train_retriever(folder, known, tasks, names, args):
     base = find_folder(args.model, "model")
+    layers = read_config(base)["num_hidden_layers"]
+    if args.depth > layers:
+        raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     model = load_base(base, args.dtype, args.device)
     model.fingerprint()  # of the files as they are now: another base may lie there when this ends
     tokenizer = Tokenizer(base)
-    layers = model.config.num_hidden_layers
-    if args.depth > layers:
-        raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     untuned = LlamaEncoder(model, tokenizer, args.depth or None, max_length=args.max_length)
     n = even_count([tasks[name] for name in names], args.prompts)
     views = []

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from common.files import InputError, read_json, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
+from common.progress import track
 from common.tensors import LARGEST
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
@@ -26,13 +26,7 @@ from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
 from tasks.folders import collate, draw, load_tasks, tokenize
 from training.adapters_help import check_adapters_help
-from training.inputs import (
-    PoolOptions,
-    data_of,
-    keep_template,
-    load_with_pool,
-    named_pool,
-)
+from training.inputs import PoolOptions, data_of, keep_template, load_with_pool, named_pool
 from training.loop import required
 from training.losses import lm_losses
 
@@ -118,20 +112,26 @@ class LoraHub(Merged):
 
     def check(self, mole: Mole) -> None:
         """The file has to know the task."""
-        known = self.known_weights(mole)
+        known = read_searched(self.file(mole))["weights"]
         if self.task not in known:
             hint = nearest(self.task, known) or ", only for " + ", ".join(known)
             raise InputError(f"method {self.name}: no weights for {self.task!r}{hint}")
 
-    def known_weights(self, mole: Mole, ood=False) -> dict[str, dict[str, float]]:
-        """{task: {adapter: weight}} of POOL/baselines/lorahub.json, or lorahub_ood.json, searched
-        without each task's own adapter. Raises InputError where other adapters made it."""
+    def check_adapters(self, mole: Mole) -> None:
+        """The weights have to be those of the pool's adapters."""
+        self.known_weights(mole)
+
+    def file(self, mole: Mole, ood=False) -> Path:
+        """POOL/baselines/lorahub.json, or lorahub_ood.json, searched without each task's own
+        adapter. Raises InputError where it isn't there."""
         name = f"lorahub{'_ood' * ood}.json"
         file = mole.folder.path / "baselines" / name if mole.folder else None
-        if not (file and file.exists()):
-            found = file or "a pool folder with its parts"
-            command = "train.py lorahub" + " --ood" * ood
-            raise InputError(f"method lorahub: needs {found}: python {command} makes it")
+        self.need(file, "train.py lorahub" + " --ood" * ood)
+        return file
+
+    def known_weights(self, mole: Mole, ood=False) -> dict[str, dict[str, float]]:
+        """{task: {adapter: weight}} of the file. Raises InputError where other adapters made it."""
+        file = self.file(mole, ood)
         found = read_searched(file)
         mole.pool.need(mole.pool.names)  # an adapter's hash is known when it was loaded
         if found.get("adapters") != {name: member.hash for name, member in mole.pool.members.items()}:
@@ -202,7 +202,7 @@ def _train_lorahub(known, tasks, args):
     gate = SampleGate()
     slot = Pool(pool.shapes, 1, pool.rank, like.dtype, like.device, pool.alloc_B)
     attach(model, slot, gate)
-    for task in tqdm([task for task in tasks if task not in found], file=sys.stderr):
+    for task in track([task for task in tasks if task not in found], "lorahub"):
         used = [name for name in names if not (args.ood and name == task)]
         count = min(args.shots, len(examples[task]))
         batch = collate(draw(examples[task], task, 0, count, args.seed), like.device)

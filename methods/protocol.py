@@ -68,7 +68,11 @@ class Method:
 
     def check(self, mole: Mole) -> None:
         """Raises InputError where the pool lacks a part that the method needs, naming the command
-        that makes it."""
+        that makes it. The adapters need not be loaded."""
+
+    def check_adapters(self, mole: Mole) -> None:
+        """Raises InputError where a part was made with other adapters; for those that are read anew
+        by each request."""
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """A ranking of adapters for each prompt, whose token ids are `ids`; empty where the method

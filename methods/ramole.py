@@ -33,14 +33,7 @@ from pool.folder import check_base, read_number
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters_help import check_adapters_help
-from training.inputs import (
-    PoolOptions,
-    bound_to,
-    data_of,
-    keep_template,
-    load_with_pool,
-    named_pool,
-)
+from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 

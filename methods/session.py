@@ -1,6 +1,7 @@
 """The loaded model with its tokenizer, its pool and what is attached to it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import RLock
 
 import torch
@@ -9,11 +10,11 @@ from common.files import warn
 from common.hub import find_folder
 from common.template import RAW, choose_template
 from common.tokenizer import Tokenizer
-from pool.adapters import linear_shapes, load_adapter
+from pool.adapters import Adapter, linear_shapes, load_adapter, peft_folder
 from pool.folder import PoolFolder, find_pool
 from pool.load import load_base, load_pool
 from pool.retriever import LlamaEncoder, Retriever, load_retriever
-from pool.slots import Pool, alloc_B_of
+from pool.slots import Member, Pool, alloc_B_of
 
 Ranking = list[tuple[str, float]]  # retrieved adapters with their scores, the best first
 
@@ -36,6 +37,8 @@ class Mole:
     folder: PoolFolder | None = None  # where it came from
     template: str = RAW  # how prompts are wrapped: common/template.py
     template_from: str = "as asked"  # who says so
+    base_path: Path | None = None  # the base's folder
+    base_name: str = ""  # the base as it was named, a folder or a hub name
     attached: tuple | None = None  # what is attached: the setup, options, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
     prompt: PromptMask = field(default_factory=PromptMask)  # for methods that decide from the prompt
@@ -69,23 +72,40 @@ class Mole:
         return self.model.model.embed_tokens.weight.device
 
 
-def load_mole(
-    model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True, template=""
-) -> Mole:
-    """Model folder, pool folder (default: the model's own, where it is one) and extra [(name, PEFT
-    folder)] -> Mole; model and adapters also as on the hub, ORG/NAME[@REVISION]. `resident`: how
-    many adapters are in memory at most, 0 = all. `fast` False: plain, without what fast/ installs.
-    `template`: how prompts are wrapped, "" = choose_template() decides. Raises InputError; what
-    takes no time is checked before any weight is read."""
+def find_mole(model, pool=None, extra=(), template="") -> Mole:
+    """All of a Mole that takes no time: load_weights() reads the rest. Until then its pool has the
+    adapters' names alone.
+
+    `model` is a folder or a hub name, `pool` a folder (default: the model's own, where it is one),
+    `extra` [(name, PEFT folder or hub name)], `template` how prompts are wrapped ("" =
+    choose_template() decides). Raises InputError for what isn't there.
+    """
     extra = [(name, find_folder(path, "adapter")) for name, path in extra]  # before the larger files
-    found = find_folder(model, "model")
-    folder = find_pool(found, pool, extra)
-    tokenizer = Tokenizer(found)
+    path = find_folder(model, "model")
+    folder = find_pool(path, pool, extra)
+    tokenizer = Tokenizer(path)
     template, template_from = choose_template(template, folder and folder.template, tokenizer)
-    base = load_base(found, dtype, device, fast)
-    shapes = linear_shapes(base)
-    adapters = load_pool(base, model, folder, resident)
-    return Mole(base, tokenizer, shapes, adapters, folder, template, template_from)
+    names = Pool({}, capacity=0, rank=0)
+    for name, where in folder.adapters.items() if folder else ():
+        names.members[name] = Member(None, None, Adapter(name, {}, {}, {}, {}, folder=peft_folder(where)))
+    found = Mole(None, tokenizer, {}, names, folder, template, template_from)
+    found.base_path = path
+    found.base_name = str(model)
+    return found
+
+
+def load_weights(mole: Mole, dtype="auto", device="auto", resident=0, fast=True) -> Mole:
+    """Reads the base and the adapters of a find_mole(), at most `resident` of them in memory, 0 =
+    all. `fast` False: plain, without what fast/ installs. Raises InputError."""
+    mole.model = load_base(mole.base_path, dtype, device, fast)
+    mole.shapes = linear_shapes(mole.model)
+    mole.pool = load_pool(mole.model, mole.base_name, mole.folder, resident)
+    return mole
+
+
+def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True) -> Mole:
+    """find_mole() with its weights."""
+    return load_weights(find_mole(model, pool, extra), dtype, device, resident, fast)
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:

@@ -117,7 +117,7 @@ def load_adapter(
     are on the meta device. `header` and `quiet` suppress warnings. Raises InputError where the
     folder isn't plain LoRA or doesn't fit the base.
     """
-    folder = _adapter_folder(Path(folder))
+    folder = peft_folder(folder)
     file = folder / "adapter_model.safetensors"
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
@@ -151,7 +151,9 @@ def load_adapter(
     return adapter
 
 
-def _adapter_folder(folder):
+def peft_folder(folder: Path | str) -> Path:
+    """The folder itself or the one in it that holds a PEFT adapter. Raises InputError where none does."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such adapter folder")
     if (folder / "adapter_config.json").exists():

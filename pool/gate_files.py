@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import InputError, warn
+from common.files import InputError, warn_once
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from moe_lora import MeteoraGate, meteora_gates
 from pool.folder import check_base, read_number
@@ -90,7 +90,7 @@ class GateFile:
             listed = ", ".join(wrong)
             raise InputError(f"{file}: trained with other adapters: {listed}: {again}")
         if strangers := [name for name in pool.names if name not in names]:
-            warn(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
+            warn_once(f"{file} has no row for {', '.join(strangers)}: never chosen by these gates")
         if not self.rows:
             raise InputError(f"{file}: all its adapters are excluded")
         self.slots = torch.tensor(list(map(pool.slot, chosen)))

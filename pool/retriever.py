@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.files import InputError, warn
+from common.progress import progress, track
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
@@ -118,7 +119,7 @@ class LlamaEncoder:
         out = torch.empty(len(rows), model.config.hidden_size)
         device = model.head_weight.device
         order = sorted(range(len(rows)), key=lambda j: len(rows[j]))
-        with base_alone(model):
+        with base_alone(model), progress("texts embedded", len(rows)) as bar:
             while order:
                 longest = len(rows[order[-1]]) + len(head)
                 some = order[-max(1, tokens // longest) :]
@@ -132,6 +133,7 @@ class LlamaEncoder:
                 hidden = model.model(ids.to(device), depth=self.depth).float().cpu()
                 total = hidden.masked_fill(~mask[..., None], 0).sum(1)
                 out[some] = total / mask.sum(1, keepdim=True)
+                bar.update(len(some))
         return out
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -192,7 +194,7 @@ class Retriever:
         """Adds and removes adapters until they are exactly {name: samples}."""
         for name in self.vectors.keys() - members.keys():
             self.remove(name)
-        for name, samples in members.items():
+        for name, samples in track(members.items(), "adapters' samples embedded"):
             self.add(name, samples)
 
     def __call__(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from common.files import InputError
+from common.files import InputError, warn
 from common.options import nearest
+from common.progress import track
 from common.tensors import LARGEST, cast_finite, dtype_name
 from model import Llama
 from pool.adapters import Adapter, _pattern, load_adapter
@@ -151,23 +152,30 @@ class Pool:
             if name in self._used:
                 self._used.remove(name)
             self._used.append(name)  # so that none of them leaves for another
-        for name in names:
-            member = self.members[name]
-            if member.slot is None:
-                loaded_before = member.hash is not None
-                folder = member.adapter.folder
-                adapter = load_adapter(folder, name, self.shapes, quiet=loaded_before)
-                self._check_values(adapter)
-                slot = self._fill(self._free_slot(), adapter)
-                self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
+        missing = [name for name in names if self.members[name].slot is None]
+        for name in track(missing, "adapters loaded"):
+            self._load(name)
+
+    def _load(self, name):
+        """Reads an adapter that is on disk alone into a slot."""
+        before = self.members[name]
+        quiet = before.hash is not None  # it was loaded before, with its warnings
+        adapter = load_adapter(before.adapter.folder, name, self.shapes, quiet=quiet)
+        self._check_values(adapter)
+        if before.hash not in (None, adapter.hash):
+            found = f"{before.hash[:12]} when it was loaded, now {adapter.hash[:12]}"
+            warn(f"{adapter.folder}: adapter {name} has changed on disk: {found}: going on with the new one")
+        if adapter.rank > self.rank:
+            self._grow(self.capacity, adapter.rank)
+        slot = self._fill(self._free_slot(), adapter)
+        self.members[name] = Member(slot, adapter.hash, without_tensors(adapter))
 
     def add(self, adapter: Adapter) -> int | None:
         """Puts the adapter into a free slot and returns the slot; raises capacity or rank where
         needed. Where the limit is reached the adapter stays on disk, and None is returned. Raises
         InputError where it isn't on disk."""
         if adapter.name in self.members:
-            first = self.members[adapter.name].adapter.folder
-            raise InputError(f"adapter name {adapter.name!r} twice: {first} and {adapter.folder}")
+            raise InputError(self._how_it_differs(adapter))
         full = len(self.resident) >= self.capacity
         slot = None
         larger = min(max(2 * self.capacity, 4), self.limit or math.inf) if full else self.capacity
@@ -184,6 +192,17 @@ class Pool:
             self._used.append(adapter.name)
         self.members[adapter.name] = Member(slot, adapter.hash, without_tensors(adapter))
         return slot
+
+    def _how_it_differs(self, adapter):
+        """One line: whether the member of an adapter's name is the same, and how to replace it."""
+        member = self.members[adapter.name]
+        first = member.adapter.folder
+        name = repr(adapter.name)
+        was = member.hash or load_adapter(first, adapter.name, quiet=True).hash
+        if was == adapter.hash:
+            return f"adapter {name} is here already: {adapter.folder} holds the same as {first}"
+        found = f"here it is {was[:12]} of {first}, and {adapter.folder} holds {adapter.hash[:12]}"
+        return f"adapter {name} differs: {found}: to replace it, first /remove {adapter.name}, then /add it"
 
     def _cover(self, adapter):
         """Adds stacks for Linears that no adapter has adapted so far. Holders of the other stacks

@@ -151,6 +151,9 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
     if not 0 <= args.dropout < 0.99:
         raise InputError(f"--dropout is {args.dropout}, expected 0 or more and less than 0.99")
+    for target in args.target:
+        if not target.endswith(LINEARS):
+            raise InputError(f"--target {target}: no such Linear, expected some of {', '.join(LINEARS)}")
     if args.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
     if not 0 <= args.late_start <= 1:

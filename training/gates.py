@@ -25,14 +25,7 @@ from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
 from training.adapters_help import check_adapters_help
-from training.inputs import (
-    PoolOptions,
-    bound_to,
-    data_of,
-    keep_template,
-    load_with_pool,
-    named_pool,
-)
+from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Checkpoint, Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 

@@ -11,7 +11,7 @@ from common.hub import find_folder
 from common.template import TemplateOptions, asked_template, choose_template
 from common.tokenizer import Tokenizer
 from model import Llama
-from pool.adapters import linear_shapes
+from pool.adapters import linear_shapes, peft_folder
 from pool.folder import PoolFolder, check_pool_base, open_pool, write_pool
 from pool.load import load_base, read_adapters
 from pool.slots import Pool, alloc_B_of
@@ -71,6 +71,8 @@ def load_with_pool(
 
     Raises InputError where the pool's adapters were trained on another base.
     """
+    for name in names:
+        peft_folder(known.adapters[name])  # before the base is read
     model, tokenizer = load_frozen(args, known)
     folders = {name: known.adapters[name] for name in names}
     like = model.head_weight

@@ -6,6 +6,7 @@ interrupted. On a GPU, which adds in no fixed order, the two are equal up to rou
 was given (options, base, adapters, data) is in its config.json: other input is not resumed.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from common.files import MARK, InputError, read_json, read_text, warn, write_json, write_text
 from common.options import Count, NotNegative, Seed
+from common.progress import progress
 from common.tensors import read_metadata, read_safetensors, write_safetensors
 from model import Llama
 from pool.load import compile_blocks
@@ -256,10 +257,9 @@ def fit(
     optimizers = make_optimizers(params, args, rates or {})
     checkpoint.load(params, optimizers)
     board = _tensorboard(checkpoint.folder) if args.tensorboard else None
-    steps = range(checkpoint.step, args.steps)
-    bar = tqdm(steps, initial=checkpoint.step, total=args.steps, file=sys.stderr, mininterval=1)
-    try:
-        for step in bar:
+    bar = progress(checkpoint.folder.name, args.steps, checkpoint.step)
+    with _say_how_to_resume(checkpoint), bar:
+        for step in range(checkpoint.step, args.steps):
             for param in params.values():
                 param.grad = None
             losses = step_loss(step)
@@ -274,7 +274,8 @@ def fit(
                 optimizer.step()
             logged = {"step": step + 1, "lr": lr, "norm": norm, **losses}
             checkpoint.rows.append([f"{value:.6g}" for value in logged.values()])
-            bar.set_postfix({"norm": norm, **losses})
+            shown = [f"{name} {value:.3g}" for name, value in {**losses, "norm": norm}.items()]
+            bar.set_postfix_str(", ".join(shown), refresh=False)
             for name, value in logged.items() if board else ():
                 board.add_scalar(name, value, step + 1)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -283,14 +284,21 @@ def fit(
                 lines = map(",".join, [list(logged), *checkpoint.rows])
                 write_text(checkpoint.folder / "log.csv", "\n".join(lines) + "\n")
                 checkpoint.save(step + 1, params, optimizers)
+            bar.update()
+    for param in params.values():
+        param.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _say_how_to_resume(checkpoint):
+    """On Ctrl-C, where --resume goes on."""
+    try:
+        yield
     except KeyboardInterrupt:
-        bar.close()
         none_yet = "the start: there is no checkpoint yet"
         where = "the last checkpoint" if checkpoint.file.exists() else none_yet
         warn(f"stopped; --resume goes on from {where}")
         raise
-    for param in params.values():
-        param.requires_grad_(False)
 
 
 def _tensorboard(folder):

@@ -2,14 +2,16 @@
 else."""
 
 import html
+import math
 import re
+import unicodedata
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.pictures import COLOURS, Palette, html_page, legend, paint, svg_picture
+from common.pictures import COLOURS, SHADES, Palette, heat_map, html_page, legend, paint, svg_picture
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 colours = st.sampled_from([None, *COLOURS])
@@ -171,3 +173,71 @@ def test_html_colours_are_the_legend_s():
     )
     assert spans == [("prompt", "(128, 128, 128)"), ("answer", keys["plural"]), ("answer", keys["roman"])]
     assert "plural 70%" in page and "roman 30%" in page
+
+
+# The heat map -------------------------------------------------------------------------------------
+
+PROMPT = [("", []), ("What", [["plural", 0.3]]), (" is\n", [["roman", 0.001], ["plural", 0.999]])]
+ANSWER = [("mi", [["plural", 1.0]]), ("ce", [["roman", 0.5]])]
+
+
+@pytest.mark.parametrize("encoding, shades", zip(("utf-8", "latin-1"), SHADES, strict=True))
+def test_a_heat_map_by_hand(encoding, shades):
+    """Without it a shade stands under another token, or prompt and answer can't be told apart."""
+    least, some, half, most = (shades[math.ceil(w * (len(shades) - 1))] for w in (0.001, 0.3, 0.5, 1.0))
+    assert heat_map(PROMPT, ANSWER, encoding=encoding).splitlines() == [
+        "prompt        |What| is\\n",
+        f"  82% plural   {some * 4} {most * 5}",
+        f"  18% roman         {least * 5}",
+        "answer       mi|ce",
+        f"  82% plural {most * 2}",
+        f"  18% roman     {half * 2}",
+        f"{shades[1]} to {shades[-1]}: a weight above 0 to 1, % of all weight",
+    ]
+
+
+def test_nothing_to_show():
+    """Without it the base's own answer is an empty map, or a division by zero."""
+    assert heat_map([], []) == heat_map([("a", [])], [("b", [["x", 0.0]])]) == "no adapter took part"
+
+
+def columns_of(text):
+    """Terminal columns, counted one character at a time."""
+    found = 0
+    for character in text:
+        wide = unicodedata.east_asian_width(character) in ("W", "F")
+        found += 0 if unicodedata.combining(character) else 2 if wide else 1
+    return found
+
+
+odd = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="|"), max_size=9)
+tokens = st.lists(
+    st.tuples(st.one_of(odd, st.sampled_from(["漢字", "é", " the", "\x1b[2J"])), mixtures), max_size=17
+)
+
+
+@given(tokens, tokens, st.integers(140, 190), st.sampled_from(["utf-8", "ascii", "latin-1"]))
+def test_a_heat_map_is_as_wide_as_the_terminal(prompt, answer, width, encoding):
+    """Without it a terminal breaks the lines so that no shade stands under its token, or a model's
+    answer moves the cursor."""
+    lines = heat_map(prompt, answer, width, encoding).split("\n")
+    assert all(line.isprintable() for line in lines)
+    "".join(lines).encode(encoding)  # raises where it can't
+    if len(lines) > 1:
+        heads = [line for line in lines if line.startswith(("prompt", "answer", " " * 7))]
+        assert "".join(heads).count("|") == len(prompt) + len(answer) - len(heads)
+        assert max(map(columns_of, lines)) <= width
+
+
+def test_a_heat_map_shows_each_token_under_its_text():
+    """Without it wrapped lines lose a token, or repeat one."""
+    trace = [(f" w{j}", [[f"a{j % 3}", 1.0]]) for j in range(50)]
+    lines = heat_map([], trace, 41).splitlines()[:-1]
+    assert max(map(len, lines)) <= 41
+    shown = [line for line in lines if "|" in line]
+    texts = "|".join(line[9:] for line in shown).split("|")
+    assert texts == [f" w{j}" for j in range(50)]
+    for name in ("a0", "a1", "a2"):
+        assert "".join(line for line in lines if line[6:8] == name).count("█") == sum(
+            len(text) for text, [[used, _]] in trace if used == name
+        )

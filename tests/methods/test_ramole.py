@@ -9,7 +9,7 @@ import torch
 from common.files import InputError, read_json, write_json
 from common.options import check_bounds
 from common.tensors import read_metadata, read_safetensors
-from eval import seen_tasks
+from evaluation.choose import seen_tasks
 from generate import load
 from helpers_training import prompts
 from methods.batch import set_methods
