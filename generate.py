@@ -122,6 +122,8 @@ def read_init(args: Options, names: list[str]) -> dict[str, list[str]]:
     if args.tasks:
         tasks = load_tasks(args.tasks)
         samples = task_samples({name: task for name, task in tasks.items() if name in names})
+        if not samples:
+            raise InputError(f"--tasks {args.tasks}: no task has an adapter's name: {', '.join(names)}")
     return samples | read_samples(args.samples, names)
 
 

@@ -8,14 +8,12 @@ with the adapter.
 
 import random
 import shutil
-import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.files import InputError, read_jsonl, read_text, write_jsonl
 from common.options import nearest
+from common.progress import track
 from common.template import CHAT, fill
 from common.tensors import read_metadata
 from common.tokenizer import Tokenizer
@@ -57,8 +55,7 @@ def task_samples(tasks: dict[str, Task], count: int = 20, seed: int = 0) -> dict
     """{task: `count` of its training prompts}, 20 as in LoraRetriever."""
     found = {}
     for name, task in tasks.items():
-        count = min(count, len(task.train))
-        rows = random.Random(f"{seed}/{name}").sample(task.train, count)
+        rows = random.Random(f"{seed}/{name}").sample(task.train, min(count, len(task.train)))
         found[name] = [row["prompt"] for row in rows]
     return found
 
@@ -73,7 +70,7 @@ def init_pool(mole: Mole, given: dict[str, list[str]], write: int = 0, seed: int
     for name, prompts in given.items():
         adapters[name].samples = prompts
     lacking = [name for name, adapter in adapters.items() if not adapter.samples]
-    for name in tqdm(lacking if write else [], "writing samples", file=sys.stderr):
+    for name in track(lacking if write else [], "writing samples"):
         adapters[name].samples = write_samples(mole, name, write, seed)
     for name, adapter in adapters.items():
         if adapter.samples:

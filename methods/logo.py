@@ -1,22 +1,33 @@
-"""LoGo (arXiv 2511.07129): the adapters that change a prompt's last token most, by one forward pass.
+"""LoGo (arXiv 2511.07129): the adapters that a prompt's last token excites most, by one forward pass.
 
-logo            score_j = ||B_j A_j x|| / (||B_j A_j|| ||x||), x the last token's input, ||.|| of a
-                matrix the Frobenius norm; the mean over the Linears that the adapter has
+logo            score_j = ||B_j A_j x|| / ||x||, x the last token's input, as a multiple of what it
+                is for everyday prompts; the geometric mean over the Linears that the adapter has
 logo_entropy    score_j = 1 / entropy of softmax(s_j B_j A_j x); the mean over all Linears
 
-The paper's norm is s_j ||B_j A_j x||, over all Linears. With it adapters of a higher scale or on
-more Linears win whatever is asked; divided by their size they win where they fit (LOG.md).
+The paper's score is s_j ||B_j A_j x||, over all Linears. It compares adapters by their size: one of a
+higher scale, or on more Linears, wins whatever is asked. As a multiple of what is usual for the
+adapter itself, scale, rank and the choice of Linears cancel out (LOG.md has both, measured).
 """
 
 import torch
 from torch import Tensor, nn
 
 from common.files import InputError
+from common.template import encode_wrapped
 from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
 from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
 from pool.slots import Pool
+
+# Prompts of no adapter's task: what they excite is what is usual.
+EVERYDAY = (
+    "What is the capital of France?", "Write a short poem about the sea.", "How do I cook rice?",
+    "Explain gravity to a child.", "Translate to Spanish: good morning", "What is 12 times 9?",
+    "Name three animals that live in the sea.", "Why is the sky blue?",
+    "Summarise: The meeting was moved to Friday.", "Is this sentence correct? He go home.",
+    "My computer is slow. What can I do?", "List the planets.",
+)  # fmt: skip
 
 
 class LoGo(FixedMixture):
@@ -24,13 +35,13 @@ class LoGo(FixedMixture):
 
     pattern = r"logo(?:_entropy)?(?:_top([1-9]\d*))?"
     names = ("logo", "logo_top1", "logo_entropy")
-    about = "LoGo: the k adapters that change the prompt's last token most, or most surely; no training"
+    about = "LoGo: the k adapters that a prompt's last token excites most, or most surely; no training"
     paper = "2511.07129"
     retrieves = "by a forward pass"
 
     def __init__(self, name: str, top_k: int, k: str | None):
         super().__init__(name, top_k)
-        self.best = int(k or 0)  # of those of --retrieve
+        self.best = int(k or 0)  # 0: as many as are retrieved
         self.by_entropy = name.startswith("logo_entropy")
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
@@ -39,7 +50,7 @@ class LoGo(FixedMixture):
 
     @classmethod
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
-        """Where there is nothing but adapters: of the gates without training the best (LOG.md)."""
+        """Where there is nothing but adapters: without training and samples it is the best (LOG.md)."""
         lacking = [member for member in mole.pool.members.values() if not member.adapter.samples]
         return "logo_top1", f"no gates, and {len(lacking)} without samples, which --init adds"
 
@@ -50,37 +61,31 @@ class LoGo(FixedMixture):
 
 
 class LogoProbe(nn.Module):
-    """LoGo's look at one Linear: no token uses an adapter, `score` (e,) is of the last token."""
+    """LoGo's look at one Linear: no token uses an adapter, `score` (e,) is of the last token: log
+    (||B_j A_j x|| / ||x||), or 1 / entropy."""
 
     sequential = True
 
-    def __init__(self, A: Tensor, B: Tensor, scale: Tensor, by_entropy: bool = False):
+    def __init__(self, B: Tensor, scale: Tensor, by_entropy: bool = False):
         super().__init__()
         self.B = B
         self.scale = scale
         self.by_entropy = by_entropy
-        self.size = matrix_norms(A, B) * scale.abs()  # (e,)
         self.score = None
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> a Mixture of weight 0; keeps `score`."""
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
-        v = torch.einsum("er,eor->eo", a.float(), self.B.float()) * self.scale[:, None]
+        v = torch.einsum("er,eor->eo", a.float(), self.B.float())
         if self.by_entropy:
+            v = v * self.scale[:, None]
             entropy = -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)
             self.score = 1 / entropy.clamp(min=1e-6)
         else:
-            self.score = v.norm(dim=-1) / (self.size * x[-1].float().norm()).clamp(min=1e-30)
+            relative = v.norm(dim=-1) / x[-1].float().norm().clamp(min=1e-30)
+            self.score = relative.clamp(min=1e-30).log()
         nothing = torch.zeros(len(x), 1, device=x.device)
         return Mixture(nothing.long(), nothing)
-
-
-def matrix_norms(A: Tensor, B: Tensor) -> Tensor:
-    """||B_j A_j||, Frobenius, of A (e, r, i) and B (e, o, r) -> (e,): the trace of B^T B A A^T is
-    its square, so that no (o, i) matrix is formed."""
-    inner = B.float().mT @ B.float()  # (e, r, r)
-    outer = A.float() @ A.float().mT
-    return (inner * outer).sum((1, 2)).clamp(min=0).sqrt()
 
 
 @torch.inference_mode()
@@ -92,22 +97,42 @@ def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), by_entropy=False)
     if not names:
         raise InputError("method logo: every adapter is excluded")
     pool.need(names)
-    probes = {}
-    for path, A in pool.A.items():
-        probes[path] = LogoProbe(A, pool.B[path], pool.scale[path], by_entropy)
-    sizes = torch.stack([probe.size for probe in probes.values()])  # (Linears, e)
-    share = torch.ones_like(sizes) if by_entropy else (sizes > 0).float()
-    share = share / share.sum(0).clamp(min=1)
+    scores = probe(mole, ids, by_entropy)  # (prompts, Linears, e)
+    if by_entropy:
+        scores = scores.mean(1)
+    else:
+        has = torch.stack([(pool.scale[path] != 0).float() for path in pool.A])  # (Linears, e)
+        excess = (scores - usual(mole)) * has
+        scores = (excess.sum(1) / has.sum(0).clamp(min=1)).exp()
+    found = []
+    for score in scores:
+        named = {name: float(score[pool.slot(name)]) for name in names}
+        best = sorted(named, key=lambda name: (-named[name], name))[:k]
+        found.append([(name, round(named[name], 6)) for name in best])
+    return found
+
+
+def usual(mole: Mole) -> Tensor:
+    """(Linears, e): the mean of the probes' scores for everyday prompts, computed anew where the
+    pool or the template has changed."""
+    key = (mole.pool.version, mole.pool.capacity, mole.template)
+    if mole.logo_usual is None or mole.logo_usual[0] != key:
+        ids = [encode_wrapped(mole.tokenizer, mole.template, prompt) for prompt in EVERYDAY]
+        mole.logo_usual = (key, probe(mole, ids).mean(0))
+    return mole.logo_usual[1]
+
+
+def probe(mole: Mole, ids: list[list[int]], by_entropy: bool = False) -> Tensor:
+    """The probes' scores of each prompt's last token: (prompts, Linears, e)."""
+    pool = mole.pool
+    probes = {path: LogoProbe(pool.B[path], pool.scale[path], by_entropy) for path in pool.A}
     found = []
     with base_alone(mole.model):
         attach(mole.model, pool, probes)
         try:
             for row in ids:  # one by one: no padding, and the last token is the last
                 mole.model.model(torch.tensor([row], device=mole.device))
-                score = (torch.stack([probe.score for probe in probes.values()]) * share).sum(0)  # (e,)
-                scores = {name: float(score[pool.slot(name)]) for name in names}
-                best = sorted(scores, key=lambda name: (-scores[name], name))[:k]
-                found.append([(name, round(scores[name], 6)) for name in best])
+                found.append(torch.stack([one.score for one in probes.values()]))
         finally:
             detach(mole.model)
-    return found
+    return torch.stack(found)

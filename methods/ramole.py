@@ -253,8 +253,7 @@ def train_router(args: RouterRun) -> None:
 
 
 def _train_router(known, names, tasks, run, args):
-    # Without the other tasks' adapters: they would never be right, and the router would learn to
-    # avoid them.
+    # The other tasks' adapters would never be right here: the router would learn to avoid them.
     model, tokenizer, pool = load_with_pool(args, known, names)
     file = known.path / "router.safetensors"
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)

@@ -45,6 +45,7 @@ class Mole:
     custom_gates: dict = field(default_factory=dict)  # {method: a gate of yours or {module path: gate}}
     embed: object = None  # a text encoder of yours for retrieval, texts -> (n, d)
     retriever: Retriever | None = None  # made where it is first asked for
+    logo_usual: tuple | None = None  # LoGo's scores for everyday prompts
     router_version: int = -1  # the pool's version that RAMoLE's routers know
     batch_id: int = 0  # how often set_methods was called: one batch at a time
     slots_in_use: dict = field(default_factory=dict)  # {adapter: (slot, hash)} of the batch

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from common.files import InputError
+from common.template import TEMPLATE
 from helpers_models import write_adapters
 from helpers_training import write_tasks
 from model import load_llama
-from pool.adapters import TEMPLATE
 from pool.folder import PoolFolder, write_pool
 
 ADAPTERS = ("animals", "plurals")
@@ -109,7 +109,7 @@ TRAINERS = {
     f"train adapters {TRAIN} --target w_proj": "--target w_proj",
     f"train adapters {TRAIN} --r 0": "--r is 0",
     f"train adapters {TRAIN} --pool {THIS}/pool": "test_before_weights.py",
-    "train adapters --tasks {home}/tasks --pool {home}/pool/adapters": "no pool.json",
+    "train adapters --tasks {home}/tasks --pool {home}/pool/adapters": "outside of adapters",
     f"train gates {TRAIN} --kind meteora --top_k 3": "--top_k is 3",
     f"train gates {TRAIN} --share 0": "--share is 0",
     f"train gates {TRAIN} --adapters_too {{home}}/pool": "the pool itself",

@@ -29,6 +29,7 @@ from model import load_llama
 from moe_lora import MeteoraGate, attached
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
+from tasks.folders import load_tasks
 
 NAMES = ["ant", "bee"]
 
@@ -75,7 +76,7 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
         return mixture
 
     monkeypatch.setattr(MeteoraGate, "forward", always)
-    loaded = evaluation.load_tasks(tasks)
+    loaded = load_tasks(tasks)
     o = evaluation.Options(batch_size=3)
     got = evaluation.gate_accuracy(mole, loaded, "meteora_top1", o)
     each = len(mole.tokenizer.encode("the lazy dog", start=False)) + 1  # and EOS
@@ -356,7 +357,7 @@ def test_composites_in_json_and_table_are_the_scores_of_their_answers(wide, whol
     results = results_of(whole)
     assert list(results["composite"]) == ["2"] and list(results["composite"]["2"]) == METHODS.split(",")
     rows = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
-    tasks = evaluation.load_tasks(wide[5])
+    tasks = load_tasks(wide[5])
     asked = evaluation.composites(tasks, 2, 3, TEMPLATE, 0)
     mole = load(wide[1], wide[3])
     for method, found in results["composite"]["2"].items():

@@ -383,7 +383,7 @@ def test_default_is_the_best_that_the_pool_has_parts_for(small_model, pool, mole
     folders = read_pool(pool).adapters
     assert default_method(load(small_model), 2)[0] == "base"
     assert default_method(load(small_model, adapters={"elm": folders["elm"]}), 2)[0] == "adapter:elm"
-    assert default_method(load(small_model, adapters=folders), 2)[0] == "uniform"
+    assert default_method(load(small_model, adapters=folders), 2)[0] == "logo_top1"
     assert [default_method(mole, k)[0] for k in (1, 2, 3)] == ["meteora", "meteora", "meteora_top1"]
     assert answer(mole, PROMPTS[:2]) == answer(mole, PROMPTS[:2], method="meteora_top2")
 

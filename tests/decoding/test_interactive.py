@@ -200,5 +200,5 @@ def test_ctrl_c_ends_the_answers_line(small_model, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 0 and err.decode().splitlines()[1:] == ["stopped"], err
+    assert process.returncode == 0 and err.decode().splitlines()[2:] == ["stopped"], err
     assert out.endswith(b"\nno adapters\n")

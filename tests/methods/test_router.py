@@ -12,7 +12,7 @@ from fast.moe_lora import FastAX
 from generate import answer, load
 from helpers_models import random_adapter, write_adapters
 from methods.batch import retrieve, set_methods
-from methods.logo import LogoProbe
+from methods.logo import EVERYDAY, LogoProbe
 from methods.mixtures import MoEGate
 from methods.ramole import (
     RouterLoRA,
@@ -151,29 +151,27 @@ def test_an_expert_keeps_its_share_of_the_full_softmax(k):
 
 
 def test_logo_scores_are_the_adapters_outputs():
-    """Scores of A x alone, of the adapters' own size, or of entropies without the scale would rank
-    adapters by their bookkeeping."""
+    """Scores of A x alone, or entropies without the scale, would rank adapters by their
+    bookkeeping."""
     A, B, scale = stacks()
     x = 0.1 * torch.randn(
         7, 11, dtype=torch.float64
     )  # a softmax that is nearly one-hot has no entropy left to compare
-    v = torch.stack([scale[j] * B[j] @ (A[j] @ x[-1]) for j in range(5)]).float()
-    size = torch.stack([(scale[j] * B[j] @ A[j]).norm() for j in range(5)]).float()
+    v = torch.stack([B[j] @ (A[j] @ x[-1]) for j in range(5)])
+    p = (scale[:, None] * v).softmax(-1)
     for by_entropy in (False, True):
-        probe = LogoProbe(A, B, scale, by_entropy)
+        probe = LogoProbe(B, scale, by_entropy)
         nothing = probe(x, torch.zeros(7, dtype=torch.int64), AX(x, A))
         assert not nothing.weight.any()
-        p = v.softmax(-1)
-        relative = v.norm(dim=-1) / (size * x[-1].norm()).float()
-        want = 1 / -(p * p.log()).sum(-1) if by_entropy else relative
-        torch.testing.assert_close(probe.score.float(), want, rtol=1e-4, atol=1e-5)
+        want = 1 / -(p * p.log()).sum(-1) if by_entropy else (v.norm(dim=-1) / x[-1].norm()).log()
+        torch.testing.assert_close(probe.score.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_without_entropy_is_the_surest():
     """One over zero, of the wrong sign, would rank it last and make weights of NaN."""
     A, B, scale = stacks()
     scale[2] = 1e5
-    probe = LogoProbe(A, B, scale, by_entropy=True)
+    probe = LogoProbe(B, scale, by_entropy=True)
     probe(
         torch.randn(7, 11, dtype=torch.float64),
         torch.zeros(7, dtype=torch.int64),
@@ -298,50 +296,71 @@ def test_what_is_retrieved_is_what_answers(mole, tmp_path):
         retrieve(mole, ["selection"], PROMPTS[:1], 2, exclude=["a", "b", "c"])
 
 
-def test_logo_is_blind_to_scale_rank_and_absence(mole, tmp_path):
-    """Of adapters that PEFT users have at hand one is on all Linears, another has twice the scale:
-    these would win whatever is asked."""
+def test_logo_is_blind_to_scale_rank_and_absence(mole):
+    """Of adapters that PEFT users have at hand one is on all Linears, another has four times the
+    scale: these would win whatever is asked."""
     ids = [mole.tokenizer.encode(prompt) for prompt in PROMPTS]
     before = retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids)
     adapters = {name: load_adapter(member.adapter.folder, name) for name, member in mole.pool.members.items()}
-    pool = Pool(mole.shapes, 3, 23)
-    for name, adapter in adapters.items():
-        if name == "b":  # four times its size, and of rank 23 by rows that add nothing
-            adapter.scale = {path: 4 * s for path, s in adapter.scale.items()}
-            adapter.A = {path: F.pad(a, (0, 0, 0, 23 - len(a))) for path, a in adapter.A.items()}
-            adapter.B = {path: F.pad(b, (0, 23 - b.shape[1])) for path, b in adapter.B.items()}
-        pool.add(adapter)
-    mole.pool = pool
+    large = adapters["b"]  # four times its scale, and of rank 23 by rows that add nothing
+    large.scale = {path: 4 * s for path, s in large.scale.items()}
+    large.A = {path: F.pad(a, (0, 0, 0, 23 - len(a))) for path, a in large.A.items()}
+    large.B = {path: F.pad(b, (0, 23 - b.shape[1])) for path, b in large.B.items()}
+    mole.pool = Pool.of(adapters.values(), mole.shapes)
     for rows, others in zip(before, retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), strict=True):
         assert [name for name, _ in rows] == [name for name, _ in others]
         assert [s for _, s in rows] == pytest.approx([s for _, s in others], rel=1e-4)
     fewer = adapters["a"]
-    paths = [path for path in fewer.A if path.endswith(("q_proj", "v_proj"))]
     for part in (fewer.A, fewer.B, fewer.scale):
-        for path in part.keys() - set(paths):
+        for path in [path for path in part if not path.endswith(("q_proj", "v_proj"))]:
             del part[path]
-    pool.remove("a")
-    pool.add(fewer)
-    with torch.inference_mode():
-        own = [scores_by_hand(mole, fewer, row) for row in ids]
-    for rows, score in zip(retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), own, strict=True):
-        assert dict(rows)["a"] == pytest.approx(score, rel=1e-4), "the mean over its own Linears"
+    mole.pool.remove("a")
+    mole.pool.add(fewer)
+    found = retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids)
+    for rows, expected in zip(found, excess_by_hand(mole, fewer, ids), strict=True):
+        assert dict(rows)["a"] == pytest.approx(expected, rel=1e-4), "over its own Linears alone"
 
 
-def scores_by_hand(mole, adapter, ids):
-    """The mean over the adapter's Linears of ||B A x|| / (||B A|| ||x||) at the last token."""
-    inputs = {}
+def excess_by_hand(mole, adapter, ids):
+    """[||B A x|| / ||x|| of the last token, as a multiple of its geometric mean over EVERYDAY, and the
+    geometric mean of that over the adapter's Linears] of each prompt, in float64."""
     plain = load(mole.folder.path.parent / "base", fast=False)
+    inputs = {}
     for path in adapter.A:
         plain.model.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: inputs.update({path: args[0].flatten(0, -2)[-1].double()})
         )
-    plain.model(torch.tensor([ids]))
+
+    def logs(row):
+        plain.model(torch.tensor([row]))
+        found = []
+        for path, x in inputs.items():
+            out = adapter.B[path].double() @ (adapter.A[path].double() @ x)
+            found.append(torch.log(out.norm() / x.norm()))
+        return torch.stack(found)
+
+    with torch.inference_mode():
+        usual = torch.stack([logs(mole.tokenizer.encode(text)) for text in EVERYDAY]).mean(0)
+        return [float((logs(row) - usual).mean().exp()) for row in ids]
+
+
+def test_logo_knows_what_is_usual_in_the_pool_and_template_of_now(mole):
+    """What is usual for an adapter that has left, or under another template, makes any choice."""
+    ids = [mole.tokenizer.encode(prompt) for prompt in PROMPTS]
     scores = []
-    for path, a in adapter.A.items():
-        BA = adapter.B[path].double() @ a.double()
-        scores.append(float((BA @ inputs[path]).norm() / BA.norm() / inputs[path].norm()))
-    return sum(scores) / len(scores)
+    for template in ("{prompt}", "the {prompt} of", "{prompt}"):
+        mole.template = template
+        scores.append(retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids))
+    assert scores[0] == scores[2] != scores[1]
+    again = load_adapter(mole.pool.members["a"].adapter.folder, "a")
+    again.B = {
+        path: torch.roll(b, 1, 0) @ torch.ones(b.shape[1], b.shape[1]).triu() for path, b in again.B.items()
+    }
+    mole.pool.remove("a")
+    mole.pool.add(again)
+    fresh = excess_by_hand(mole, again, ids)
+    for rows, expected in zip(retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), fresh, strict=True):
+        assert dict(rows)["a"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_logo_takes_the_adapters_that_do_most(mole):

@@ -303,7 +303,7 @@ def test_a_file_of_examples_is_its_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "only", "adapters", "expected"),
+    ("line", "only", "adapters", "expected"),
     [
         ({"prompt": "p", "response": "r"}, None, (), r"examples\.jsonl:4: .*'adapter'"),
         ({"adapter": "add", "prompt": "p"}, None, (), r"examples\.jsonl:4: .*'response'"),
@@ -319,11 +319,11 @@ def test_a_file_of_examples_is_its_folders(tmp_path):
         ({"adapter": "add"}, ["add", "x", "y"], (), r"examples\.jsonl: no line for 2 of 3 adapters: x, y$"),
     ],
 )
-def test_broken_lines_say_what_is_wrong(row, only, adapters, expected, tmp_path):
+def test_broken_lines_say_what_is_wrong(line, only, adapters, expected, tmp_path):
     """A typo would silently leave an adapter without its examples, or write one outside its pool."""
-    if "adapter" in row and "prompt" not in row:
-        row = row | {"prompt": "p", "response": "r"}
-    write_jsonl(tmp_path / "examples.jsonl", [*LINES, row])
+    if "adapter" in line and "prompt" not in line:
+        line = line | {"prompt": "p", "response": "r"}
+    write_jsonl(tmp_path / "examples.jsonl", [*LINES, line])
     with pytest.raises(InputError, match=expected):
         load_tasks(tmp_path / "examples.jsonl", only, adapters)
 
