@@ -4,11 +4,10 @@ prototype v_j = the top right singular vector of B_j A_j
 logit_j = |v_j . x|,   weight = softmax over the k largest
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.protocol import Gated, member_mask
+from methods.protocol import Gated, member_mask, warn_if_uneven
 from methods.session import Mole
 from moe_lora import AX, Mixture
 from pool.stacks import factored_svd
@@ -40,18 +39,12 @@ class ArrowGate(nn.Module):
             if not known.any():  # every B A is zero: any choice is right, none would give NaN
                 known = ~known
         self.register_buffer("known", known, persistent=False)
-        present = prototypes.any(-1) & known
-        self.register_buffer("present", present, persistent=False)
-        self.some_absent = bool(present.any() and (known & ~present).any())
         self.k = min(k, int(known.sum()))
         self.temperature = temperature
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of k adapters a token."""
         logits = F.linear(x.float(), self.prototypes.float()).abs()  # (n, e)
-        if self.some_absent:
-            mean = (logits * self.present).sum(-1, keepdim=True) / self.present.sum()
-            logits = torch.where(self.present, logits, mean)
         logits = logits.masked_fill(~self.known, float("-inf"))
         top, idx = logits.topk(self.k, dim=-1)  # (n, k)
         return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
@@ -68,6 +61,7 @@ class Arrow(Gated):
     def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """ArrowGates over the pool's adapters but those of `exclude`."""
         pool = mole.pool
+        warn_if_uneven(pool, self.name)
         known = member_mask(pool, mole.device, exclude)
         gates = {}
         for path in pool.A:

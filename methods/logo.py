@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from common.template import encode_wrapped
-from methods.protocol import FixedMixture, all_but
+from methods.protocol import FixedMixture, all_but, warn_if_uneven
 from methods.session import Mole, Ranking
 from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
@@ -99,6 +99,7 @@ def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), by_entropy=False)
     pool.need(names)
     scores = probe(mole, ids, by_entropy)  # (prompts, Linears, e)
     if by_entropy:
+        warn_if_uneven(pool, "logo_entropy")
         scores = scores.mean(1)
     else:
         has = torch.stack([(pool.scale[path] != 0).float() for path in pool.A])  # (Linears, e)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.files import InputError
+from common.files import InputError, warn_once
 from methods.session import Mole, Ranking, rank_by_text
 from moe_lora import attach
 from pool.adapters import Adapter
@@ -275,6 +275,19 @@ class OwnLinears(Method):
 def all_but(pool: Pool, exclude: tuple) -> list[str]:
     """Names of the pool's adapters without those of `exclude`."""
     return [name for name in pool.names if name not in exclude]
+
+
+def warn_if_uneven(pool: Pool, method: str) -> None:
+    """One warning where adapters differ in Linears, rank or scale and the method compares them by
+    their size."""
+    kinds = set()
+    for member in pool.members.values():
+        scale = member.adapter.scale
+        kinds.add((member.adapter.config["r"], tuple(sorted(scale.items()))))
+    if len(kinds) > 1:
+        found = "the adapters differ in Linears, rank or scale"
+        instead = "selection and logo_top1 don't"
+        warn_once(f"{found}, and {method} favours some for that alone; {instead}")
 
 
 def check_top_k(args, names: list[str]) -> None:
