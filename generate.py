@@ -41,7 +41,7 @@ class Options(TemplateOptions, Sampling):
     init: bool = False  # make a pool of PEFT folders: writes what --pool lacks, and stops
     samples: list[str] = field(default_factory=list)  # --init: NAME=FILE, a prompt a line; repeatable
     tasks: str = ""  # --init: task folders named like adapters, or one file, to take samples from
-    write_samples: Whole = 0  # --init: samples the model writes for an adapter that has none
+    write_samples: Whole = 0  # --init: samples that the model writes for an adapter without (they find half)
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt

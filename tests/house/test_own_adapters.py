@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers_commands import ENVIRONMENT, ROOT
 
 PAGE = (ROOT / "docs" / "own_adapters.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(bash|text)\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(tmp_path):
     """Who follows a page whose third command fails, or prints something else, goes elsewhere."""
     for file in ROOT.iterdir():

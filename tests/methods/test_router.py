@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.files import InputError
+from common.files import InputError, warn_once
 from decoding.loop import decode
 from decoding.sampling import Sampling
 from fast.moe_lora import FastAX
@@ -361,6 +361,23 @@ def test_logo_knows_what_is_usual_in_the_pool_and_template_of_now(mole):
     fresh = excess_by_hand(mole, again, ids)
     for rows, expected in zip(retrieve(mole, ["logo"] * 3, PROMPTS, 3, ids=ids), fresh, strict=True):
         assert dict(rows)["a"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_uneven_adapters_are_warned_of(mole, capsys):
+    """Arrow and LoGo's entropy send everything to the adapter of the largest scale or on the most
+    Linears, and the answers alone don't show why."""
+    ids = [mole.tokenizer.encode(prompt) for prompt in PROMPTS]
+    warn_once.cache_clear()
+    set_methods(mole, ["arrow"])
+    retrieve(mole, ["logo_entropy"] * 3, PROMPTS, 2, ids=ids)
+    retrieve(mole, ["logo"] * 3, PROMPTS, 2, ids=ids)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("rank or scale, and ")[2].split()[0] for line in said] == ["arrow", "logo_entropy"]
+    for name in ("a", "b"):
+        mole.pool.remove(name)
+    warn_once.cache_clear()
+    set_methods(mole, ["arrow"], top_k=1)
+    assert capsys.readouterr().err == "", "of one kind none is favoured"
 
 
 def test_logo_takes_the_adapters_that_do_most(mole):
