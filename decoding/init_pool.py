@@ -107,7 +107,9 @@ def write_samples(mole: Mole, name: str, count: int, seed: int = 0) -> list[str]
     """`count` prompts as the model with the adapter `name` writes them: the template up to where a
     prompt stands is continued by sampling."""
     head, tail = around_prompt(mole.tokenizer, mole.template)
-    ids = mole.tokenizer.encode(head, start=mole.template != CHAT) or [mole.tokenizer.bos_id]
+    ids = mole.tokenizer.encode(head, start=mole.template != CHAT)
+    if not ids:
+        raise InputError("--write_samples: nothing comes before a prompt, no template and no BOS token")
     set_methods(mole, [f"adapter:{name}"] * count)
     sampling = Sampling(max_new_tokens=48, temperature=1.0, top_p=0.9, seed=seed)
     stops = [[tail.strip()] if tail.strip() else ["\n\n"]] * count
