@@ -54,7 +54,8 @@ def main() -> None:
     commands = {name: cls for name, (cls, *_) in COMMANDS.items()}
     if (kind := asked_kind()) in KINDS:
         commands["gates"] = KINDS[kind].Run
-    about = "Train a base, adapters, and what chooses among them."
+    about = "Train a base, adapters, and what chooses among them. Two CPU cores train a model of 135M "
+    about += "parameters on some 250 tokens a second (five adapters: gates 3 minutes, router 5, retriever 1)."
     choices = {"kind": KINDS, "joint": ("", *SAMPLING)}
     command, args = parse_command(commands, description=about, choices=choices)
     _, train, check = COMMANDS[command]

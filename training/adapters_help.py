@@ -24,20 +24,23 @@ def check_adapters_help(
     template: str,
     seed: int,
 ) -> None:
-    """Warns of each adapter that doesn't lower the loss of its own task's first examples, and where
-    the adapters fit another template much better than `template`.
+    """Warns of each adapter that doesn't lower the loss of its own task's first examples, and of
+    those that fit another template much better than `template`.
 
     Raises InputError where no adapter helps: then the template or the base is not the one they were
     trained with, and whatever learns to choose among them learns nothing.
     """
     first = first_examples(examples, seed)
     losses = own_losses(model, pool, first)
-    mean = sum(own for own, _ in losses.values()) / len(losses)
-    others = losses_with_others(model, tokenizer, pool, first, template)
-    best = min(others, key=others.get, default=template)
-    if others.get(best, mean) < 0.8 * mean:
-        found = f"mean loss {others[best]:.2f} with {best!r}, {mean:.2f} with this run's {template!r}"
-        warn(f"the adapters fit another template better: {found}: were they trained with it?")
+    for other, again in losses_with_others(model, tokenizer, pool, first, template).items():
+        better = []
+        for name, loss in again.items():
+            own = losses[name][0]
+            if loss < 0.8 * own:
+                better.append(f"{name} {loss:.2f} / {own:.2f}")
+        if better:
+            found = f"loss with {other!r} / with this run's {template!r}: {', '.join(better)}"
+            warn(f"these fit another template better: {found}: were they trained with it?")
     why = f"template {template!r}; were they trained with another one, or on another base?"
     worse = {name: pair for name, pair in losses.items() if not pair[0] < pair[1]}
     if len(worse) == len(losses):
@@ -51,8 +54,8 @@ def check_adapters_help(
 
 def losses_with_others(
     model: Llama, tokenizer: Tokenizer, pool: Pool, first: Examples, template: str
-) -> dict[str, float]:
-    """{another template: the adapters' mean loss with it}, of the templates in common use.
+) -> dict[str, dict[str, float]]:
+    """{another template: {adapter: its loss with it}}, of the templates in common use.
 
     A wrong template makes the base worse as well, so that adapters seem to help all the same.
     """
@@ -65,7 +68,7 @@ def losses_with_others(
         longest = max(len(example.ids) for some in again.values() for example in some)
         if other != template and longest <= model.config.context:
             losses = own_losses(model, pool, again, (1.0,))
-            found[other] = sum(loss for (loss,) in losses.values()) / len(losses)
+            found[other] = {name: loss for name, (loss,) in losses.items()}
     return found
 
 
