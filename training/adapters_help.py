@@ -14,6 +14,7 @@ from training.losses import lm_losses
 
 Examples = dict[str, list[Example | PackedExample]]  # {task: its examples}
 TOKENS = 2048  # measured: the time of a few training steps
+BETTER = 0.9  # of the loss: another template is said to fit better
 
 
 def check_adapters_help(
@@ -36,7 +37,7 @@ def check_adapters_help(
         better = []
         for name, loss in again.items():
             own = losses[name][0]
-            if loss < 0.8 * own:
+            if loss < BETTER * own:
                 better.append(f"{name} {loss:.2f} / {own:.2f}")
         if better:
             found = f"loss with {other!r} / with this run's {template!r}: {', '.join(better)}"

@@ -21,7 +21,7 @@ from pool.load import load_base
 from pool.slots import Pool
 from tasks.folders import draw, load_tasks, pick, tokenize
 from training import gates as train_gates
-from training.adapters_help import check_adapters_help, first_examples, own_losses
+from training.adapters_help import BETTER, check_adapters_help, first_examples, own_losses
 
 
 def loaded(o, template=TEMPLATE):
@@ -133,7 +133,7 @@ def test_another_template_that_fits_better_is_named(trained, capsys):
     (line,) = (line for line in err.splitlines() if repr(TEMPLATE) in line)
     for name, (own, _) in losses[strange].items():
         fits = losses[TEMPLATE][name][0]
-        assert (f"{name} {fits:.2f} / {own:.2f}" in line) == (fits < 0.8 * own)
+        assert (f"{name} {fits:.2f} / {own:.2f}" in line) == (fits < BETTER * own)
     assert " / " in line.partition(repr(strange))[2], "none is named: this proves nothing"
 
 
