@@ -52,7 +52,7 @@ class Options(TemplateOptions):
 
     model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool or a folder of PEFT folders, default the model's own
-    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
     tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter

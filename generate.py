@@ -15,12 +15,13 @@ from common.files import InputError, check_text, check_writable, read_jsonl, run
 from common.options import Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
 from decoding.export import export
-from decoding.init_pool import init_pool, read_samples, task_samples
+from decoding.init_pool import init_pool, read_samples
 from decoding.interactive import interact, print_pool
 from decoding.respond import respond
 from decoding.sampling import Sampling, check_values
 from decoding.stream import answer, load, stream
-from methods.batch import check_method, check_name, default_method
+from methods.batch import check_method, check_name, default_method, named_methods
+from methods.lora_retriever import SAMPLES, draw_prompts
 from methods.session import Mole, find_mole, load_weights
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
@@ -35,13 +36,13 @@ class Options(TemplateOptions, Sampling):
 
     prompt: list[str] = field(default_factory=list)  # - is standard input; repeatable: one batch
     model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
-    pool: str = ""  # pool folder, default the model's own
+    pool: str = ""  # pool or a folder of PEFT folders, default the model's own
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
     list_: bool = False  # print the pool and stop
     init: bool = False  # make a pool of PEFT folders: writes what --pool lacks, and stops
     samples: list[str] = field(default_factory=list)  # --init: NAME=FILE, a prompt a line; repeatable
     tasks: str = ""  # --init: task folders named like adapters, or one file, to take samples from
-    write_samples: Whole = 0  # --init: samples that the model writes for an adapter without (they find half)
+    write_samples: Whole = 0  # --init: prompts the model writes for an adapter without; yours do better
     prompts: str = ""  # FILE.jsonl of {"prompt"}, also "method" and "stop" [TEXT, ...]; one batch
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
@@ -120,8 +121,9 @@ def read_init(args: Options, names: list[str]) -> dict[str, list[str]]:
         raise InputError("--init: name the folder that becomes a pool with --pool")
     samples = {}
     if args.tasks:
-        tasks = load_tasks(args.tasks)
-        samples = task_samples({name: task for name, task in tasks.items() if name in names})
+        for name, task in load_tasks(args.tasks).items():
+            if name in names:
+                samples[name] = draw_prompts(task, SAMPLES, args.seed)
         if not samples:
             raise InputError(f"--tasks {args.tasks}: no task has an adapter's name: {', '.join(names)}")
     return samples | read_samples(args.samples, names)
@@ -148,8 +150,7 @@ def check_names(mole: Mole, args: Options, asked: list[Request]) -> None:
         if not mole.pool.members:
             raise InputError(f"--exclude {name}: there are no adapters")
         mole.pool.member(name)
-    mixtures = [f"mix:{mixture}" for mixture in args.mix]
-    for name in [*args.method, *mixtures, *(request.method for request in asked if request.method)]:
+    for name in [*named_methods(args), *(request.method for request in asked if request.method)]:
         check_name(mole, name, args.top_k)
 
 
@@ -178,7 +179,7 @@ def main() -> None:
         print_pool(mole)
         return
     name, why = default_method(mole, args.top_k, k_asked=args.top_k != Options.top_k)
-    named = args.method + [f"mix:{mixture}" for mixture in args.mix]
+    named = named_methods(args)
     chosen = named or [name]
     for method in chosen:
         check_method(mole, method, args.top_k)

@@ -19,7 +19,8 @@ def progress(what: str, total: int, done: int = 0) -> "tqdm | Lines":
     """Shows how much of `total` is done, `done` at the start, and the time that is left.
 
     It goes into a `with`. In it update(n) counts n more, and set_postfix_str(text, refresh=False)
-    adds a text. A bar within another one's step leaves no trace.
+    adds a text. A bar within another one's step goes when it ends; its lines in a log
+    stay.
     """
     if sys.stderr.isatty():
         shown = {"file": sys.stderr, "mininterval": 1, "delay": BEGIN, "leave": None}

@@ -47,11 +47,11 @@ def check_template(template: object, where: str) -> None:
 def choose_template(
     asked: str, stored: str | None, tokenizer: Tokenizer, default: str = ""
 ) -> tuple[str, str]:
-    """(The template in use, where it comes from, in words): the one `asked` for, else the one that
-    pool.json has `stored`, else the `default`, by default the tokenizer's chat template where it
-    has one, else none.
+    """(The template in use, where it comes from, in words): the first that there is of the one
+    `asked` for, the one `stored` in pool.json, the `default`, the tokenizer's chat template; RAW
+    where there is none.
 
-    Raises InputError where it is the tokenizer's and the tokenizer has none.
+    Raises InputError where the tokenizer's is asked for or stored, and it has none.
     """
     has_chat = "default" in tokenizer.chat_templates
     template = asked or stored

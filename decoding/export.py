@@ -9,7 +9,7 @@ from common.devices import DTYPES
 from common.files import InputError
 from common.hub import find_folder
 from common.options import check_bounds
-from methods.batch import check_method, check_request, find_method, listed_method
+from methods.batch import check_method, check_request, find_method, listed_method, named_methods
 from methods.protocol import FixedMixture, Merged, Method, OwnLinears
 from methods.session import Mole
 from pool.adapters import Adapter, linear_shapes, save_adapter
@@ -37,8 +37,8 @@ def export(args) -> None:
     name = check_options(args)
     if method := listed_method(name):
         check_exportable(method, args)
-    folder = find_folder(args.model or TINY, "model")
     extra = read_adapters(args.adapter)
+    folder = find_folder(args.model or TINY, "model")
     pool_folder = find_pool(folder, args.pool, extra)
     base = load_base(folder, "auto", args.device, fast=False)
     pool = load_pool(base, folder, pool_folder, args.resident, torch.float32)
@@ -63,7 +63,7 @@ def check_options(args) -> str:
     for option in ANSWERS:
         if getattr(args, option):
             raise InputError(f"--export answers nothing: leave out --{option.rstrip('_')}")
-    named = args.method + [f"mix:{mixture}" for mixture in args.mix]
+    named = named_methods(args)
     if len(named) != 1:
         found = f"{len(named)} of --mix and --method"
         raise InputError(f"--export {args.export}: found {found}, expected one, the mixture to export")

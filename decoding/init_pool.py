@@ -6,12 +6,11 @@ come from the user, from tasks or, for want of both, from the model itself, whic
 with the adapter.
 """
 
-import random
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from common.files import InputError, read_jsonl, read_text, write_jsonl
+from common.files import InputError, read_jsonl, read_text
 from common.options import nearest
 from common.progress import track
 from common.template import CHAT, fill
@@ -21,10 +20,9 @@ from decoding.loop import decode
 from decoding.sampling import Sampling
 from methods.batch import set_methods
 from methods.session import Mole, retriever_of
-from pool.adapters import adapter_files
+from pool.adapters import adapter_files, save_samples
 from pool.folder import PoolFolder, write_pool
 from pool.retriever import LlamaEncoder, Retriever, save_retriever
-from tasks.folders import Task
 
 MARK = "\ufffc"  # stands where the prompt would be
 
@@ -51,15 +49,6 @@ def read_samples(pairs: Iterable[str], adapters: Collection[str]) -> dict[str, l
     return found
 
 
-def task_samples(tasks: dict[str, Task], count: int = 20, seed: int = 0) -> dict[str, list[str]]:
-    """{task: `count` of its training prompts}, 20 as in LoraRetriever."""
-    found = {}
-    for name, task in tasks.items():
-        rows = random.Random(f"{seed}/{name}").sample(task.train, min(count, len(task.train)))
-        found[name] = [row["prompt"] for row in rows]
-    return found
-
-
 def init_pool(mole: Mole, given: dict[str, list[str]], write: int = 0, seed: int = 0) -> None:
     """Writes into the pool's folder what it lacks: adapters that lie elsewhere, samples of each
     adapter, the vectors of the samples, and pool.json. Samples are those `given` {adapter:
@@ -74,8 +63,7 @@ def init_pool(mole: Mole, given: dict[str, list[str]], write: int = 0, seed: int
         adapters[name].samples = write_samples(mole, name, write, seed)
     for name, adapter in adapters.items():
         if adapter.samples:
-            rows = [{"prompt": prompt} for prompt in adapter.samples]
-            write_jsonl(folder.adapters[name] / "samples.jsonl", rows)
+            save_samples(folder.adapters[name], adapter.samples)
     folder.fingerprint = mole.model.fingerprint()
     folder.template = mole.template
     write_pool(folder)

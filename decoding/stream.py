@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.files import InputError
+from common.hub import find_folder
 from common.template import check_template
 from decoding.loop import Token, decode, tokens_until_full
 from decoding.prompts import encode_prompt
@@ -26,7 +27,7 @@ def load(model: str | Path | None = None, pool: str | Path | None = None,
     by default the pool's. Raises InputError for bad input."""
     if template:
         check_template(template, "load()")
-    extra = list((adapters or {}).items())
+    extra = [(name, find_folder(path, "adapter")) for name, path in (adapters or {}).items()]
     mole = find_mole(model or TINY, pool, extra, template)
     return load_weights(mole, dtype, device, resident, fast)
 

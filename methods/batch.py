@@ -26,6 +26,11 @@ def split_methods(names: str) -> list[str]:
     return re.split(r",(?![^,:]*=)", names)
 
 
+def named_methods(args) -> list[str]:
+    """The methods of --method, and those of --mix as methods."""
+    return args.method + [f"mix:{mixture}" for mixture in args.mix]
+
+
 def listed_method(name: str, top_k=2) -> Method | None:
     """The Method of the table that `name` names, None where that depends on a pool's folders."""
     for kind in METHODS:

@@ -116,7 +116,7 @@ def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), by_entropy=False)
 def usual(mole: Mole) -> Tensor:
     """(Linears, e): the mean of the probes' scores for everyday prompts, computed anew where the
     pool or the template has changed."""
-    key = (mole.pool.version, mole.pool.capacity, mole.template)
+    key = (id(mole.pool), mole.pool.version, mole.pool.capacity, mole.template)
     if mole.logo_usual is None or mole.logo_usual[0] != key:
         ids = [encode_wrapped(mole.tokenizer, mole.template, prompt) for prompt in EVERYDAY]
         mole.logo_usual = (key, probe(mole, ids).mean(0))

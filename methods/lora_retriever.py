@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import InputError, write_jsonl, write_text
+from common.files import InputError, write_text
 from common.hub import find_folder
 from common.llama_folder import read_config
 from common.locks import alone
@@ -36,7 +36,7 @@ from common.tables import markdown
 from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
 from methods.session import Mole, Ranking, retriever_of
-from pool.adapters import Adapter, load_adapter
+from pool.adapters import Adapter, load_adapter, save_samples
 from pool.folder import is_pool, open_pool
 from pool.load import load_base, read_adapters
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
@@ -123,7 +123,7 @@ class RetrieverRun:
     model: str  # folder or hub name ORG/NAME[@REVISION]
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder; its tasks alone are used, its samples get vectors, missing ones are written
-    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
     share: float = 1.0  # share of the tasks; the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
     prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
@@ -191,9 +191,8 @@ def samples_of(adapter: Adapter, task: Task, seed: int) -> list[str]:
     its folder, where every later command looks for them."""
     if not adapter.samples:
         adapter.samples = draw_prompts(task, SAMPLES, seed)
-        file = adapter.folder / "samples.jsonl"
-        write_jsonl(file, [{"prompt": prompt} for prompt in adapter.samples])
-        print(f"wrote {file}: prompts of the task", file=sys.stderr)
+        save_samples(adapter.folder, adapter.samples)
+        print(f"wrote {adapter.folder / 'samples.jsonl'}: prompts of the task", file=sys.stderr)
     return adapter.samples
 
 

@@ -1,4 +1,4 @@
-"""The loaded model with its tokenizer, its pool and what is attached to it."""
+"""A model with its tokenizer, its pool and what is attached to it: found first, then loaded."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class PromptMask:
 class Mole:
     """A base with its tokenizer and a pool of adapters: what load() gives."""
 
-    model: torch.nn.Module
+    model: torch.nn.Module | None  # None until load_weights()
     tokenizer: Tokenizer
     shapes: dict  # linear_shapes of the base
     pool: Pool | None = None
@@ -78,18 +78,17 @@ def find_mole(model, pool=None, extra=(), template="") -> Mole:
     adapters' names alone.
 
     `model` is a folder or a hub name, `pool` a folder (default: the model's own, where it is one),
-    `extra` [(name, PEFT folder or hub name)], `template` how prompts are wrapped ("" =
+    `extra` [(name, PEFT folder)], `template` how prompts are wrapped ("" =
     choose_template() decides). Raises InputError for what isn't there.
     """
-    extra = [(name, find_folder(path, "adapter")) for name, path in extra]  # before the larger files
     path = find_folder(model, "model")
     folder = find_pool(path, pool, extra)
     tokenizer = Tokenizer(path)
     template, template_from = choose_template(template, folder and folder.template, tokenizer)
-    names = Pool({}, capacity=0, rank=0)
+    listed = Pool({}, capacity=0, rank=0)
     for name, where in folder.adapters.items() if folder else ():
-        names.members[name] = Member(None, None, Adapter(name, {}, {}, {}, {}, folder=peft_folder(where)))
-    found = Mole(None, tokenizer, {}, names, folder, template, template_from)
+        listed.members[name] = Member(None, None, Adapter(name, {}, {}, {}, {}, folder=peft_folder(where)))
+    found = Mole(None, tokenizer, {}, listed, folder, template, template_from)
     found.base_path = path
     found.base_name = str(model)
     return found
@@ -102,11 +101,6 @@ def load_weights(mole: Mole, dtype="auto", device="auto", resident=0, fast=True)
     mole.shapes = linear_shapes(mole.model)
     mole.pool = load_pool(mole.model, mole.base_name, mole.folder, resident)
     return mole
-
-
-def load_mole(model, pool=None, extra=(), dtype="auto", device="auto", resident=0, fast=True) -> Mole:
-    """find_mole() with its weights."""
-    return load_weights(find_mole(model, pool, extra), dtype, device, resident, fast)
 
 
 def add_adapter(mole: Mole, name: str, folder) -> None:

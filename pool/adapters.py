@@ -285,8 +285,13 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> None:
     metadata = {"saved_with": _scale_fields(adapter.config)}
     write_safetensors(folder / "adapter_model.safetensors", adapter.tensors(), metadata)
     if adapter.samples or (folder / "samples.jsonl").exists():  # an earlier adapter's
-        write_jsonl(folder / "samples.jsonl", [{"prompt": prompt} for prompt in adapter.samples])
+        save_samples(folder, adapter.samples)
     write_json(folder / "adapter_config.json", adapter.config)
+
+
+def save_samples(folder: Path, prompts: list[str]) -> None:
+    """Writes the samples.jsonl of the adapter in `folder`."""
+    write_jsonl(folder / "samples.jsonl", [{"prompt": prompt} for prompt in prompts])
 
 
 def peft_config(r: int, alpha: float, dropout: float, targets: Iterable[str], base: str | None) -> dict:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import InputError, read_json, write_json
-from common.hub import find_folder
 from common.template import TEMPLATE, check_template
 from model import Llama
 from pool.adapters import adapter_folders
@@ -69,8 +68,8 @@ def is_folder_name(name: object) -> bool:
 
 
 def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:
-    """The pool `path` and the adapters of `extra`, [(name, PEFT folder or hub name)]; with some, the
-    folder may be new. Raises InputError where it is no pool, and for a name that is there twice."""
+    """The pool `path` and the adapters of `extra`, [(name, PEFT folder)]; with some, the folder may be
+    new. Raises InputError where it is no pool, and for a name that is there twice."""
     path = Path(path)
     extra = list(extra)
     is_new = bool(extra) and not is_pool(path) and (path.is_dir() or not path.exists())
@@ -78,7 +77,7 @@ def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) ->
     for name, where in extra:
         if name in folder.adapters:
             raise InputError(f"adapter name {name!r} twice: {folder.adapters[name]} and {where}")
-        folder.adapters[name] = find_folder(where, "adapter")
+        folder.adapters[name] = Path(where)
     return folder
 
 

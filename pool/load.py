@@ -8,7 +8,7 @@ import torch
 
 from common.devices import DTYPES, find_device
 from common.files import InputError, warn
-from common.hub import base_name
+from common.hub import base_name, find_folder
 from model import Llama, load_llama
 from pool.adapters import linear_shapes
 from pool.folder import PoolFolder, check_pool_base
@@ -84,8 +84,8 @@ def _check_base_names(pool, model):
         warn(f"trained on base {named!r}, not {str(model)!r}: adapter {', '.join(names)}")
 
 
-def read_adapters(pairs: Iterable[str]) -> list[tuple[str, str]]:
-    """["NAME=DIR", ...] -> [(name, folder), ...]. Raises InputError."""
+def read_adapters(pairs: Iterable[str]) -> list[tuple[str, Path]]:
+    """["NAME=DIR", ...] -> [(name, folder), ...]; DIR may be a name on the hub. Raises InputError."""
     named = []
     for pair in pairs:
         name, equals, folder = pair.partition("=")
@@ -94,4 +94,4 @@ def read_adapters(pairs: Iterable[str]) -> list[tuple[str, str]]:
         if name in dict(named):
             raise InputError(f"adapter name {name!r} twice: {dict(named)[name]} and {folder}")
         named.append((name, folder))
-    return named
+    return [(name, find_folder(folder, "adapter")) for name, folder in named]

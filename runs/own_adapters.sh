@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The figures of docs/own_adapters.md: five adapters that PEFT trains, of different Linears, ranks and templates, and how
-# well each method chooses among them. About an hour on two CPU cores.
+# well each method chooses among them.
 #
 #     runs/own_adapters.sh MODEL TASKS [OUT]
 #
@@ -80,6 +80,7 @@ PYTHON
 )
 
 samples=()
+rm -f "$out/examples.jsonl" "$out/test.jsonl"
 for name in $names; do
     head -5 "$tasks/$name/train.jsonl" > "$out/$name.jsonl"
     samples+=(--samples "$name=$out/$name.jsonl")

@@ -7,13 +7,12 @@ import torch
 
 from common.files import write_json, write_jsonl
 from common.template import TEMPLATE
-from helpers_models import write_adapters
+from helpers_models import load_mole, write_adapters
 from methods import METHODS as TABLE
 from methods.batch import method_names, set_methods
 from methods.joint import SAMPLING
 from methods.protocol import Trained
 from methods.ramole import router_loras, save_routers
-from methods.session import load_mole
 from model import load_llama
 from moe_lora import detach
 from pool.folder import PoolFolder, write_pool

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.llama_folder import read_config
 from common.tensors import write_safetensors
+from methods.session import find_mole, load_weights
 from model import Llama, LlamaConfig
 from moe_lora import MeteoraGate, Mixture
 from pool.adapters import Adapter, linear_shapes, peft_config, save_adapter
@@ -119,3 +120,9 @@ class LoudestGate(nn.Module):
     def forward(self, x, sample, ax):
         idx = ax().norm(dim=-1).topk(self.k, -1).indices  # (n, k)
         return Mixture(idx, torch.full(idx.shape, 1 / self.k))
+
+
+def load_mole(model, pool=None, extra=(), **how):
+    """A Mole with its weights; `extra` [(name, PEFT folder)] may name one twice, as a command line
+    may."""
+    return load_weights(find_mole(model, pool, extra), **how)

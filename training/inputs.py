@@ -25,7 +25,7 @@ class PoolOptions(TemplateOptions):
 
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool with the adapters, or a folder of PEFT folders; gets what is trained
-    adapter: list[str] = field(default_factory=list)  # NAME=DIR, one more PEFT adapter; repeatable
+    adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
 
 
 def named_pool(args: PoolOptions) -> PoolFolder:
@@ -52,9 +52,9 @@ def keep_template(known: PoolFolder, model: Llama) -> None:
 
 
 def load_frozen(args, known: PoolFolder, default: str = "") -> tuple[Llama, Tokenizer]:
-    """The base and its tokenizer. Settles the template of the pool `known`, by `default` that one,
-    and lowers --max_length to the base's context. Raises InputError, also where the pool's adapters
-    were trained on another base."""
+    """The base and its tokenizer. Settles the template of the pool `known`, which is `default` where
+    neither options nor pool.json name one, and lowers --max_length to the base's context. Raises
+    InputError, also where the pool's adapters were trained on another base."""
     folder = find_folder(args.model, "model")
     tokenizer = Tokenizer(folder)
     settle_template(known, args, tokenizer, default)

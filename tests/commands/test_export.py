@@ -10,7 +10,7 @@ from generate import load
 from helpers_commands import assert_refused, command
 from helpers_methods import IDS, MIX, close, logits_of
 from helpers_models import random_adapter, tokenizer_bytes, write_llama
-from helpers_oracles import peft, transformers
+from helpers_oracles import peft_logits
 from methods.batch import find_method, method_names
 from methods.protocol import Gated
 from model import load_llama
@@ -36,14 +36,6 @@ def export(small_model, pool_with_every_part, tmp_path):
     return run
 
 
-def peft_logits(model, adapter=None):
-    model = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if adapter:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
 @pytest.mark.parametrize("method", [MIX, *SAME])
 def test_an_exported_method_is_that_method(small_model, mole, export, method):
     """Without it a method that runs here is another one where it is served: in PEFT, or merged."""
@@ -53,10 +45,10 @@ def test_an_exported_method_is_that_method(small_model, mole, export, method):
     done, out = export(*asked)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"wrote {out}\n")
     assert {file.name for file in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert close(peft_logits(small_model, out), want, limit)
+    assert close(peft_logits(small_model, IDS, out), want, limit)
     done, out = export(*asked, "--export_merged", out="merged")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"wrote {out}\n")
-    assert close(peft_logits(out), want, limit)
+    assert close(peft_logits(out, IDS), want, limit)
     assert close(logits_of(load(out), ["base"] * len(IDS)), want, limit)
     assert not close(want, logits_of(mole, ["base"] * len(IDS)), 1e-3)
 
@@ -66,7 +58,7 @@ def test_an_edited_base_is_exported_merged(mole, export, method):
     """Without it what can't be an adapter can't leave this program at all."""
     done, out = export("--method", method, "--export_merged")
     assert done.returncode == 0, done.stderr
-    assert close(peft_logits(out), logits_of(mole, [method] * len(IDS)), 1e-5)
+    assert close(peft_logits(out, IDS), logits_of(mole, [method] * len(IDS)), 1e-5)
     assert_refused(export("--method", method, out="adapter")[0], method, "--export_merged")
 
 

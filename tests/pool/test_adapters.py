@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from common.files import InputError
 from helpers_commands import ROOT
-from helpers_models import random_adapter, write_adapters, write_llama
+from helpers_models import load_mole, random_adapter, write_adapters, write_llama
 from helpers_oracles import peft, transformers
 from methods.batch import set_methods
-from methods.session import load_mole
 from model import load_llama
 from moe_lora import SampleGate, attach, detach, fixed_rows
 from pool.adapters import REFUSED, linear_shapes, load_adapter, save_adapter

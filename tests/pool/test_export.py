@@ -9,7 +9,7 @@ import torch
 from common.files import InputError
 from generate import load
 from helpers_models import random_adapter, write_llama
-from helpers_oracles import peft, transformers
+from helpers_oracles import peft, peft_logits, transformers
 from methods.batch import set_methods
 from model import load_llama
 from pool.adapters import linear_shapes, load_adapter, save_adapter
@@ -73,14 +73,6 @@ def logits_of(mole, method):
         return mole.model(IDS)
 
 
-def transformers_logits(model, adapter=None):
-    model = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if adapter:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
 def close(a, b, limit=1e-5):
     """Largest difference, as a share of the largest value."""
     return (a - b).abs().max() <= limit * b.abs().max()
@@ -105,7 +97,7 @@ def test_the_exported_mix_in_peft_is_the_mix(small_model, mole, tmp_path):
     elsewhere gives another model in the engine than the one that was tried here."""
     save_adapter(mixture_adapter(mole.pool, WEIGHTS, "all"), tmp_path / "all")
     want = logits_of(mole, MIX)
-    assert close(transformers_logits(small_model, tmp_path / "all"), want)
+    assert close(peft_logits(small_model, IDS, tmp_path / "all"), want)
     assert not close(want, logits_of(mole, "base"), 1e-2)  # the mixture matters
     again = load(small_model, adapters={"all": tmp_path / "all"})
     assert close(logits_of(again, "adapter:all"), want)
@@ -182,7 +174,7 @@ def test_the_truncated_adapter_is_the_same_in_peft(small_model, mole, tmp_path):
     short, _, _ = truncate(mixture_adapter(mole.pool, WEIGHTS, "short"), 4)
     save_adapter(short, tmp_path / "short")
     ours = load(small_model, adapters={"short": tmp_path / "short"})
-    assert close(transformers_logits(small_model, tmp_path / "short"), logits_of(ours, "adapter:short"))
+    assert close(peft_logits(small_model, IDS, tmp_path / "short"), logits_of(ours, "adapter:short"))
 
 
 def test_values_that_a_dtype_cannot_hold_are_refused(mole):
@@ -222,7 +214,7 @@ def test_the_merged_base_is_base_and_mix(base_folder, folders, mole, tmp_path):
     write_model(sharded, tmp_path / "shards", tmp_path / "out", 70_001)
     want = logits_of(load(base_folder, adapters=folders), MIX)
     assert close(load_llama(tmp_path / "out")(IDS), want)
-    assert close(transformers_logits(tmp_path / "out"), want)
+    assert close(peft_logits(tmp_path / "out", IDS), want)
     for name in ("config.json", "generation_config.json", "tokenizer.model"):
         assert (tmp_path / "out" / name).read_bytes() == (base_folder / name).read_bytes()
     assert not (tmp_path / "out" / "notes.txt").exists()

@@ -7,10 +7,10 @@ import torch
 
 from common.files import InputError, read_json, write_json
 from common.tensors import read_safetensors, write_safetensors
-from helpers_models import random_adapter, write_adapters
+from helpers_models import load_mole, random_adapter, write_adapters
 from methods.batch import set_methods
 from methods.ramole import RouterRun, check_router_options
-from methods.session import add_adapter, load_mole, retriever_of
+from methods.session import add_adapter, retriever_of
 from model import load_llama
 from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.folder import check_pool_base, read_pool
