@@ -1,1 +1,1 @@
-"""Options, files and errors, tokenizers, pictures: what every room stands on."""
+"""Options, files and errors, tokenizers: what every room stands on."""

@@ -6,11 +6,12 @@ import sys
 
 from common.files import InputError, one_line
 from common.history import line_history
-from common.pictures import Trace, heat_map
 from common.template import CHAT
 from decoding.respond import respond
 from methods.batch import check_method
 from methods.session import Mole, add_adapter
+from pictures.heat_map import heat_map
+from pictures.palette import Trace
 from pool.load import read_adapters
 
 HELP = """/add NAME=DIR    one more PEFT adapter    /adapters     what the pool holds

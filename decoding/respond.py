@@ -7,13 +7,15 @@ import time
 from collections.abc import Sequence
 
 from common.files import InputError, write_text
-from common.pictures import Printer, Trace, html_page
 from common.tokenizer import TextStream
 from decoding.loop import Token, decode
 from decoding.prompts import encode_prompt
 from decoding.stream import compile_for
 from methods.batch import retrieve, set_methods
 from methods.session import Mole
+from pictures.page import html_page
+from pictures.palette import Trace
+from pictures.terminal import Printer
 
 
 def result(prompt: str, method: str, tokens: list[Token], prompt_tokens: list[dict],
@@ -49,7 +51,7 @@ def trace_prompt(mole: Mole, ids: list[int], adapters: list) -> list[dict]:
 
 
 def _trace(tokens):
-    """What common/pictures.py draws of a prompt's tokens: [(text, adapters)]."""
+    """What pictures/ draws of a prompt's tokens: [(text, adapters)]."""
     return [(token["text"], token["adapters"]) for token in tokens]
 
 
@@ -57,7 +59,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             turns: Sequence[dict] = ()) -> list[tuple[Trace, Trace]]:  # fmt: skip
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
     of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
-    far, with the chat template. Returns the traces (common/pictures.py) of each prompt and its
+    far, with the chat template. Returns the traces (pictures/palette.py) of each prompt and its
     answer; they name adapters where these were recorded, as they always are with args.interactive."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     before = [*system, *turns]

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from common.files import InputError
-from common.pictures import svg_picture
 from common.progress import track
 from common.tokenizer import check_ids
 from decoding.loop import decode
@@ -17,6 +16,7 @@ from decoding.respond import trace_prompt
 from decoding.sampling import Sampling
 from methods.batch import find_method, force_adapters, retrieve, set_methods
 from methods.session import Mole
+from pictures.svg import svg_picture
 from tasks.composites import Composite, cut
 from tasks.folders import Task
 from tasks.metrics import COUNTED, draws, numbered, right, score, score_meteora

@@ -17,7 +17,6 @@ import torch
 import generate
 from common.files import InputError, run_script
 from common.llama_folder import read_config
-from common.pictures import Printer
 from common.template import TEMPLATE
 from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
@@ -31,6 +30,7 @@ from helpers_models import SMALL, tokenizer_bytes, write_adapters
 from methods.batch import default_method, set_methods
 from model import Llama, LlamaConfig, load_llama
 from moe_lora import MeteoraGate
+from pictures.terminal import Printer
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import save_gates
 

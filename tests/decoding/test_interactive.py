@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from common import history
-from common.pictures import heat_map
 from generate import load, stream
 from helpers_commands import ENVIRONMENT, ROOT, command
 from helpers_models import write_adapters, write_llama
 from model import load_llama
+from pictures.heat_map import heat_map
 
 OUTPUT = 60  # seconds to wait for it
 

@@ -16,8 +16,8 @@ from helpers_commands import ROOT, command
 from methods.batch import method_names
 
 # From the bottom up: a file imports only files of its own room and of rooms above it in this list.
-ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pool", "tasks", "training", "methods", "decoding"]
-ORDER += ["evaluation", "commands"]
+ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pictures", "pool", "tasks", "training"]
+ORDER += ["methods", "decoding", "evaluation", "commands"]
 SCRIPTS = {"generate", "train", "eval", "bench"}
 CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
 SPEED = ["is_compiling", "mark_dynamic", "mkldnn", "is_cuda", "device.type", "is_amx"]

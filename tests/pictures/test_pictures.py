@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.pictures import COLOURS, SHADES, Palette, heat_map, html_page, legend, paint, svg_picture
+from pictures.heat_map import SHADES, heat_map
+from pictures.page import html_page
+from pictures.palette import COLOURS, Palette
+from pictures.svg import svg_picture
+from pictures.terminal import legend, paint
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 colours = st.sampled_from([None, *COLOURS])
