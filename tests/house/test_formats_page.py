@@ -87,9 +87,8 @@ WRONG = {
 
 def break_file(file, wrong):
     """Makes the file what the page says that it is."""
-    (found,) = [(match, how) for how in WRONG if (match := re.fullmatch(how, wrong))]
-    match, how = found
-    new = WRONG[how](file, *match.groups())
+    (how,) = [pattern for pattern in WRONG if re.fullmatch(pattern, wrong)]
+    new = WRONG[how](file, *re.fullmatch(how, wrong).groups())
     file.unlink(missing_ok=True)  # a link
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(new, tuple):
