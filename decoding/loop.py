@@ -42,7 +42,8 @@ def decode(mole: Mole, ids: list[list[int]], sampling: Sampling, routing: bool =
     another batch began on this model before this one ended.
     """
     with mole.lock:
-        batch = DecodeBatch(mole, ids, sampling, routing, stops or [sampling.stop] * len(ids), watch)
+        stops = stops or [sampling.stop] * len(ids)
+        batch = DecodeBatch(mole, ids, sampling, routing, stops, watch)
     return batch.events()
 
 

@@ -70,7 +70,7 @@ def how_chosen(method: Method) -> str:
     if isinstance(method, Merged):
         return f"One adapter, made before the first token, at weight 1 in every Linear, {alike}"
     if isinstance(method, OwnLinears) and method.edits_W:
-        return "The adapters were merged into a copy of the base's weights: there is no choice to record."
+        return "The adapters were merged into a copy of the base's weights: no choice was recorded."
     if isinstance(method, OwnLinears):
         return f"One mixture a Linear, made from the whole prompt, {alike}"
     return f"One fixed mixture for the whole request, {alike}"

@@ -5,7 +5,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const tokens = [...document.querySelectorAll(".tokens > span")];
 const place = new Map(tokens.map((token, i) => [token, i]));
-const leads = tokens.map((token) => (token.className ? Number(token.className.slice(1)) : null)); // slots
+// The slot of each token's heaviest adapter, from its class: a3.
+const leads = tokens.map(({ className }) => (className ? Number(className.slice(1)) : null));
 const parts = [...document.querySelectorAll(".tokens")].filter((part) => part.firstChild);
 const panel = document.getElementById("panel");
 const map = document.getElementById("map");
@@ -25,13 +26,18 @@ function visible(text) {
   return text.replace(/\n/g, "↵").replace(/^ | $/g, "␣") || "(no text)";
 }
 
+function heading(i, note) {
+  const quote = make("span", { class: "quote" }, visible(tokens[i].textContent));
+  return make("p", {}, quote, " ", make("small", {}, note));
+}
+
 /** [[slot, weight], ...] of token i, heaviest first: --json's numbers. */
 function averages(i) {
   const flat = data.tokens[i][1];
   return flat.filter((_, j) => j % 2 === 0).map((slot, j) => [slot, flat[2 * j + 1] / 1000]);
 }
 
-/** For each Linear the [[slot, weight], ...] of token i, heaviest first (pictures/page_weights.py). */
+/** For each Linear the [[slot, weight], ...] of token i, heaviest first (page_weights.py). */
 function linears(i) {
   const bytes = Uint8Array.from(atob(data.tokens[i][2]), (c) => c.charCodeAt(0));
   const size = data.names.length > 256 ? 3 : 2;
@@ -50,13 +56,13 @@ function inWords(pairs) {
   return pairs.map(([slot, w]) => `${data.names[slot]} ${w.toFixed(2)}`).join(", ") || "no adapter";
 }
 
-// The panel ----------------------------------------------------------------------------------------
+// The panel ---------------------------------------------------------------------------------------
 
 function row([slot, weight]) {
   const bar = make("span", { class: "bar", style: `--w:${Math.min(weight, 1)}` });
   const name = make("span", { title: data.names[slot] }, data.names[slot]);
-  return make("li", { class: `a${slot}` }, make("i", { "aria-hidden": "true" }, data.marks[slot]), name, bar,
-    make("span", {}, weight.toFixed(3)));
+  const mark = make("i", { "aria-hidden": "true" }, data.marks[slot]);
+  return make("li", { class: `a${slot}` }, mark, name, bar, make("span", {}, weight.toFixed(3)));
 }
 
 let shown = null; // the token in the panel
@@ -65,35 +71,41 @@ let shown = null; // the token in the panel
 function show(i) {
   if (i === shown) return; // else a screen reader would say it twice
   shown = i;
-  const group = tokens[i].parentElement;
-  const which = `${group.getAttribute("aria-label")}, token ${i - place.get(group.firstChild) + 1} of ` +
-    group.children.length;
+  const part = tokens[i].parentElement;
+  const number = i - place.get(part.firstChild) + 1;
+  const which = `${part.getAttribute("aria-label")}, token ${number} of ${part.children.length}`;
   const pairs = averages(i);
   const rest = pairs.slice(SHOWN);
-  const lines = [make("p", {}, make("span", { class: "quote" }, visible(tokens[i].textContent)), " ",
-    make("small", {}, which))];
+  const lines = [heading(i, which)];
   if (pairs.length) {
     lines.push(make("ul", {}, ...pairs.slice(0, SHOWN).map(row)));
     if (rest.length) {
       const sum = rest.reduce((total, [, weight]) => total + weight, 0).toFixed(3);
-      lines.push(make("details", {}, make("summary", {}, make("small", {}, `${rest.length} more, together ${sum}`)),
-        make("ul", {}, ...rest.map(row))));
+      const more = make("small", {}, `${rest.length} more, together ${sum}`);
+      lines.push(make("details", {}, make("summary", {}, more), make("ul", {}, ...rest.map(row))));
     }
     const ess = (data.tokens[i][0] / 100).toFixed(2);
     lines.push(make("p", { class: "note" }, `Mean over the Linears. Effective number ${ess}.`));
-  } else lines.push(make("p", { class: "note" }, "No adapter took part."));
+  } else {
+    lines.push(make("p", { class: "note" }, "No adapter took part beside the base's weights."));
+  }
   panel.replaceChildren(...lines);
 }
 
-// The heat map -------------------------------------------------------------------------------------
+// The heat map ------------------------------------------------------------------------------------
 
-function cell(pairs, layer, module) {
+/** A Linear's cell, in the colour of its heaviest adapter; grey where the token has no heaviest one
+    (noneLeads) and two weigh the same here, too. */
+function cell(pairs, layer, module, noneLeads) {
   const label = `layer ${layer}, ${module}: ${inWords(pairs)}`;
-  const attributes = { type: "button", tabindex: -1, title: label, "aria-label": label, style: "--w:0" };
+  const named = { title: label, "aria-label": label };
+  const button = make("button", { type: "button", tabindex: -1, ...named }, "–");
   const [first, second] = pairs;
-  if (first) attributes.style = `--w:${first[1] / data.unit}`;
-  if (first && first[1] !== second?.[1]) attributes.class = `a${first[0]}`; // of equals none leads
-  return make("button", attributes, first ? first[1].toFixed(2) : "–");
+  if (!first) return button;
+  button.textContent = first[1].toFixed(2);
+  button.style.setProperty("--w", first[1] / data.unit);
+  if (!(noneLeads && first[1] === second?.[1])) button.classList.add(`a${first[0]}`);
+  return button;
 }
 
 /** Opens the heat map of token i: a row for each layer, a column for each module. */
@@ -105,20 +117,19 @@ function openMap(i) {
   const head = modules.map((module) => make("th", { scope: "col" }, module));
   const table = make("table", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), ...head));
   for (const [layer, of] of layers) {
-    const cells = modules.map((m) => make("td", {}, of[m] ? cell(of[m], layer, m) : ""));
+    const fill = (module) => of[module] ? cell(of[module], layer, module, leads[i] === null) : "";
+    const cells = modules.map((module) => make("td", {}, fill(module)));
     table.append(make("tr", {}, make("th", { scope: "row" }, layer), ...cells));
   }
-  const said = make("p", { class: "note" },
-    found.some((pairs) => pairs.length) ? "Point at a cell, or step through them, for its adapters."
-      : "No adapter took part in any Linear.");
+  const hint = "Point at a cell, or step through them, for its heaviest adapters, four at most.";
+  const used = found.some((pairs) => pairs.length);
+  const said = make("p", { class: "note" }, used ? hint : "No adapter took part in any Linear.");
   const tell = (event) => { if (event.target.title) said.textContent = event.target.title; };
   table.addEventListener("pointerover", tell);
   table.addEventListener("focusin", tell);
   table.addEventListener("keydown", stepCells);
   table.querySelector("button")?.setAttribute("tabindex", 0);
-  const title = make("p", {}, make("span", { class: "quote" }, visible(tokens[i].textContent)), " ",
-    make("small", {}, "in every Linear"));
-  map.replaceChildren(title, ...(found.length ? [table] : []), said);
+  map.replaceChildren(heading(i, "in every Linear"), said, ...(found.length ? [table] : []));
   map.hidden = false;
 }
 
@@ -128,13 +139,13 @@ function stepCells(event) {
   const down = { ArrowUp: -1, ArrowDown: 1 }[event.key] || 0;
   if (!across && !down) return;
   const from = event.target.closest("td");
-  const to = from.closest("table").rows[from.parentElement.rowIndex + down]?.cells[from.cellIndex + across];
-  const button = to?.querySelector("button");
+  const row = from.closest("table").rows[from.parentElement.rowIndex + down];
+  const button = row?.cells[from.cellIndex + across]?.querySelector("button");
   if (button) moveFocus(event.target, button);
   event.preventDefault();
 }
 
-// Tokens -------------------------------------------------------------------------------------------
+// Tokens ------------------------------------------------------------------------------------------
 
 /** Focus moves to another of a group of which one at a time is reached by Tab. */
 function moveFocus(from, to) {
@@ -163,6 +174,7 @@ function target(key, i) {
 }
 
 function press(event, i) {
+  if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own keys
   if (event.key === "Enter" || event.key === " ") openMap(i);
   else {
     const to = target(event.key, i);
@@ -183,15 +195,16 @@ tokens.forEach((token, i) => {
   const text = token.textContent;
   token.setAttribute("role", "button");
   token.setAttribute("tabindex", i ? -1 : 0);
-  token.setAttribute("aria-label", `${visible(text)}, ${data.names[leads[i]] ?? "no adapter weighs most"}`);
-  if (!text || text.includes("\n")) token.dataset.mark = text ? "↵" : "·";
+  const heaviest = data.names[leads[i]] ?? "no heaviest adapter";
+  token.setAttribute("aria-label", `${visible(text)}, ${heaviest}`);
+  if (/^\s*\n\s*$/.test(text) || !text) token.dataset.mark = text ? "↵" : "·";
 });
 onTokens("pointerover", (_, i) => show(i));
 onTokens("focusin", (_, i) => show(i));
 onTokens("keydown", press);
 onTokens("click", (_, i) => { select(i); openMap(i); });
 document.getElementById("requests").addEventListener("pointerleave", () => {
-  if (tokens[current]?.hasAttribute("aria-current")) show(current); // back to the one that was clicked
+  if (tokens[current]?.hasAttribute("aria-current")) show(current); // the one clicked
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || map.hidden) return;
@@ -199,7 +212,7 @@ document.addEventListener("keydown", (event) => {
   tokens[current].focus();
 });
 
-// The legend ---------------------------------------------------------------------------------------
+// The legend --------------------------------------------------------------------------------------
 
 document.getElementById("legend")?.addEventListener("click", (event) => {
   const button = event.target.closest("button");
@@ -207,5 +220,6 @@ document.getElementById("legend")?.addEventListener("click", (event) => {
   const slot = Number(button.dataset.slot);
   if (!kept.delete(slot)) kept.add(slot);
   button.setAttribute("aria-pressed", kept.has(slot));
-  tokens.forEach((token, i) => token.classList.toggle("faded", kept.size > 0 && !kept.has(leads[i])));
+  const fades = (i) => kept.size > 0 && !kept.has(leads[i]);
+  tokens.forEach((token, i) => token.classList.toggle("faded", fades(i)));
 });

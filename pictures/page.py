@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from pictures.page_weights import Heaviest, pack
 from pictures.palette import GREY, Palette, key
@@ -50,8 +49,8 @@ def html_page(requests: list[Shown], names: list[str], paths: list[str], about: 
         ess=_mean_ess(requests),
         below_zero=any(request.linears.below_zero for request in requests),
         data=_data(requests, tokens, names, paths),
-        style=Markup((HERE / "page.css").read_text("utf-8")),
-        script=Markup((HERE / "page.js").read_text("utf-8")),
+        style=(HERE / "page.css").read_text("utf-8"),
+        script=(HERE / "page.js").read_text("utf-8"),
     )
 
 
@@ -72,7 +71,7 @@ def _every(slots):
 
 
 def _request(request, slots):
-    """What the template shows of a Shown: each token as its text and its heaviest adapter's slot."""
+    """What the template shows: each token as its text and its heaviest adapter's slot."""
     parts = []
     for label, field in (("Prompt", "prompt_tokens"), ("Answer", "tokens")):
         tokens = request.answer[field]
@@ -88,7 +87,7 @@ def _mean_ess(requests):
 
 
 def _heaviest(token, slots):
-    """The slot of a token's heaviest adapter; None where none is active, or several weigh as much."""
+    """The slot of a token's heaviest adapter, None where none is active or several are equal."""
     largest = max((weight for _, weight in token["adapters"]), default=0)
     leaders = [slots[name] for name, weight in token["adapters"] if weight == largest > 0]
     return leaders[0] if len(leaders) == 1 else None
@@ -118,11 +117,12 @@ def _data(requests, tokens, names, paths):
     rows = []
     for token, number, data in zip(tokens, ess, packed, strict=True):
         pairs = [(slots[name], round(1000 * weight)) for name, weight in token["adapters"]]
-        flat = [number for pair in pairs for number in pair]
+        flat = [value for pair in pairs for value in pair]
         rows.append([round(100 * number), flat, base64.b64encode(data).decode()])
     linears = [_layer_and_module(path) for path in paths]
     marks = [key(name, 0).partition(" ")[0] for name in names]
-    return {"names": names, "marks": marks, "linears": linears, "k": k, "unit": unit, "tokens": rows}
+    form = {"names": names, "marks": marks, "linears": linears, "k": k, "unit": unit}
+    return form | {"tokens": rows}
 
 
 def _layer_and_module(path):
