@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 
 from helpers_commands import ROOT, command
 from helpers_models import write_adapters
 from model import load_llama
+from pictures.page import Shown, html_page
+from pictures.page_weights import heaviest
 
 pytestmark = pytest.mark.browser
 
@@ -213,3 +216,24 @@ def test_evil_names_stay_text(browser, small_model, tmp_path):
     assert len(find(browser, "b")) == 1 and len(find(browser, "script")) == 2  # the page's own
     assert "nothing was chosen token by token" in find(browser, "article")[0].text
     assert browser.get_log("browser") == []
+
+
+def test_slots_of_two_bytes(browser, tmp_path):
+    """Without it the heat map of a pool of more than 256 adapters names the wrong ones."""
+    weights = torch.zeros(3, 2, 601)
+    slots = [[[600, 255], [256, 0]], [[257, 3], [511, 512]], [[5, 599], [1, 300]]]
+    weights.scatter_(-1, torch.tensor(slots), torch.tensor([0.8, 0.2]).expand(3, 2, 2))
+    token = {"text": "a", "adapters": [["adapter 600", 0.5]]}
+    answer = {"method": "soft", "prompt_tokens": [token], "tokens": [token]}
+    paths = [f"model.layers.0.self_attn.{module}_proj" for module in "qkv"]
+    names = [f"adapter {slot}" for slot in range(601)]
+    page = tmp_path / "page.html"
+    page.write_text(html_page([Shown(answer, "", heaviest(weights))], names, paths, {}), "utf-8")
+    browser.get(page.as_uri())
+    for place in (0, 1):
+        tokens(browser)[place].click()
+        titles = [cell.get_attribute("title") for cell in find(browser, "#map td button")]
+        assert titles == [
+            f"layer 0, {module}: adapter {first} 0.80, adapter {second} 0.20"
+            for module, (first, second) in zip("qkv", [pairs[place] for pairs in slots], strict=True)
+        ]
