@@ -1,4 +1,4 @@
-"""Answers a batch as the command does: text as it streams, lines of JSON, a web page."""
+"""Answers a batch as the command does: text as it streams, lines of JSON, a web page, a picture."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from methods.batch import retrieve, set_methods
 from methods.session import Mole
 from pictures.page import html_page
 from pictures.palette import Trace
+from pictures.svg import svg_picture
 from pictures.terminal import Printer
 
 
@@ -57,7 +58,7 @@ def _trace(tokens):
 
 def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,
             turns: Sequence[dict] = ()) -> list[tuple[Trace, Trace]]:  # fmt: skip
-    """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
+    """Decodes a batch and shows it as asked: text, JSON lines, a web page, a picture. `stops`: a list
     of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
     far, with the chat template. Returns the traces (pictures/palette.py) of each prompt and its
     answer; they name adapters where these were recorded, as they always are with args.interactive."""
@@ -67,7 +68,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     routing = args.routing
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    recording = bool(routing or args.json or args.html or args.interactive)
+    recording = bool(routing or args.json or args.html or args.svg or args.interactive)
     with mole.lock:
         found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
         compile_for(mole, args.compile, ids, args)
@@ -105,4 +106,6 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     traces = list(zip(prompt_traces, answer_traces, strict=True))
     if args.html:
         write_text(args.html, html_page(traces, "Which adapter computed which token"))
+    if args.svg:
+        write_text(args.svg, svg_picture(*traces[0]))
     return traces
