@@ -10,16 +10,15 @@ from collections.abc import Iterable
 Colour = tuple[int, int, int]
 Trace = list[tuple[str, list]]
 
-# Apart for the colour-blind too, the first four most; legible on white and on a terminal's black.
-# Found by a random search for the largest smallest distance in CIELAB, seen by all and by simulated
-# protanopia, deuteranopia and tritanopia (tests/pictures/test_pictures.py measures it).
+# Colours that the colour-blind can tell apart, the first four best, and that are legible on white and
+# on a terminal's near-black. A random search made the smallest distance in CIELAB as large as it could,
+# in normal vision and in simulated protanopia, deuteranopia and tritanopia. The test measures it.
 COLOURS: tuple[Colour, ...] = (
     (137, 70, 255), (213, 115, 0), (0, 130, 85), (162, 85, 166), (13, 157, 225), (255, 64, 141),
     (85, 93, 207), (82, 116, 41),
 )  # fmt: skip
 GREY: Colour = (128, 128, 128)  # text without a heaviest adapter, or whose adapter has no colour
-# With more adapters than colours these tell apart those of one colour: the first eight are plain, the
-# next eight underlined, and so on.
+# What tells apart adapters of one colour: the first eight are plain, the next eight underlined, ...
 STYLES = ("", "underline", "italic", "underline italic")
 
 
