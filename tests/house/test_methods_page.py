@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ INTRO, *PARTS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 SECTIONS = dict(part.split("\n", 1) for part in PARTS)
 LINKED = SCRIPT.sections(PAGE)  # {class: heading}
 FENCED = re.compile(r"^```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+parser = cache(build_parser)
 SCRIPTS = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tasks.tiny": TinyTasksConfig}
 
 
@@ -43,7 +45,7 @@ def options(script, *args):
         args = args[1:]
     if "--kind" in args:
         cls = train.KINDS[args[args.index("--kind") + 1]].Run
-    return build_parser(cls).parse_args(args)
+    return parser(cls).parse_args(args)
 
 
 def methods_of(script, *args):
@@ -116,7 +118,7 @@ def test_its_options_exist():
     """A page that names an option which is gone sends its readers into an error."""
     assert len([options(*line) for line in commands(PAGE)]) > 25
     classes = [*SCRIPTS.values(), *(cls for cls, *_ in train.COMMANDS.values())]
-    known = {option for cls in classes for option in build_parser(cls)._option_string_actions}
+    known = {option for cls in classes for option in parser(cls)._option_string_actions}
     named = set(re.findall(r"`[^`\n]*?(--[\w-]+)", FENCED.sub("", PAGE)))
     assert len(named) > 15 and named <= known, named - known
 
@@ -130,10 +132,10 @@ def test_its_letters_are_those_of_the_glossary():
     assert {"A", "B", "W", "G", "e", "k", "w", "scale", "weight"} <= known
     seen = 0
     for heading, text in SECTIONS.items():
-        text = FENCED.sub("", text)
+        text = FENCED.sub("", INTRO + text)
         equations = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
-        defined = {line.partition("=")[0].strip() for line in equations if "=" in line}
-        quoted = re.findall(r"`([^`\n]+)`", FENCED.sub("", INTRO) + text)
+        defined = set(re.findall(r"(\w+) +=", "\n".join(equations)))
+        quoted = re.findall(r"`([^`\n]+)`", text)
         explained = defined | {word for one in quoted for word in re.findall(r"\w+", one)}
         for symbol in re.findall(r"(?<!')\b(?:[A-Za-z]|[A-Za-z]+_\w+)\b", "\n".join(equations)):
             assert symbol in explained or symbol.partition("_")[0] in known, (heading, symbol)
