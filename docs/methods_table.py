@@ -18,13 +18,21 @@ BLOCK = re.compile(r"(<!-- begin (.+?): python docs/methods_table\.py -->\n).*?(
 
 def render(text: str, methods: tuple) -> str:
     """The page's text with each block computed anew; `methods` are classes as in methods.METHODS. Raises
-    KeyError for a block about a class that is not among them."""
+    InputError for a block about a class that is not among them."""
+    from common.files import InputError
+
     classes = {method.__name__: method for method in methods}
     linked = sections(text)
 
     def block(match):
         begin, name, end = match.groups()
-        lines = table(methods, linked) if name == "table" else facts([classes[one] for one in name.split()])
+        if name == "table":
+            lines = table(methods, linked)
+        elif strangers := [one for one in name.split() if one not in classes]:
+            expected = "expected classes of the table in methods/__init__.py"
+            raise InputError(f"{PAGE}: block {name!r}: {strangers[0]}, {expected}")
+        else:
+            lines = facts([classes[one] for one in name.split()])
         return begin + "\n".join(lines) + "\n" + end
 
     return BLOCK.sub(block, text)
@@ -121,4 +129,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main()
+    from common.files import run_script
+
+    run_script(main)
