@@ -26,7 +26,7 @@ from model import Llama, LlamaConfig
 from moe_lora import KnownAdapterGate, MeteoraGate, SampleGate, attach, attached, set_gates
 from pool.adapters import Adapter, linear_shapes, load_adapter, peft_config
 from pool.folder import read_pool
-from pool.gate_files import load_gates, parameters_of
+from pool.gate_files import load_gates
 from pool.load import TINY, compile_blocks, load_base, make_fast
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
@@ -344,5 +344,5 @@ def gates_trainer(args, backend: str) -> Trainer:
     learnt = examples(args, random_names(args.gated), model.config.vocab_size)
     run = MeteoraRun(model="", tasks="", pool="", top_k=args.k)
     training = MeteoraTraining(model, pool, gates, run)
-    params = list(parameters_of(gates).values())
+    params = [param for gate in gates.values() for param in gate.parameters()]
     return Trainer(params, partial(gates_step, training), steps_of(args, learnt))

@@ -17,12 +17,17 @@ from pool.folder import check_base, read_number
 from pool.slots import Pool
 
 
-def parameters_of(gates: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """{module path: gate} -> {'PATH.gate.NAME': parameter}, every first axis the pool's slots."""
+def parameters_of(gates: dict[str, nn.Module], e: int) -> dict[str, nn.Parameter]:
+    """{module path: gate} -> {'PATH.gate.NAME': parameter}. A file keeps a row for each adapter, so
+    the first axis of every parameter is the pool's e slots. Raises InputError for another."""
     parameters = {}
     for path, gate in gates.items():
-        for name, param in gate.named_parameters(recurse=False):
-            parameters[f"{path}.gate.{name}"] = param
+        for name, param in gate.named_parameters():
+            key = f"{path}.gate.{name}"
+            if param.shape[:1] != (e,):
+                found = f"{key} is {tuple(param.shape)}, expected a first axis of {e}, the pool's slots"
+                raise InputError(f"{found}: a gate file keeps a row for each adapter")
+            parameters[key] = param
     return parameters
 
 
@@ -33,7 +38,7 @@ def save_gates(
     bound to these adapters and to the base of fingerprint `base`."""
     slots = list(map(pool.slot, names))
     hashes = [pool.members[name].hash for name in names]
-    tensors = {key: param[slots] for key, param in parameters_of(gates).items()}
+    tensors = {key: param[slots] for key, param in parameters_of(gates, pool.capacity).items()}
     metadata = {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)}
     metadata["base"] = base
     write_safetensors(file, tensors, metadata)
@@ -102,7 +107,7 @@ class GateFile:
     def fill(self, gates: dict[str, nn.Module], dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
         """Copies the file's rows into {module path: gate}, in `dtype`, and returns the gates.
         Raises InputError where a tensor is missing or has the wrong shape."""
-        for key, param in parameters_of(gates).items():
+        for key, param in parameters_of(gates, len(self.known)).items():
             want = (self.count, *param.shape[1:])
             if key not in self.tensors or tuple(self.tensors[key].shape) != want:
                 found = tuple(self.tensors[key].shape) if key in self.tensors else "nothing"

@@ -79,6 +79,7 @@ def _train_gates(kind, known, names, tasks, run, args):
         return finished(checkpoint)
     if not checkpoint.file.exists():
         check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
+    torch.manual_seed(args.seed)  # of gates that begin at random
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)
@@ -92,7 +93,7 @@ def _train_gates(kind, known, names, tasks, run, args):
             files += adapter_files(folder / "adapters" / name)
     else:
         keep_template(known, model)
-    for param in parameters_of(gates).values():
+    for param in parameters_of(gates, pool.capacity).values():
         param.data = param.data.to(DTYPES[args.save_dtype])
     save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names, model.fingerprint())
     checkpoint.finish(file, files)
@@ -128,7 +129,7 @@ def train_by_steps(
 ) -> None:
     """Trains the gates by gradient steps."""
     args = training.args
-    params = parameters_of(training.gates)
+    params = parameters_of(training.gates, training.pool.capacity)
     rates = {}
     if args.adapters_too:
         stacks = pool_params(training.pool)

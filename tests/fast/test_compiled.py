@@ -244,7 +244,7 @@ def test_gradients(what, small_model, tmp_path):
         gates = meteora_gates_of(2) if what == "gates" else None
         model, pool, gates = pool_in_model(small_model, tmp_path / str(compiled), gates)
         stacks = {f"{p}.{n}": stack[p] for n, stack in (("A", pool.A), ("B", pool.B)) for p in pool.A}
-        params = parameters_of(gates) if what == "gates" else stacks
+        params = parameters_of(gates, pool.capacity) if what == "gates" else stacks
         if compiled:
             model.compile_blocks()
         for param in params.values():

@@ -3,6 +3,7 @@ LoRAs, LoraHub."""
 
 import csv
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from methods import lorahub as train_lorahub
 from methods.batch import set_methods
 from methods.lorahub import LorahubRun
 from methods.meteora import MeteoraRun, logistic, whitening
+from methods.mixtures import Soft
 from methods.session import PromptMask
 from methods.smear import SmearLinear, smear_routers
 from model import load_llama
@@ -140,6 +142,49 @@ def test_a_kind_learns_and_answers_as_it_was_trained(kind, trained, tmp_path, mo
     set_methods(mole, ["uniform"])
     with torch.no_grad():
         assert (mole.model(ids) - want).abs().max() > 0.1  # it has left its start
+
+
+def new_soft_gates(change):
+    """Soft.new_gates, each gate changed by `change(gate)`."""
+
+    def new_gates(pool, k, temperature=1.0, known=None):
+        gates = meteora_gates(pool, pool.capacity, temperature, known)
+        for gate in gates.values():
+            change(gate)
+        return gates
+
+    return staticmethod(new_gates)
+
+
+@pytest.mark.parametrize("shape", [(), (11, 3)])
+def test_gates_without_a_row_for_each_adapter_are_refused(shape, trained, tmp_path, monkeypatch):
+    """A gate file keeps a row for each adapter: another parameter would come back as zeros, or end a
+    run with a traceback when all its steps are done."""
+
+    def change(gate):
+        gate.inner = torch.nn.Module()
+        gate.inner.query = torch.nn.Parameter(torch.zeros(shape))
+
+    monkeypatch.setattr(Soft, "new_gates", new_soft_gates(change))
+    o = gates_run(trained, tmp_path, kind="soft", steps=1)
+    with pytest.raises(InputError, match=rf"gate.inner.query is .*{re.escape(str(shape))}, expected a first"):
+        run(o)
+    assert not (Path(o.pool) / "gates").exists()
+
+
+def test_gates_that_begin_at_random_are_the_seeds(trained, tmp_path, monkeypatch):
+    """Without it --seed makes another gate at each run, and nobody can repeat a figure."""
+    monkeypatch.setattr(Soft, "new_gates", new_soft_gates(lambda gate: torch.nn.init.normal_(gate.weight)))
+    contents = []
+    for number, seed in enumerate((7, 7, 11)):
+        torch.manual_seed(number)  # what another library may have drawn before
+        (tmp_path / str(number)).mkdir()
+        o = gates_run(trained, tmp_path / str(number), kind="soft", steps=1, lr=0.0, seed=seed)
+        run(o)
+        contents.append(read_safetensors(Path(o.pool) / "gates" / "soft.safetensors")[0])
+    first, again, other = contents
+    for key, tensor in first.items():
+        assert torch.equal(tensor, again[key]) and not torch.equal(tensor, other[key])
 
 
 @pytest.mark.parametrize("kind", KINDS)
