@@ -59,7 +59,7 @@ class Options(TemplateOptions, Sampling):
     device: str = "auto"  # auto = cuda where there is one, else cpu
     compile: bool | None = None  # torch.compile the blocks; default where that saves time
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
-    html: str = ""  # write the routing as a web page to this file
+    html: str = ""  # write a page to explore the routing, token by token and Linear by Linear, to this file
     json: bool = False  # one JSON object a prompt on standard output
     export: str = ""  # write the mixture of --mix or --method into this new folder, as one PEFT adapter
     export_rank: Whole = 0  # rank of the exported adapter, by truncated SVD; 0 = the sum of the ranks, exact

@@ -1,7 +1,7 @@
 """The decode loop: a batch of prompts in, tokens out, each with the adapters that computed it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +29,21 @@ class Token:
 
 
 def decode(mole: Mole, ids: list[list[int]], sampling: Sampling, routing: bool = False,
-           stops: list[list[str]] | None = None) -> Iterator:  # fmt: skip
+           stops: list[list[str]] | None = None,
+           watch: Callable[[torch.Tensor], None] | None = None) -> Iterator:  # fmt: skip
     """Prefills the prompts `ids` (token ids) and returns what generates one token a row at each
     step: yields Tokens and, with `routing`, before them the prompts' adapters: a list for each row
     that holds a list for each token. A row ends before one of its `stops`, by default sampling's.
+    With `routing`, `watch` is called after each forward with its tokens' weights in m gated Linears
+    before they are averaged: (m, b, t, e), the prompts' first, then with t = 1 each step's.
 
     Prefill and each step hold mole.lock, which is free between steps: an iterator that is left
     half-way blocks nobody. Raises InputError for logits that aren't finite, RuntimeError where
     another batch began on this model before this one ended.
     """
     with mole.lock:
-        batch = DecodeBatch(mole, ids, sampling, routing, stops or [sampling.stop] * len(ids))
+        stops = stops or [sampling.stop] * len(ids)
+        batch = DecodeBatch(mole, ids, sampling, routing, stops, watch)
     return batch.events()
 
 
@@ -47,10 +51,11 @@ class DecodeBatch:
     """Prompts that are answered together: their cache, and what the next step goes on from."""
 
     @torch.inference_mode()
-    def __init__(self, mole, ids, sampling, routing, stops):
+    def __init__(self, mole, ids, sampling, routing, stops, watch=None):
         b = len(ids)
         self.mole = mole
         self.sampling = sampling
+        self.watch = watch
         self.id = mole.batch_id
         self.in_use = mole.slots_in_use
         self.lengths = list(map(len, ids))
@@ -70,7 +75,7 @@ class DecodeBatch:
         self.prompt_adapters = None
         self.adapters = [[]] * b  # of each row's last token
         if routing:
-            rows = zip(_read_adapters(mole, recorder, b, longest), self.lengths, strict=True)
+            rows = zip(_read_adapters(mole, recorder, b, longest, watch), self.lengths, strict=True)
             self.prompt_adapters = [row[:n] for row, n in rows]
             self.adapters = [row[-1] for row in self.prompt_adapters]
         self.recorder = _recorder(mole, b, routing)
@@ -126,7 +131,8 @@ class DecodeBatch:
             ids = self.chosen.clamp(min=0)[:, None]  # -1: not finite, of a row that has ended
             self.logits = mole.model.head(mole.model.model(ids, self.cache, counts)[:, 0])
         if self.prompt_adapters is not None:
-            self.adapters = [row[0] for row in _read_adapters(mole, recorder, len(ids), 1)]
+            rows = _read_adapters(mole, recorder, len(ids), 1, self.watch)
+            self.adapters = [row[0] for row in rows]
 
     def token(self, row: int, index: int) -> Token:
         """The Token of a row's new id, which may be its last. Raises InputError for -1."""
@@ -202,11 +208,15 @@ def _recorder(mole, n, routing):
     return Recorder(mole.model, n) if routing and mole.pool is not None else contextlib.nullcontext()
 
 
-def _read_adapters(mole, recorder, b, t):
-    """The adapters of the last forward's tokens: for each row a list, for each token in it one."""
+def _read_adapters(mole, recorder, b, t, watch):
+    """The adapters of the last forward's tokens: for each row a list, for each token in it one.
+    `watch` gets their weights in each Linear."""
     if recorder is None:
         return [[[]] * t] * b
-    flat = name_adapters(mole.attached[1], recorder.read(b * t).mean(0))
+    weights = recorder.read(b * t)  # (m, n, e)
+    if watch:
+        watch(weights.unflatten(1, (b, t)))
+    flat = name_adapters(mole.attached[1], weights.mean(0))
     return [flat[row * t :][:t] for row in range(b)]
 
 

@@ -5,15 +5,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
 
 from common.files import InputError, write_text
 from common.tokenizer import TextStream
 from decoding.loop import Token, decode
 from decoding.prompts import encode_prompt
 from decoding.stream import compile_for
-from methods.batch import retrieve, set_methods
+from methods.batch import find_method, retrieve, set_methods
+from methods.protocol import Gated, Merged, Method, OwnLinears
 from methods.session import Mole
-from pictures.page import html_page
+from moe_lora import attached
+from pictures.page import Shown, html_page
+from pictures.page_weights import LinearWeights
 from pictures.palette import Trace
 from pictures.terminal import Printer
 
@@ -55,6 +60,47 @@ def _trace(tokens):
     return [(token["text"], token["adapters"]) for token in tokens]
 
 
+def how_chosen(method: Method) -> str:
+    """How a method chose among the adapters, a sentence for the page."""
+    if not method.needs_adapters:
+        return "The base alone answered: no adapter took part."
+    if isinstance(method, Gated):
+        return "In each Linear a gate weighed the adapters anew for every token."
+    alike = "the same for all tokens: nothing was chosen token by token."
+    if isinstance(method, Merged):
+        return f"One adapter, made before the first token, at weight 1 in every Linear, {alike}"
+    if isinstance(method, OwnLinears) and method.edits_W:
+        return "The adapters were merged into a copy of the base's weights: no choice was recorded."
+    if isinstance(method, OwnLinears):
+        return f"One mixture a Linear, made from the whole prompt, {alike}"
+    return f"One fixed mixture for the whole request, {alike}"
+
+
+def write_page(mole: Mole, path: str, answers: list[dict], watched: LinearWeights, top_k: int) -> None:
+    """Writes the page of a batch just answered: `answers` as --json prints them, `watched` what its
+    Linears used."""
+    requests = []
+    for row, answer in enumerate(answers):
+        linears = watched.of_row(row, len(answer["prompt_tokens"]), len(answer["tokens"]))
+        method = find_method(mole, answer["method"], top_k)
+        requests.append(Shown(answer, how_chosen(method), linears))
+    pool = mole.attached[1] if mole.attached else None
+    resident = {pool.slot(name): name for name in pool.resident} if pool else {}
+    names = [resident.get(slot, "") for slot in range(pool.capacity if pool else 0)]
+    about = {
+        "Method": ", ".join(dict.fromkeys(answer["method"] for answer in answers)),
+        "Model": _folder_name(mole.base_name),
+        "Pool": _folder_name(mole.folder.path) if mole.folder else "none",
+        "Date": date.today().isoformat(),
+    }
+    write_text(path, html_page(requests, names, list(attached(mole.model)), about))
+
+
+def _folder_name(name):
+    """The last part of a folder's path, a hub name as it is."""
+    return Path(name).resolve().name if Path(name).is_dir() else str(name)
+
+
 def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,
             turns: Sequence[dict] = ()) -> list[tuple[Trace, Trace]]:  # fmt: skip
     """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
@@ -68,6 +114,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     recording = bool(routing or args.json or args.html or args.interactive)
+    watch = LinearWeights() if args.html else None
     with mole.lock:
         found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
         compile_for(mole, args.compile, ids, args)
@@ -76,7 +123,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
             print(f"retrieved: {shown}", file=sys.stderr)
         begin = time.perf_counter()
-        events = decode(mole, ids, args, recording, stops)  # args are a Sampling, too
+        events = decode(mole, ids, args, recording, stops, watch)  # args are a Sampling, too
     seen = next(events) if recording else [[[]] * len(row) for row in ids]
     prompt_tokens = [trace_prompt(mole, row, used) for row, used in zip(ids, seen, strict=True)]
     prompt_traces = list(map(_trace, prompt_tokens))
@@ -97,12 +144,14 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
         raise
     if printer:
         printer.close()
-    if args.json:
+    answers = []
+    if args.json or args.html:
         for row, prompt in enumerate(prompts):
             took = seconds[row]
-            line = result(prompt, methods[row], tokens[row], prompt_tokens[row], took, found[row])
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-    traces = list(zip(prompt_traces, answer_traces, strict=True))
+            answers.append(result(prompt, methods[row], tokens[row], prompt_tokens[row], took, found[row]))
+    if args.json:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
     if args.html:
-        write_text(args.html, html_page(traces, "Which adapter computed which token"))
-    return traces
+        write_page(mole, args.html, answers, watch, args.top_k)
+    return list(zip(prompt_traces, answer_traces, strict=True))

@@ -37,7 +37,7 @@ from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
 from methods.session import Mole, Ranking, retriever_of
 from pool.adapters import Adapter, load_adapter, save_samples
-from pool.folder import is_pool, open_pool
+from pool.folder import check_pool_base, is_pool, open_pool
 from pool.load import load_base, read_adapters
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
 from pool.slots import Pool
@@ -158,6 +158,8 @@ def _train_retriever(folder, known, tasks, names, args):
         raise InputError(f"--depth is {args.depth}, expected at most {layers}, the base's blocks")
     model = load_base(base, args.dtype, args.device)
     model.fingerprint()  # of the files as they are now: another base may lie there when this ends
+    if known:
+        check_pool_base(known, model)
     tokenizer = Tokenizer(base)
     untuned = LlamaEncoder(model, tokenizer, args.depth or None, max_length=args.max_length)
     n = even_count([tasks[name] for name in names], args.prompts)

@@ -1,35 +1,131 @@
-"""The routing of a batch as one web page that needs no other file."""
+"""The routing of a batch as one web page to explore; it needs no other file.
 
-import html
+page.html.jinja is the page, page.css and page.js go into it. Texts and names pass through Jinja's
+escaping, the data through its tojson filter, so that neither can become markup or a script.
+"""
 
-from pictures.palette import GREY, Palette, Trace, key
+import base64
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pictures.page_weights import Heaviest, pack
+from pictures.palette import GREY, Palette, key
+
+HERE = Path(__file__).parent
 
 
-def _html_span(role, text, adapters, colour):
-    tip = ", ".join(f"{name} {weight:.2f}" for name, weight in adapters)
-    style = f'class="{role}" style="--c:rgb{colour}" title="{html.escape(tip, quote=True)}"'
-    return f"<span {style}>{html.escape(text)}</span>"
+@dataclass
+class Shown:
+    """A request as the page shows it."""
+
+    answer: dict  # the object that --json prints
+    how: str  # a sentence on how its method chose
+    linears: Heaviest  # of its prompt's tokens and then its answer's
+
+    @property
+    def tokens(self) -> list[dict]:
+        """Its prompt's tokens and then its answer's: {"text", "adapters"} each."""
+        return [*self.answer["prompt_tokens"], *self.answer["tokens"]]
 
 
-def html_page(traces: list[tuple[Trace, Trace]], title: str) -> str:
-    """A page that needs no other file; `traces`: (prompt trace, answer trace) of each request."""
-    palette = Palette.of(trace for pair in traces for trace in pair)
-    body = ""
-    for pair in traces:
-        body += "<pre>"
-        for role, trace in zip(("prompt", "answer"), pair, strict=True):
-            for text, adapters in trace:
-                body += _html_span(role, text, adapters, palette.colour(adapters) or GREY)
-        body += "</pre>"
-    keys = []
-    for name, colour, share in palette.shares():
-        keys.append(f'<b style="--c:rgb{colour}">{html.escape(key(name, share))}</b>')
-    title = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>'
-        "body{font:16px system-ui;max-width:60em;margin:2em auto;padding:0 1em}"
-        "pre{white-space:pre-wrap;font:15px/1.7 ui-monospace,monospace}"
-        "span{border-bottom:3px solid var(--c)}span.prompt{opacity:.55}"
-        "b{color:var(--c);margin-right:1em}"
-        f"</style><h1>{title}</h1>{body}<p>{' '.join(keys)}</p></html>\n"
+def html_page(requests: list[Shown], names: list[str], paths: list[str], about: dict[str, str]) -> str:
+    """`names`: the adapter in each of the e slots, "" for none; `paths`: of the m gated Linears;
+    `about`: what stands at the top, label and text."""
+    tokens = [token for request in requests for token in request.tokens]
+    slots = {name: slot for slot, name in enumerate(names) if name}
+    palette = Palette.of([*(_trace(request.tokens) for request in requests), _every(slots)])
+    for token in tokens:
+        palette.colour(token["adapters"])
+    return _template().render(
+        about=about,
+        requests=[_request(request, slots) for request in requests],
+        count=len(tokens),
+        colours={slots[name]: colour for name, colour, _ in palette.shares()},
+        grey=GREY,
+        legend=_legend(palette, slots, tokens),
+        ess=_mean_ess(requests),
+        below_zero=any(request.linears.below_zero for request in requests),
+        data=_data(requests, tokens, names, paths),
+        style=(HERE / "page.css").read_text("utf-8"),
+        script=(HERE / "page.js").read_text("utf-8"),
     )
+
+
+def _template():
+    env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
+    env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return env.get_template("page.html.jinja")
+
+
+def _trace(tokens):
+    return [(token["text"], token["adapters"]) for token in tokens]
+
+
+def _every(slots):
+    """A trace that names every adapter at no weight: those that weigh little get colours, too."""
+    return [("", [[name, 0.0] for name in slots])]
+
+
+def _request(request, slots):
+    """What the template shows: each token as its text and its heaviest adapter's slot."""
+    parts = []
+    for label, field in (("Prompt", "prompt_tokens"), ("Answer", "tokens")):
+        tokens = request.answer[field]
+        parts.append((label, [(token["text"], _heaviest(token, slots)) for token in tokens]))
+    ess = _mean_ess([request])
+    return {"method": request.answer["method"], "how": request.how, "ess": ess, "parts": parts}
+
+
+def _mean_ess(requests):
+    """Over the tokens that use an adapter, 0 where none does."""
+    ess = [number for request in requests for number in request.linears.ess.tolist() if number]
+    return sum(ess) / max(len(ess), 1)
+
+
+def _heaviest(token, slots):
+    """The slot of a token's heaviest adapter, None where none is active or several are equal."""
+    largest = max((weight for _, weight in token["adapters"]), default=0)
+    leaders = [slots[name] for name, weight in token["adapters"] if weight == largest > 0]
+    return leaders[0] if len(leaders) == 1 else None
+
+
+def _legend(palette, slots, tokens):
+    """The adapters that took part, heaviest first, each with its mark, its total and how many
+    tokens it leads."""
+    leaders = [_heaviest(token, slots) for token in tokens]
+    total = sum(weight for token in tokens for _, weight in token["adapters"])
+    rows = []
+    for name, _, share in palette.shares():
+        if share > 0:
+            mark, _, label = key(name, share).partition(" ")
+            slot = slots[name]
+            row = {"slot": slot, "mark": mark, "label": label, "total": share * total}
+            rows.append(row | {"leads": leaders.count(slot)})
+    return rows
+
+
+def _data(requests, tokens, names, paths):
+    """What page.js reads. A token is [100 ESS, [slot, 1000 weight, ...] averaged over the Linears,
+    base64 of pack()'s bytes]."""
+    slots = {name: slot for slot, name in enumerate(names)}
+    packed, k, unit = pack([request.linears for request in requests], len(names))
+    ess = [value for request in requests for value in request.linears.ess.tolist()]
+    rows = []
+    for token, number, data in zip(tokens, ess, packed, strict=True):
+        pairs = [(slots[name], round(1000 * weight)) for name, weight in token["adapters"]]
+        flat = [value for pair in pairs for value in pair]
+        rows.append([round(100 * number), flat, base64.b64encode(data).decode()])
+    linears = [_layer_and_module(path) for path in paths]
+    marks = [key(name, 0).partition(" ")[0] for name in names]
+    form = {"names": names, "marks": marks, "linears": linears, "k": k, "unit": unit}
+    return form | {"tokens": rows}
+
+
+def _layer_and_module(path):
+    """model.layers.3.self_attn.q_proj -> (3, "q")"""
+    layer = re.search(r"\.(\d+)\.", path)
+    return int(layer[1]), path.rpartition(".")[2].removesuffix("_proj")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that MeteoRA stands beside, on tiny/: trains what it lacks, then prints the README's tables. Goes on where
-# it was.
+# Everything that MeteoRA stands beside, on tiny/: trains what it lacks, then prints the tables of docs/results.md. Goes
+# on where it was.
 #   runs/compare.sh [FOLDER]    a folder that runs/cpu.sh made; default: out/tiny
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ python -m tasks.tiny --out $tasks
 python train.py base --text $tasks/corpus.txt --model "$out" --dtype bfloat16 --resume
 run=(--model "$out" --tasks $tasks --save_dtype bfloat16 --max_length 1024 --resume)
 # Adapters as they come, each trained on its task alone; then gates, and the adapters with them, on composites too.
-python train.py adapters "${run[@]}" --pool "$out-alone" --steps 200 --lr 2e-3 --late 0.7
+python train.py adapters "${run[@]}" --pool "$out-alone" --steps 200 --lr 2e-3 --late_start 0.7
 gates=(--batch_size 84 --composite 0.67 --optimizer muon --lr 0.1 --clip 0)
 python train.py gates "${run[@]}" "${gates[@]}" --pool "$out-alone" --adapters_too "$out" --adapter_lr 1e-3 \
     --top_k 1 --steps 500 --beta 1

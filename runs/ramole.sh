@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RAMoLE beside what it is compared with, on tiny/: trains the gates over the fixed pool that it lacks, then prints the
-# README's tables: each task with its own adapter in the pool, without it, and tasks that come later.
+# tables of docs/results.md: each task with its own adapter in the pool, without it, and tasks that come later.
 #   runs/ramole.sh [FOLDER]    a folder that runs/cpu.sh made; default: tiny
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RAMoLE with a real model on real tasks: twelve adapters of five families, retriever and router tuned on five of the
-# tasks, then the README's tables: all tasks with their own adapter in the pool, and without it.
+# tasks, then the tables of docs/results.md: all tasks with their own adapter in the pool, and without it.
 #   runs/real.sh MODEL TASKS [FOLDER]    SmolLM2-135M-Instruct's folder, the task folders; default: out/real
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -12,6 +12,8 @@ from pool.load import make_fast
 
 pytest.register_assert_rewrite("helpers_kernels", "helpers_training")
 
+QUICK = ("tests/core/", "tests/methods/test_identities.py", "tests/house/test_readme.py")
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -23,6 +25,17 @@ def pytest_configure(config):
     """All tests but those of a GPU are the CPU's, on every machine."""
     if not re.search(r"(?<!not )\bcuda", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as quick what tells in under a minute whether an installation works: the idea against
+    its oracles, what all methods share, what the README shows."""
+    longer = {"slow", "real", "dist", "cuda", "browser"}
+    for item in items:
+        name = item.nodeid.partition("::")[0]
+        if name.startswith(QUICK) and not longer & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("quick")
 
 
 @pytest.fixture

@@ -69,6 +69,13 @@ def command(*args, stdin="", cwd=None, environment=None):
     return warm([str(ROOT / script), *rest], stdin.encode(), cwd, environment)
 
 
+def repository_copy(folder):
+    """The repository in `folder`, by links, so that a command may write beside what it finds."""
+    for file in ROOT.iterdir():
+        if not file.name.startswith(".") and file.name not in ("out", "runs", "tests"):
+            (folder / file.name).symlink_to(file)
+
+
 def assert_refused(done, *words):
     """Bad input: exit status 2, nothing on stdout, one line on stderr besides warnings and what is
     in use, naming each of `words`."""

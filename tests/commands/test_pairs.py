@@ -110,6 +110,16 @@ def test_a_retriever_before_its_adapters(small_model, tasks, tmp_path, capsys):
     run(generate, "--model", small_model, "--pool", pool, "--prompt", "the fox", "--method", "ramole")
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_no_trainer_takes_another_base(trainer, small_model, tasks, pools, tmp_path, capsys):
+    """Adapters trained on another base are noise: what learns over them learns noise."""
+    pool = shutil.copytree(pools("adapters"), tmp_path / "pool")
+    raw = json.loads((pool / "pool.json").read_text())
+    (pool / "pool.json").write_text(json.dumps(raw | {"base": "f" * 32}))
+    with pytest.raises(InputError, match="pool.json: trained on base ffffffffffff"):
+        run_train(small_model, tasks, pool, WRITERS[trainer][0])
+
+
 def test_a_base_of_our_own(tasks, tmp_path, capsys):
     """The folder that `train.py base` writes is a model folder and, later, a pool."""
     model = tmp_path / "base"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers_commands import ENVIRONMENT, ROOT
+from helpers_commands import ENVIRONMENT, ROOT, repository_copy
 
 PAGE = (ROOT / "docs" / "own_adapters.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(bash|text)\n(.*?)```", PAGE, re.DOTALL)
@@ -17,11 +17,7 @@ BLOCKS = re.findall(r"```(bash|text)\n(.*?)```", PAGE, re.DOTALL)
 @pytest.mark.slow
 def test_the_page_runs_as_it_stands(tmp_path):
     """Who follows a page whose third command fails, or prints something else, goes elsewhere."""
-    for file in ROOT.iterdir():
-        if not file.name.startswith("."):
-            (tmp_path / file.name).symlink_to(file)
-    for name in ("out", "runs", "tests"):
-        (tmp_path / name).unlink(missing_ok=True)
+    repository_copy(tmp_path)
     here = Path(sys.executable).parent
     environment = ENVIRONMENT | {"PATH": f"{here}:{os.environ['PATH']}", "PYTHONPATH": ""}
     printed = None

@@ -1,4 +1,4 @@
-"""What the README says, done: its first command, its Python, its options, its embedded model."""
+"""What the README says, done: its first command, its Python, its map, its figures, its embedded model."""
 
 import json
 import re
@@ -7,77 +7,110 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-import bench
-import eval as evaluation
-import generate
-import train
-from common.options import build_parser
-from helpers_commands import ROOT, command
-from tasks.tiny import TinyTasksConfig
+from helpers_commands import ROOT, command, python
+from moe_lora import MeteoraGate, MultiLoRALinear
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-LINES = re.sub(r"\\\n\s*", "", "\n".join(text for _, text in BLOCKS))
-COMMANDS = re.findall(r"python (?:-m )?(\w+\.\w+) (.*?)(?:\s+#.*)?$", LINES, re.MULTILINE)
 
 
-def test_the_first_command_answers():
-    """The first thing that a newcomer types must work as it stands there, offline."""
+def test_the_first_command_prints_what_it_shows():
+    """The first thing that a newcomer types must work as it stands there, offline, and print what
+    stands below it."""
     install, _, first = BLOCKS[0][1].strip().partition(" && ")
     assert install == "pip install -r requirements.txt"
-    script, *args = shlex.split(first)[1:]
-    done = command(script, *args)
-    assert done.returncode == 0 and done.stdout == "mice\n", (done.stdout, done.stderr)
-    assert done.stderr.startswith("method: meteora (")
+    done = command(*shlex.split(first)[1:])
+    assert done.stderr + done.stdout == BLOCKS[1][1]
 
 
-def test_what_it_shows_is_what_it_prints():
-    """A transcript that nobody can repeat is worse than none."""
-    (shown,) = (text for _, text in BLOCKS if text.startswith("$ "))
-    parts = shown.split("$ ")[1:]
-    assert len(parts) == 2
-    for part in parts:
-        line, expected = re.fullmatch(r'((?:[^"]|"[^"]*")*?)\n(.*)', part, re.DOTALL).groups()
-        done = command(*shlex.split(line)[1:])
-        assert done.stderr + done.stdout == expected, line
-
-
-def run_example(word):
-    """The output of the README's Python that holds `word`."""
+def python_block(word):
+    """The README's Python that holds `word`."""
     (code,) = (text for language, text in BLOCKS if language == "python" and word in text)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return code
+
+
+def test_the_forward_that_it_shows_is_the_shipped_one():
+    """Without it the fifteen lines that explain the method could explain another one."""
+    n, i, o, e, r, k = 11, 7, 5, 13, 3, 2
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    x, W, G = draw(n, i), draw(o, i), draw(e, i)
+    A, B, scale = draw(e, r, i), draw(e, o, r), draw(e)
+    base = torch.nn.Linear(i, o, bias=False, dtype=torch.float64)
+    base.weight.data = W
+    shipped = MultiLoRALinear(base, A, B, scale, MeteoraGate(G, k))
+    code = python_block("def gated_linear")
+    assert len(code.splitlines()) <= 15
+    names = {}
+    exec(code, names)
+    # Logits and weights are float32 in the shipped one.
+    torch.testing.assert_close(
+        names["gated_linear"](x, W, A, B, scale, G, k), shipped(x), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_gate_of_your_own_is_the_examples():
+    """Who copies the class from here and the loop from there needs them to fit."""
+    assert python_block("class KeyGate") in (ROOT / "examples" / "key_gate.py").read_text()
 
 
 @pytest.mark.slow
 def test_a_gate_of_your_own_learns():
     """Who forks this to try a gate starts from these lines; that it learns shows that nothing else
     is needed."""
-    *steps, answers = run_example("class KeyGate").splitlines()
+    line = [sys.executable, "-m", "examples.key_gate"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    *steps, answers = done.stdout.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in steps]
     assert len(losses) == 20 and sum(losses[-3:]) < 0.7 * sum(losses[:3]) and answers.startswith("[")
 
 
 def test_the_python_example_runs():
     """An example that people copy breaks silently when a name changes."""
-    *tokens, answers = run_example("stream").splitlines()
+    done = python(python_block("stream"))
+    assert done.returncode == 0, done.stderr
+    *tokens, answers = done.stdout.splitlines()
     assert "Haus" in answers and any("plural" in line for line in tokens)
 
 
-def test_every_option_in_a_command_exists():
-    """A README that names an option which is gone sends its readers into an error."""
-    scripts = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tasks.tiny": TinyTasksConfig}
-    classes = {name: cls for name, (cls, *_) in (train.COMMANDS | bench.COMMANDS).items()}
+def test_it_is_short():
+    """A README that grows by a table a method is read by nobody."""
+    lines = README.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(lines) <= 220 and len(rows) <= 60, (len(lines), len(rows))
+
+
+def test_its_house_is_the_house():
+    """A map that lacks a room, or says that a file has half the lines that it has, misleads."""
+    (tree,) = re.findall(r"((?:^    \S.*\n|^\n)+)", README.partition("## The house")[2][:3000], re.MULTILINE)[
+        :1
+    ]
+    named = set(re.findall(r"([\w/]+(?:/|\.py))(?=[ ,])", tree))
+    rooms = {f"{file.parent.name}/" for file in ROOT.glob("*/__init__.py")}
+    expected = {file.name for file in ROOT.glob("*.py")} | rooms
+    assert named - expected <= {"tiny/", "runs/", "docs/", "tests/"} and expected <= named
+    for name, lines in re.findall(r"`([\w/]+\.py)`\s\((\d+)(?: lines)?\)", README):
+        real = len((ROOT / name).read_text().splitlines())
+        assert abs(real - int(lines)) <= 0.1 * real, f"{name} has {real} lines"
+
+
+def test_its_figures_are_those_of_the_pages():
+    """A figure that was measured again on its page and not here contradicts it."""
+    pages = [(ROOT / "docs" / name).read_text().splitlines() for name in ("results.md", "speed.md")]
+    lines = [line for page in pages for line in page if line.startswith("|")]
     seen = 0
-    for script, rest in COMMANDS:
-        first = rest.split()[0] if rest else ""
-        cls = scripts.get(script) or classes[first]
-        known = build_parser(cls)._option_string_actions
-        for option in re.findall(r"(--\w+)", rest):
-            assert option in known, (script, option)
-            seen += 1
+    for row in re.findall(r"^\|(.*)\|$", README, re.MULTILINE):
+        label, *cells = (cell.strip() for cell in row.split("|"))
+        for cell in cells:
+            if re.search(r"\d", cell):
+                assert any(label in line and cell in line for line in lines), (label, cell)
+                seen += 1
     assert seen > 20
 
 

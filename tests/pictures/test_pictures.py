@@ -1,18 +1,14 @@
-"""Routing in colour: the heaviest adapter's, nothing of the text lost, a page that needs nothing
-else."""
+"""Routing in colour: the heaviest adapter's, nothing of the text lost."""
 
-import html
 import math
 import re
 import unicodedata
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pictures.heat_map import SHADES, heat_map
-from pictures.page import html_page
 from pictures.palette import COLOURS, Palette
 from pictures.svg import svg_picture
 from pictures.terminal import legend, paint
@@ -22,31 +18,6 @@ colours = st.sampled_from([None, *COLOURS])
 mixtures = st.lists(
     st.tuples(st.sampled_from("abcdefg"), st.floats(0, 1)), max_size=4, unique_by=lambda pair: pair[0]
 )
-
-
-class Page(HTMLParser):
-    """Collects a page's tags, the spans' text by class, and the tips."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.attributes, self.tips = [], [], []
-        self.text = {"prompt": "", "answer": ""}
-        self.span = None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [name for name, _ in attributes]
-        if tag == "span":
-            self.span = dict(attributes)["class"]
-            self.tips.append(dict(attributes)["title"])
-
-    def handle_endtag(self, tag):
-        self.span = None if tag == "span" else self.span
-
-    def handle_data(self, text):
-        if self.span:
-            self.text[self.span] += text
 
 
 def test_a_token_has_the_colour_of_its_heaviest_adapter():
@@ -76,10 +47,9 @@ def test_what_carries_most_of_a_known_text_has_colours_of_its_own():
     heavy = [names[j] for j in (0, len(COLOURS), 1, len(COLOURS) + 1)]
     palette = Palette.of([[begin, *((name, [[name, 1.0]]) for name in heavy)]])
     assert palette.shares()[0][2] == 0.0 and len({palette.colour([[name, 1.0]]) for name in heavy}) == 4
-    for draw in (svg_picture([begin], [(n, [[n, 1.0]]) for n in heavy]),
-                 html_page([([begin], [(n, [[n, 1.0]]) for n in heavy])], "")):  # fmt: skip
-        found = [re.search(rf'(?:fill="|--c:rgb)([^"]+)"[^>]*>{name}<', draw).group(1) for name in heavy]
-        assert len(set(found)) == 4
+    drawn = svg_picture([begin], [(n, [[n, 1.0]]) for n in heavy])
+    found = [re.search(rf'fill="([^"]+)"[^>]*>{name}<', drawn).group(1) for name in heavy]
+    assert len(set(found)) == 4
 
 
 def test_more_adapters_than_colours():
@@ -134,49 +104,6 @@ def test_a_colour_ends_with_its_line():
     assert paint("a\n\nb\n", red) == "\x1b[38;2;214;60;70ma\x1b[0m\n\n\x1b[38;2;214;60;70mb\x1b[0m\n"
     assert paint("a", red, faint=True) == "\x1b[2;38;2;214;60;70ma\x1b[0m"
     assert paint("", red) == ""
-
-
-def test_html_is_escaped_and_self_contained():
-    """Without it a model's answer runs as a script in the reader's browser, or the page needs the
-    network."""
-    evil = "<script>alert('x')</script> & <img src=x>\n"
-    page = html_page([([(evil, [])], [(evil, [['"><b>', 0.5], ["x", 0.25]])])], "</title><script>1</script>")
-    parsed = Page(page)
-    assert set(parsed.tags) == {"html", "meta", "title", "style", "h1", "pre", "span", "p", "b"}
-    assert parsed.tags.count("b") == 2  # the legend's
-    assert parsed.text == {"prompt": evil, "answer": evil}
-    assert parsed.tips == ["", '"><b> 0.50, x 0.25']
-    assert set(parsed.attributes) <= {"lang", "charset", "class", "style", "title"}  # no src, no href
-    assert not re.search(r"https?:|url\(|@import", page)
-
-
-texts = st.text(alphabet=st.characters(exclude_characters="\r\0", exclude_categories=["Cs"]), max_size=12)
-traces = st.lists(st.tuples(texts, mixtures), max_size=4)
-
-
-@given(st.lists(st.tuples(traces, traces), max_size=3), texts)
-def test_the_page_holds_the_whole_text(pairs, title):
-    """Without it tokens are lost or swallowed as markup; prompt and answer can't be told apart."""
-    page = html_page(pairs, title)
-    parsed = Page(page)
-    assert parsed.text["prompt"] == "".join(text for prompt, _ in pairs for text, _ in prompt)
-    assert parsed.text["answer"] == "".join(text for _, answer in pairs for text, _ in answer)
-    assert f"<title>{html.escape(title)}</title>" in page
-    assert parsed.tags.count("pre") == len(pairs)
-
-
-def test_html_colours_are_the_legend_s():
-    """Without it the page's legend explains other colours than its text has; uncoloured text is
-    grey."""
-    page = html_page(
-        [([("p", [])], [("a", [["plural", 1.0]]), ("b", [["roman", 0.6], ["plural", 0.4]])])], "t"
-    )
-    spans = re.findall(r'<span class="(\w+)" style="--c:rgb(\([^)]*\))"', page)
-    keys = dict(
-        (name, colour) for colour, name in re.findall(r'<b style="--c:rgb(\([^)]*\))">■ (\w+) ', page)
-    )
-    assert spans == [("prompt", "(128, 128, 128)"), ("answer", keys["plural"]), ("answer", keys["roman"])]
-    assert "plural 70%" in page and "roman 30%" in page
 
 
 # The heat map -------------------------------------------------------------------------------------
