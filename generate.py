@@ -60,6 +60,7 @@ class Options(TemplateOptions, Sampling):
     compile: bool | None = None  # torch.compile the blocks; default where that saves time
     routing: bool | None = None  # show each token's adapter in colour, default on a terminal
     html: str = ""  # write a page to explore the routing, token by token and Linear by Linear, to this file
+    svg: str = ""  # write the first prompt's routing as a picture to this file
     json: bool = False  # one JSON object a prompt on standard output
     export: str = ""  # write the mixture of --mix or --method into this new folder, as one PEFT adapter
     export_rank: Whole = 0  # rank of the exported adapter, by truncated SVD; 0 = the sum of the ranks, exact
@@ -96,8 +97,8 @@ def check_options(args: Options, asked: list[Request]) -> None:
         if getattr(args, name) and not args.init:
             raise InputError(f"--{name} is for --init")
     check_values(args, args.top_k, args.gate_temperature)
-    if args.html:
-        check_writable(args.html)
+    for path in filter(None, (args.html, args.svg)):
+        check_writable(path)
 
 
 def read_requests(args: Options) -> list[Request]:

@@ -1,4 +1,4 @@
-"""Answers a batch as the command does: text as it streams, lines of JSON, a web page."""
+"""Answers a batch as the command does: text as it streams, lines of JSON, a web page, a picture."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from moe_lora import attached
 from pictures.page import Shown, html_page
 from pictures.page_weights import LinearWeights
 from pictures.palette import Trace
+from pictures.svg import svg_picture
 from pictures.terminal import Printer
 
 
@@ -103,7 +104,7 @@ def _folder_name(name):
 
 def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,
             turns: Sequence[dict] = ()) -> list[tuple[Trace, Trace]]:  # fmt: skip
-    """Decodes a batch and shows it as asked: streamed text, JSON lines, a web page. `stops`: a list
+    """Decodes a batch and shows it as asked: text, JSON lines, a web page, a picture. `stops`: a list
     of texts for each prompt, by default args.stop; `turns`: the messages of the conversation so
     far, with the chat template. Returns the traces (pictures/palette.py) of each prompt and its
     answer; they name adapters where these were recorded, as they always are with args.interactive."""
@@ -113,7 +114,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
     routing = args.routing
     if routing is None:
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    recording = bool(routing or args.json or args.html or args.interactive)
+    recording = bool(routing or args.json or args.html or args.svg or args.interactive)
     watch = LinearWeights() if args.html else None
     with mole.lock:
         found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
@@ -154,4 +155,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     if args.html:
         write_page(mole, args.html, answers, watch, args.top_k)
-    return list(zip(prompt_traces, answer_traces, strict=True))
+    traces = list(zip(prompt_traces, answer_traces, strict=True))
+    if args.svg:
+        write_text(args.svg, svg_picture(*traces[0]))
+    return traces

@@ -93,13 +93,15 @@ def encode_spans(mole: Mole, composite: Composite) -> tuple[list[int], list[str 
 
 
 def draw_composite(mole: Mole, composite: Composite, method: str, temperature: float, args) -> str:
-    """A composite's prompt and answer as SVG, each token in the colour of its heaviest adapter."""
+    """A composite's questions and the answer as SVG, in colour; its solved examples are left out."""
     ids, _ = encode_spans(mole, composite)
     route(mole, [composite], [ids], method, temperature, args)
     budget = len(composite.questions) * args.max_new_tokens
     events = decode(mole, [ids], Sampling(budget), routing=True)
     prompt = [(row["text"], row["adapters"]) for row in trace_prompt(mole, ids, next(events)[0])]
-    return svg_picture(prompt, [(token.text, token.adapters) for token in events])
+    _, ends = cut(mole.tokenizer, [text for text, _ in composite.spans])
+    begin = [0, *ends][-len(composite.questions) - 2]  # of the questions; one span more ends them
+    return svg_picture(prompt[begin:], [(token.text, token.adapters) for token in events])
 
 
 def score_composites(asked: Asked, texts: list[str], tasks: dict[str, Task], args) -> dict:

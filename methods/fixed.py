@@ -80,6 +80,7 @@ class Oracle(FixedMixture):
     pattern = "oracle"
     names = ("oracle",)
     about = "each task with its own adapter (eval.py)"
+    decides = "per task"
     per_task = "adapter:{}"
     is_ceiling = True
 

@@ -26,6 +26,8 @@ class Joint(Merged):
     pattern = r"[\w-]+"
     names = tuple(SAMPLING)
     about = "one adapter on all the data as it is, or evenly of all tasks"
+    paper = "2405.13053"
+    decides = "fixed"
 
     @property
     def has_task_adapter(self) -> bool:

@@ -37,6 +37,7 @@ class LoGo(FixedMixture):
     names = ("logo", "logo_top1", "logo_entropy")
     about = "LoGo: the k adapters that a prompt's last token excites most, or most surely; no training"
     paper = "2511.07129"
+    decides = "per request"
     retrieves = "by a forward pass"
 
     def __init__(self, name: str, top_k: int, k: str | None):

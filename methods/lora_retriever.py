@@ -92,6 +92,7 @@ class Fusion(ByText, Merged):
     names = ("fusion",)
     about = "LoraRetriever: the mean of the k best's A and of their B"
     paper = "2402.09997"
+    decides = "per request, merged"
 
     def merge(self, mole: Mole, found: Ranking, exclude: tuple) -> Adapter:
         """(mean B)(mean A) of those retrieved."""
@@ -105,6 +106,7 @@ class AdapterSoup(Fusion):
     names = ("adaptersoup",)
     about = "AdapterSoup: fusion of the adapters nearest to all the prompts together"
     paper = "2302.07027"
+    decides = "per set of requests, merged"
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """The k nearest to the mean of all prompts, for each of them."""

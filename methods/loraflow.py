@@ -80,6 +80,7 @@ class LoRAFlow(TrainedGates):
     about = "LoRA-Flow: one mixture a token and layer"
     paper = "2402.11455"
     made_by = "train.py gates --kind loraflow"
+    decides = "per token and layer"
     kind = "loraflow"
     has_temperature = False
 

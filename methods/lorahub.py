@@ -102,6 +102,7 @@ class LoraHub(Merged):
     about = "LoraHub: weights searched without gradients on five examples a task"
     paper = "2307.13269"
     made_by = "train.py lorahub"
+    decides = "per task, merged"
     per_task = "lorahub:{}"
 
     def __init__(self, name, top_k, task):

@@ -21,6 +21,7 @@ class Soft(TrainedGates):
     pattern = "soft"
     names = ("soft",)
     about = "MeteoRA's gate without the top-k: all adapters"
+    paper = "2406.16989"
     made_by = "train.py gates --kind soft"
     kind = "soft"
 
@@ -64,6 +65,7 @@ class MoE(TrainedGates):
     pattern = r"moe_top([1-9]\d*)"
     names = ("moe_top1", "moe_top3")
     about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
+    paper = "2406.16989"
     kind = "moe"
 
     def __init__(self, name: str, top_k: int, k: str):

@@ -35,8 +35,9 @@ class Method:
     pattern = ""  # what its names look like; groups go to __init__
     names = ()  # as help and docs list them
     about = ""  # one line
-    paper = ""  # arXiv number, where there is one
+    paper = ""  # arXiv number, where there is one; several with commas
     made_by = ""  # the command that makes its files
+    decides = ""  # for what it chooses anew: "per request", "per token and Linear", ...
 
     needs_adapters = True  # without a pool it is an error
     retrieves = ""  # how it ranks adapters for each prompt: "by text" or "by a forward pass"
@@ -111,6 +112,7 @@ POOL = ("pool", None)  # what fixed mixtures attach: the pool, and one SampleGat
 class FixedMixture(Method):
     """weights() says how much each adapter weighs, for all tokens of a request."""
 
+    decides = "fixed"
     key = POOL
     follows_the_pool = True
 
@@ -118,6 +120,7 @@ class FixedMixture(Method):
 class Gated(Method):
     """gates() makes a gate for each Linear."""
 
+    decides = "per token and Linear"
     has_temperature = True
 
     @property
@@ -139,6 +142,7 @@ class ByText(Method):
     """Retrieves adapters for a prompt by its text."""
 
     made_by = "train.py retriever"
+    decides = "per request"
     retrieves = "by text"
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
@@ -229,6 +233,7 @@ class TrainedGates(Trained, Gated):
 class Merged(Method):
     """merge() makes one adapter, which the request's tokens use with weight 1."""
 
+    decides = "merged once"
     key = ("derived", None)
 
     def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
@@ -252,6 +257,7 @@ class Merged(Method):
 class OwnLinears(Method):
     """attach() puts Linears of its own into the model; such a method has the batch to itself."""
 
+    decides = "merged once"
     edits_W = False  # they are plain Linears of weight W + deltas(), whatever the prompt
 
     @property

@@ -48,6 +48,7 @@ class Ramole(ByText, Gated):
     about = "RAMoLE: those retrieved, weighed token by token"
     paper = "2406.16989"
     made_by = "train.py router"
+    decides = "per request, then per token and Linear"
     has_temperature = False
     follows_the_pool = True
 
@@ -91,8 +92,7 @@ class RouterLoRA(nn.Module):
 
     `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates. The bias is added to
     the scores: -inf where a row has fewer candidates, else 0, as in the paper. With a `prior` it is
-    the retrieval score over that temperature, so that a router that knows nothing of an adapter
-    trusts the retriever.
+    the retrieval score / prior, so that a router trusts the retriever where it knows nothing.
     """
 
     per_row = ("idx", "bias")

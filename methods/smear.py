@@ -90,6 +90,7 @@ class Smear(Trained, OwnLinears):
     about = "SMEAR: one merged adapter a request"
     paper = "2306.03745"
     made_by = "train.py gates --kind smear"
+    decides = "per request and Linear, merged"
     kind = "smear"
     has_temperature = False
 

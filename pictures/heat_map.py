@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-import unicodedata
 
+from pictures.columns import columns, printable
 from pictures.palette import Palette, Trace
 
 SHADES = (" ▁▂▃▄▅▆▇█", " .:-=+*#%@")  # the first that the output's encoding can, the second can always
@@ -25,10 +25,10 @@ def heat_map(prompt: Trace, answer: Trace, width: int = 100, encoding: str = "ut
     margin = min(max(map(len, labels.values())), max(6, width // 3))
     lines = []
     for title, trace in (("prompt", prompt), ("answer", answer)):
-        for columns in _wrap_tokens(trace, width - margin - 1, encoding):
-            lines.append(f"{title:<{margin}} " + "|".join(text for text, _ in columns))
+        for line in _wrap_tokens(trace, width - margin - 1, encoding):
+            lines.append(f"{title:<{margin}} " + "|".join(text for text, _ in line))
             for name, label in labels.items():
-                shaded = [_shade(text, adapters, name, shades) for text, adapters in columns]
+                shaded = [_shade(text, adapters, name, shades) for text, adapters in line]
                 if any(map(str.strip, shaded)):
                     row = f"{label[:margin]:<{margin}} " + " ".join(shaded)
                     lines.append(row.rstrip())
@@ -42,13 +42,12 @@ def _wrap_tokens(trace, room, encoding):
     lines = [[]]
     used = 0
     for text, adapters in trace:
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        text = text.encode(encoding, "backslashreplace").decode(encoding) or " "
-        if lines[-1] and used + _width(text) > room:
+        text = printable(text).encode(encoding, "backslashreplace").decode(encoding) or " "
+        if lines[-1] and used + columns(text) > room:
             lines.append([])
             used = 0
         lines[-1].append((text, adapters))
-        used += _width(text) + 1
+        used += columns(text) + 1
     return lines if lines[0] else []
 
 
@@ -57,13 +56,7 @@ def _shade(text, adapters, name, shades):
     last for 1 and more."""
     weight = dict(adapters).get(name, 0.0)
     level = math.ceil(min(weight, 1.0) * (len(shades) - 1))
-    return shades[max(level, 0)] * _width(text)
-
-
-def _width(text):
-    """The columns that a text takes on a terminal: Chinese characters take two, accents none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+    return shades[max(level, 0)] * columns(text)
 
 
 def _can_encode(text, encoding):

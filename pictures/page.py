@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pictures.page_weights import Heaviest, pack
-from pictures.palette import GREY, Palette, key
+from pictures.palette import GREY, Palette, heaviest, key
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def html_page(requests: list[Shown], names: list[str], paths: list[str], about: 
         about=about,
         requests=[_request(request, slots) for request in requests],
         count=len(tokens),
-        colours={slots[name]: colour for name, colour, _ in palette.shares()},
+        looks=[(slots[name], colour, palette.style(name)) for name, colour, _ in palette.shares()],
         grey=GREY,
         legend=_legend(palette, slots, tokens),
         ess=_mean_ess(requests),
@@ -66,7 +66,7 @@ def _trace(tokens):
 
 
 def _every(slots):
-    """A trace that names every adapter at no weight: those that weigh little get colours, too."""
+    """A trace that names every adapter at no weight: those that weigh little get a look, too."""
     return [("", [[name, 0.0] for name in slots])]
 
 
@@ -75,7 +75,7 @@ def _request(request, slots):
     parts = []
     for label, field in (("Prompt", "prompt_tokens"), ("Answer", "tokens")):
         tokens = request.answer[field]
-        parts.append((label, [(token["text"], _heaviest(token, slots)) for token in tokens]))
+        parts.append((label, [(token["text"], _leader(token, slots)) for token in tokens]))
     ess = _mean_ess([request])
     return {"method": request.answer["method"], "how": request.how, "ess": ess, "parts": parts}
 
@@ -86,17 +86,15 @@ def _mean_ess(requests):
     return sum(ess) / max(len(ess), 1)
 
 
-def _heaviest(token, slots):
+def _leader(token, slots):
     """The slot of a token's heaviest adapter, None where none is active or several are equal."""
-    largest = max((weight for _, weight in token["adapters"]), default=0)
-    leaders = [slots[name] for name, weight in token["adapters"] if weight == largest > 0]
-    return leaders[0] if len(leaders) == 1 else None
+    return slots.get(heaviest(token["adapters"]))
 
 
 def _legend(palette, slots, tokens):
     """The adapters that took part, heaviest first, each with its mark, its total and how many
     tokens it leads."""
-    leaders = [_heaviest(token, slots) for token in tokens]
+    leaders = [_leader(token, slots) for token in tokens]
     total = sum(weight for token in tokens for _, weight in token["adapters"])
     rows = []
     for name, _, share in palette.shares():

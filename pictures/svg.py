@@ -1,51 +1,100 @@
-"""The routing of one request as an SVG picture."""
+"""The routing of one request as an SVG picture, for a page, light or dark, or for a paper."""
 
 import html
 import re
 
-from pictures.palette import GREY, Palette, Trace, key
+from pictures.columns import columns, printable
+from pictures.palette import GREY, Colour, Palette, Trace, heaviest, key, others
+
+COLUMN = 9.6  # pixels from column to column: 0.6 of the font's size, as most monospaced fonts have it
+LINE = 24  # pixels from line to line
+MARGIN = 16
+# The adapters' colours serve on white and on black, the labels follow the reader's theme. What no
+# adapter of the legend leads is grey and thin.
+STYLE = (
+    "text{font:600 16px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}"
+    ".rest{font-weight:400}"
+    ".label{font:14px system-ui,sans-serif;fill:#59636e}"
+    "@media(prefers-color-scheme:dark){.label{fill:#9198a1}}"
+)
 
 
-def svg_picture(prompt: Trace, answer: Trace, width: int = 96) -> str:
-    """The two traces of one request as an SVG image of coloured text on white.
+class _Drawing:
+    """Words in lines of at most `width` columns; `line` and `column` are where it goes on."""
 
-    Lines break at `width` characters, the prompt is paler than the answer, the legend comes last.
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.line = 0.5
+        self.column = 0
+        self.widest = 50  # columns, enough for the labels
+        self.texts = []  # each a <text>
+
+    def break_line(self, lines: float = 1) -> None:
+        self.line += lines
+        self.column = 0
+
+    def label(self, text: str) -> None:
+        """A line that says what comes after it."""
+        self._place(text, 'class="label"')
+        self.break_line()
+
+    def write(self, text: str, colour: Colour) -> None:
+        """Coloured text. A word that no longer fits begins a new line."""
+        for part in re.findall(r"\n| +|[^\n ]+", text.expandtabs(4)):
+            if part == "\n":
+                self.break_line()
+            elif part[0] == " ":
+                self.column += len(part)
+            else:
+                self.word(printable(part), colour)
+
+    def word(self, text: str, colour: Colour) -> None:
+        """Coloured text that stays together, as wide as its columns whatever the reader's font."""
+        wide = columns(text)
+        if self.column and self.column + wide > self.width:
+            self.break_line()
+        rest = 'class="rest" ' if colour == GREY else ""
+        self._place(text, f'{rest}fill="#{bytes(colour).hex()}" textLength="{COLUMN * wide:g}"')
+        self.column += wide
+        self.widest = max(self.widest, self.column)
+
+    def _place(self, text, attributes):
+        x = MARGIN + COLUMN * self.column
+        y = MARGIN + LINE * self.line
+        self.texts.append(f'<text x="{x:g}" y="{y:g}" {attributes}>{html.escape(text)}</text>\n')
+
+    def svg(self) -> str:
+        """The image."""
+        across = 2 * MARGIN + COLUMN * self.widest
+        down = 2 * MARGIN + LINE * self.line
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{across:g}" height="{down:g}" '
+            f'viewBox="0 0 {across:g} {down:g}">\n<style>{STYLE}</style>\n{"".join(self.texts)}</svg>\n'
+        )
+
+
+def svg_picture(prompt: Trace, answer: Trace, width: int = 90, most: int = 6) -> str:
+    """The two traces of one request as an SVG image of coloured text on no background.
+
+    Lines break at `width` columns. The `most` adapters that carry most of the text have colours
+    and stand in the legend, each with its share of all weight. The others are grey.
     """
     palette = Palette.of((prompt, answer))
-    lines = [""]  # each a row of <tspan>
-    length = 0  # of the last one, in characters
-
-    def break_line():
-        nonlocal length
-        lines.append("")
-        length = 0
-
-    def add(text, colour, opacity):
-        nonlocal length
-        if length + len(text) > width:
-            break_line()
-        fill = "#" + bytes(colour).hex()
-        lines[-1] += f'<tspan fill="{fill}" opacity="{opacity}">{html.escape(text)}</tspan>'
-        length += len(text)
-
-    for opacity, trace in ((0.6, prompt), (1, answer)):
+    named = list(palette.weight)[:most]
+    drawing = _Drawing(width)
+    for title, trace in (("Prompt", prompt), ("The model's answer", answer)):
+        drawing.label(title)
         for text, adapters in trace:
-            colour = palette.colour(adapters) or GREY
-            for part in re.findall(r"\n|[^\n]+", text):
-                if part == "\n":
-                    break_line()
-                else:
-                    add(part, colour, opacity)
-    break_line()
-    break_line()
-    for name, colour, share in palette.shares()[:12]:
-        add(key(name, share) + "   ", colour, 1)
-    rows = ""
-    for number, spans in enumerate(lines, 1):
-        rows += f'<text x="16" y="{8 + 22 * number}" xml:space="preserve">{spans}</text>'
-    size = f"{32 + 9 * width} {24 + 22 * len(lines)}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
-        'font-family="ui-monospace,monospace" font-size="15">'
-        f'<rect width="100%" height="100%" fill="white"/>{rows}</svg>\n'
-    )
+            colour = palette.colour(adapters)
+            drawing.write(text, colour if heaviest(adapters) in named else GREY)
+        drawing.break_line(1.5 if drawing.column else 0.5)
+    shares = [row for row in palette.shares() if row[2] > 0]
+    if shares:
+        drawing.label("Adapters, each with its share of all routing weight")
+    legend = [(key(name, share), colour) for name, colour, share in shares[:most]]
+    legend += [(f"■ {text}", GREY) for text in others(shares[most:])]
+    drawing.width = drawing.widest
+    for text, colour in legend:
+        drawing.word(printable(text), colour)
+        drawing.column += 3
+    return drawing.svg()

@@ -1,32 +1,41 @@
 """Answers on a terminal: text in the colour of the adapter that did most of each token's work."""
 
-from pictures.palette import Colour, Palette, Trace, key
+from pictures.palette import Colour, Palette, Trace, heaviest, key, others
+
+CODES = {"bold": 1, "italic": 3, "underline": 4}
 
 
-def paint(text: str, colour: Colour | None, faint: bool = False) -> str:
-    """`text` in a terminal colour, which ends before each line break, as pagers need."""
+def paint(text: str, colour: Colour | None, style: str = "") -> str:
+    """`text` in a terminal colour and a style ("bold underline", ...).
+
+    Both end before each line break, as pagers need.
+    """
     if colour is None or not text:
         return text
-    codes = [2, 38, 2, *colour] if faint else [38, 2, *colour]
+    codes = [*(CODES[word] for word in style.split()), 38, 2, *colour]
     start = f"\x1b[{';'.join(map(str, codes))}m"
     return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
 def legend(palette: Palette, most: int = 8) -> str:
-    """One line: the adapters used, each in its colour, with its share."""
-    rows = palette.shares()
-    shown = "  ".join(paint(key(name, share), colour) for name, colour, share in rows[:most])
-    return shown + (f"  and {len(rows) - most} more" if len(rows) > most else "")
+    """One line: the `most` heaviest adapters and all of 2 % or more, each as its text looks."""
+    rows = [row for row in palette.shares() if row[2] > 0]
+    most = max(most, sum(share >= 0.02 for _, _, share in rows))
+    shown = [paint(key(name, share), colour, palette.style(name)) for name, colour, share in rows[:most]]
+    return "  ".join([*shown, *others(rows[most:])])
 
 
 class Printer:
-    """Answers on a terminal or a pipe: the first unfinished row streams, later rows wait."""
+    """Answers on a terminal or a pipe: the first unfinished row streams, later rows wait.
+
+    With `routing` the prompts are shown, too, and the answers are bold.
+    """
 
     def __init__(self, prompts: list[str], traces: list[Trace], routing: bool) -> None:
         self.prompts = prompts
         self.routing = routing
         self.row = -1
-        self.palette = Palette()
+        self.palette = Palette.of(traces)  # the adapters of the prompts get the first colours
         self.waiting = [[] for _ in prompts]
         self.done = [False] * len(prompts)
         self.traces = traces
@@ -37,10 +46,13 @@ class Printer:
         self.row += 1
         if self.row < len(self.prompts) and self.routing:
             for text, adapters in self.traces[self.row]:
-                self._write(text, adapters, faint=True)
+                self._write(text, adapters)
 
-    def _write(self, text, adapters, faint=False):
-        shown = paint(text, self.palette.colour(adapters), faint) if self.routing else text
+    def _write(self, text, adapters, weight=""):
+        shown = text
+        if self.routing:
+            colour = self.palette.colour(adapters)
+            shown = paint(text, colour, f"{weight} {self.palette.style(heaviest(adapters))}")
         print(shown, end="", flush=True)
         self.line_open = not text.endswith("\n") if text else self.line_open
 
@@ -50,7 +62,7 @@ class Printer:
         self.done[token.row] = token.finish is not None
         while self.row < len(self.prompts) and self.waiting[self.row]:
             for token in self.waiting[self.row]:
-                self._write(token.text, token.adapters)
+                self._write(token.text, token.adapters, "bold")
             self.waiting[self.row] = []
             if not self.done[self.row]:
                 break

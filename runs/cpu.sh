@@ -26,4 +26,3 @@ for joint in lora_f lora_b; do
 done
 python eval.py --model "$out" --out "$out-eval" --composite 3,5,10 \
     --methods base,oracle,meteora_top1,meteora_top2,lora_f,lora_b
-cp "$out-eval/composite-3-meteora_top2.svg" "$out/composite.svg"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -489,7 +490,7 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     template = f"template: {TEMPLATE!r} (from pool.json)"
     assert err.splitlines() == [f"method: meteora ({why})", template]
     status, out, _ = run(*args, "--routing", "--html", page)
-    assert status == 0 and "\x1b[38;2;" in out and "\x1b[2;38;2;" in out
+    assert status == 0 and "\x1b[38;2;" in out and "\x1b[1;38;2;" in out
     bare = re.sub(r"\x1b\[[\d;]*m", "", out)
     want = [TEMPLATE.replace("{prompt}", p) + f"{t}\n" for p, t in zip(prompts, said, strict=True)]
     assert bare.startswith("".join(want))
@@ -501,6 +502,31 @@ def test_plain_text_routing_and_web_page(tmp_path, small_model, pool, mole, run)
     assert "<b>fox" not in html and all(name in html for name in NAMES)
     shown = re.sub(r"<[^>]*>", "", html.replace("&amp;", "&").replace("&#x27;", "'").replace("&quot;", '"'))
     assert "2+2=?" in shown and "&lt;b&gt;fox&lt;/b&gt; & dog" in shown
+
+
+def test_a_picture_of_the_first_prompt(tmp_path, small_model, pool, mole, run):
+    """Without it --svg draws another request of the batch, or a text without its adapters."""
+    args = ["--model", small_model, "--pool", pool, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    status, out, _ = run(*args, "--max_new_tokens", 9, "--svg", tmp_path / "routing.svg")
+    assert status == 0 and "\x1b" not in out
+    shown = [element.text for element in ElementTree.parse(tmp_path / "routing.svg").getroot()][1:]
+    end = shown.index("The model's answer")
+    want = mole.template.replace("{prompt}", PROMPTS[0])
+    assert shown[0] == "Prompt" and "".join(shown[1:end]) == re.sub(r"\s", "", want)
+    assert {text.split()[1] for text in shown[-len(NAMES) :]} == set(NAMES)
+
+
+def test_the_picture_in_docs_is_what_its_command_draws(tmp_path):
+    """Without it the picture of the front page shows an answer, or a split, that this model no
+    longer gives."""
+    drawn = (ROOT / "docs" / "routing.svg").read_text("utf-8")
+    prompt = "1. [INST] What is the plural of mouse? [/INST]\n"
+    prompt += "2. [INST] Translate into German: house [/INST]\n"
+    prompt += "3. [INST] Sort the words: river, apple, dog [/INST]\nAnswers:\n"
+    done = command("generate.py", "--raw", "--prompt", prompt, "--svg", tmp_path / "routing.svg")
+    assert (done.returncode, done.stdout) == (0, "1. mice\n2. Haus\n3. apple, dog, river\n")
+    again = (tmp_path / "routing.svg").read_text("utf-8")
+    assert re.sub(r"\d+%", "", again) == re.sub(r"\d+%", "", drawn)  # a share may round otherwise elsewhere
 
 
 def test_list_prints_the_pool(small_model, pool, run):

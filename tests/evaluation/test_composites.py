@@ -444,6 +444,23 @@ def test_meteora_metrics_change_the_tasks_scores_alone():
     }  # "#### 42" isn't in "42", "7" is
 
 
+# The picture --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shots", [0, 1, 2])
+def test_the_picture_has_the_questions_that_are_answered(mole, monkeypatch, shots):
+    """Without it the solved examples take most of the picture and its colours, or a question is
+    cut off."""
+    drawn = []
+    monkeypatch.setattr(answered, "svg_picture", lambda prompt, answer: drawn.extend((prompt, answer)))
+    (composite,) = composites(make_tasks(), 2, 1, "<{prompt}>", shots=shots)
+    answered.draw_composite(mole, composite, "meteora_top2", 1.0, options())
+    prompt, answer = ("".join(text for text, _ in trace) for trace in drawn)
+    rows = [row["prompt"] for _, row in composite.questions]
+    assert prompt.strip() == f"1. <{rows[0]}>\n2. <{rows[1]}>\n{ANSWERS}".strip()
+    assert answer == answer_composites(mole, [composite], "meteora_top2", 1.0, options())[0]
+
+
 # The temperature ----------------------------------------------------------------------------------
 
 

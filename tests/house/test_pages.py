@@ -110,7 +110,9 @@ def test_a_command_runs_or_says_how_long(page):
     """What can't be typed as it stands must at least say what one is in for."""
     if page.name not in OWN_TEST:
         for line in commands(page):
-            runs = line.startswith("python") and not PLACEHOLDER.search(re.sub(r'"[^"]*"', "", line))
+            runs = line.startswith("python") and not PLACEHOLDER.search(
+                re.sub(r""""[^"]*"|'[^']*'""", "", line)
+            )
             assert runs or DURATION.search(line), (
                 f"{page.name}: {line}: no test can run it: say how long it takes"
             )
