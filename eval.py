@@ -7,9 +7,10 @@
 
 Every answer to the test split is generated greedily and scored by its task's metric, with a 95 %
 bootstrap interval over the examples. For MeteoRA's gates eval.py also counts how often a gate's
-first choice, at the tokens of the held-out responses, is the task's own adapter; for methods that
-retrieve, how often that adapter is among the k best. Finished answers are kept in OUT/cells: the
-same command continues where it stopped. Runs with equal options write the same results.json.
+first choice, at the tokens of the held-out responses, is the task's own adapter: the table has the
+mean, results.json each Linear's share. For methods that retrieve it counts how often that adapter
+is among the k best. Finished answers are kept in OUT/cells: the same command continues where it
+stopped. Runs with equal options write the same results.json.
 """
 
 import platform

@@ -14,12 +14,12 @@ FIRST_QKV = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
 
 
 @torch.inference_mode()
-def gate_accuracy(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict[str, float]:
+def gate_accuracy(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict:
     """How often a gate's first choice is the task's own adapter, while the gates route.
 
     In percent of the response tokens of the test splits: "right" is the mean over all gates but
     q, k, v of layer 0, "first_qkv" the mean over these three, which see the token's embedding
-    alone, "tokens" how many tokens that were.
+    alone, "linears" each gate by its Linear's module path; "tokens" is how many tokens that were.
     """
     set_methods(mole, [method], args.top_k, args.gate_temperature)
     gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
@@ -38,11 +38,11 @@ def gate_accuracy(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict
         right = right + loss(labels.flatten().to(mole.device))[1]
         n = n + int((labels >= 0).sum())
     loss.remove()
-    first = []
-    rest = []
-    for path, count in zip(gates, right, strict=True):
-        (first if path in FIRST_QKV else rest).append(100 * float(count) / n)
-    return {"right": mean(rest), "first_qkv": mean(first), "tokens": n}
+    linears = {path: 100 * float(count) / n for path, count in zip(gates, right, strict=True)}
+    first = [share for path, share in linears.items() if path in FIRST_QKV]
+    rest = [share for path, share in linears.items() if path not in FIRST_QKV]
+    found = {"right": mean(rest), "first_qkv": mean(first), "tokens": n}
+    return found | {"linears": {path: round(share, 2) for path, share in linears.items()}}
 
 
 def mean(values: list[float]) -> float:

@@ -88,7 +88,7 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
 def test_results_are_the_scores_of_the_answers_the_same_each_time(setting, tmp_path):
     """A mean over the wrong things, or an oracle that uses another adapter, would be published as
     it is."""
-    model, pool, tasks, _ = setting
+    model, pool, tasks, forced = setting
     args = ["eval.py", "--model", model, "--pool", pool, "--tasks", tasks]
     args += ["--max_new_tokens", 5, "--batch_size", 2]
     args += ["--methods", "base,oracle,adapter:ant,meteora_top1"]
@@ -101,6 +101,7 @@ def test_results_are_the_scores_of_the_answers_the_same_each_time(setting, tmp_p
         scores = [score["score"] for score in method["tasks"].values()]
         assert method["mean"] == round(sum(scores) / 2, 2)
         assert [score["n"] for score in method["tasks"].values()] == [3, 5]
+    assert one["methods"]["meteora_top1"]["gates"]["linears"].keys() == forced.keys()  # a gate each
     mole = load(model, pool)
     for row in map(json.loads, (tmp_path / "one" / "answers.jsonl").read_text().splitlines()):
         used = f"adapter:{row['task']}" if row["method"] == "oracle" else row["method"]

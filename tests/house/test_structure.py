@@ -17,7 +17,7 @@ from methods.batch import method_names
 
 # From the bottom up: a file imports only files of its own room and of rooms above it in this list.
 ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pictures", "pool", "tasks", "training"]
-ORDER += ["methods", "decoding", "evaluation", "commands", "examples"]
+ORDER += ["methods", "decoding", "evaluation", "commands", "examples", "docs"]
 SCRIPTS = {"generate", "train", "eval", "bench"}
 CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
 SPEED = ["is_compiling", "mark_dynamic", "mkldnn", "is_cuda", "device.type", "is_amx"]
@@ -25,6 +25,7 @@ SPEED += ["compile", "captur", "processor"]
 ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 FILES = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("*/*.py") if file.parent.name in ROOMS)]
 FILES = [file for file in FILES if file.stem != "__init__"]
+FILES.append(ROOT / "docs" / "figures.py")  # a script beside what it draws
 MODULES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES)
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through evaluation/peers.py
 OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub"}
