@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import InputError, run_script, write_json, write_jsonl, write_text
+from common.files import MARK, InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import Count, Whole, check_bounds, numbers, parse_args
 from common.progress import progress, track
@@ -128,7 +128,8 @@ def evaluate(
             if kind.gates_know_tasks and in_pool and not (args.ood or args.unseen):
                 name = f"gates of {method}"
                 found = cells.get(name, lambda: gate_accuracy(mole, in_pool, method, args))
-                results[method]["gates"] = {key: found[key] for key in found if key != "seconds"}
+                kept = found.keys() - MARK.keys() - {"seconds"}
+                results[method]["gates"] = {key: found[key] for key in found if key in kept}
     return results, rows, timing
 
 
