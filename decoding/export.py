@@ -66,7 +66,7 @@ def check_options(args) -> str:
     named = named_methods(args)
     if len(named) != 1:
         found = f"{len(named)} of --mix and --method"
-        raise InputError(f"--export {args.export}: found {found}, expected one, the mixture to export")
+        raise InputError(f"--export {args.export}: found {found}, expected one, which says what to export")
     if args.export_merged and args.export_rank:
         raise InputError("--export_rank and --export_merged exclude each other: merged, any rank is exact")
     if args.export_merged and args.dtype != "auto":

@@ -53,7 +53,8 @@ class LoGo(FixedMixture):
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
         """Where there is nothing but adapters: without training and samples it is the best (LOG.md)."""
         lacking = [member for member in mole.pool.members.values() if not member.adapter.samples]
-        return "logo_top1", f"no gates, and {len(lacking)} without samples, which --init adds"
+        some = "none" if len(lacking) == len(mole.pool.members) else f"{len(lacking)} not"
+        return "logo_top1", f"no gates, and {some} with samples: --init adds them"
 
     def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
         """Scores over their sum."""
