@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections import Counter
 
 from pictures.columns import columns, printable
 from pictures.palette import GREY, Colour, Palette, Trace, heaviest, key, others
@@ -73,14 +74,26 @@ class _Drawing:
         )
 
 
+def leaders(*traces: Trace) -> list[str]:
+    """The adapters that are a token's heaviest, those of the first trace first, and in each trace
+    those that lead the most characters."""
+    led = {}
+    for trace in traces:
+        count = Counter()
+        for text, adapters in trace:
+            count[heaviest(adapters)] += len(text)
+        led |= dict.fromkeys(name for name, _ in count.most_common() if name and name not in led)
+    return list(led)
+
+
 def svg_picture(prompt: Trace, answer: Trace, width: int = 90, most: int = 6) -> str:
     """The two traces of one request as an SVG image of coloured text on no background.
 
-    Lines break at `width` columns. The `most` adapters that carry most of the text have colours
-    and stand in the legend, each with its share of all weight. The others are grey.
+    Lines break at `width` columns. The `most` adapters that lead most of the answer, then of the
+    prompt, have colours and stand in the legend with their share of all weight. The rest is grey.
     """
-    palette = Palette.of((prompt, answer))
-    named = list(palette.weight)[:most]
+    named = leaders(answer, prompt)[:most]
+    palette = Palette(named)
     drawing = _Drawing(width)
     for title, trace in (("Prompt", prompt), ("The model's answer", answer)):
         drawing.label(title)
@@ -89,10 +102,11 @@ def svg_picture(prompt: Trace, answer: Trace, width: int = 90, most: int = 6) ->
             drawing.write(text, colour if heaviest(adapters) in named else GREY)
         drawing.break_line(1.5 if drawing.column else 0.5)
     shares = [row for row in palette.shares() if row[2] > 0]
+    shares.sort(key=lambda row: row[0] not in named)
     if shares:
         drawing.label("Adapters, each with its share of all routing weight")
-    legend = [(key(name, share), colour) for name, colour, share in shares[:most]]
-    legend += [(f"■ {text}", GREY) for text in others(shares[most:])]
+    legend = [(key(name, share), colour) for name, colour, share in shares[: len(named)]]
+    legend += [(f"■ {text}", GREY) for text in others(shares[len(named) :])]
     drawing.width = drawing.widest
     for text, colour in legend:
         drawing.word(printable(text), colour)
