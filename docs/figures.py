@@ -4,7 +4,7 @@
 
 RUNS names those files and what writes them: of `eval.py` its results.json, of `bench.py` the last
 line. Where a run takes hours, printed_*.json has, in the same format, what docs/results.md prints.
-The drawings are SVG text made without a library, so the same data give the same bytes everywhere.
+matplotlib draws them; with one version of it the same data give the same bytes.
 """
 
 import json
@@ -12,6 +12,10 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -19,7 +23,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there alone
 
 from common.files import InputError, run_script, write_text  # noqa: E402
-from pictures.drawing import arrow, circle, line, page, path, rect, symbols, text, ticks, whisker  # noqa: E402
+from docs.canvas import C0, C1, C2, INK, LINE, MONO, SOFT, STYLE, label, page, svg_of  # noqa: E402
+from docs.gated_linear import gated_linear  # noqa: E402
 
 MERGES = "uniform,arrow,svd,average_ab,ties_ab,ties_ba,dare_ab,dare_ba"
 RETRIEVED = "ramole,selection,mixture,fusion,adaptersoup"
@@ -74,150 +79,78 @@ METHODS = {
 PEERS = ("transformers", "peft", "llama.cpp")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-FORMULA = "y = W x + the sum over the k chosen adapters j of weight_j · scale_j · B_j A_j x"
-
-# The idea -----------------------------------------------------------------------------------------
-
-
-def gated_linear() -> str:
-    """One gated Linear: x through W, through the adapters that the gate chose, and their sum."""
-    rows = {"1": 150, "2": 192, "3": 234, "e": 300}  # adapter -> its y
-    chosen = {"2": ("c0", "0.7", 600), "e": ("c1", "0.3", 520)}  # -> colour, weight, x of its ×
-    parts = vector(40, 205, "x", "(n, i)") + vector(802, 192, "y", "(n, o)")
-    parts += [path("M62 205H100V78"), arrow(100, 78, 268, 78), rect(270, 46, 150, 64, "wash")]
-    parts += [text(345, 75, "W", "big mid"), text(345, 97, "(o, i), frozen", "dim mid")]
-    parts += [path("M420 78H720"), arrow(720, 78, 720, 176), text(570, 68, "W x", "mid")]
-    for j, y in rows.items():
-        colour = chosen[j][0] if j in chosen else "pale"
-        parts.append(arrow(100, y, 268, y, "" if j in chosen else "pale"))
-        parts.append(path(f"M270 {y - 18}L326 {y - 8}V{y + 8}L270 {y + 18}Z", f"{colour} wash"))
-        parts.append(path(f"M420 {y - 18}L364 {y - 8}V{y + 8}L420 {y + 18}Z", f"{colour} wash"))
-        parts += [line(326, y, 364, y, colour), symbols(294, y + 5, f"A_{j}", f"{colour} mid")]
-        parts.append(symbols(396, y + 5, f"B_{j}", f"{colour} mid"))
-    parts += [text(296, 272, "⋮", "mid pale"), text(394, 272, "⋮", "mid pale")]
-    parts += [text(296, 338, "(e, r, i)", "dim mid"), text(394, 338, "(e, o, r)", "dim mid")]
-    for j, (colour, weight, x) in chosen.items():
-        y = rows[j]
-        parts += [arrow(420, y, x - 14, y, colour), circle(x, y, 12, f"{colour} wash")]
-        parts.append(symbols(466, y - 9, f"scale_{j} B_{j} A_{j} x", f"{colour} mid small"))
-        parts.append(text(x, y + 5, "×", f"{colour} mid"))
-        parts.append(line(x, 366, x, y + 16, f"{colour} dotted"))
-        parts.append(rect(x - 24, 370, 48, 28, f"{colour} wash"))
-        parts.append(text(x, 389, weight, f"{colour} mid bold"))
-        parts.append(symbols(x, 416, f"weight_{j}", f"{colour} mid small"))
-    parts += [arrow(612, 192, 704, 192, "c0"), path("M532 300H720", "c1")]
-    parts += [arrow(720, 300, 720, 208, "c1"), circle(720, 192, 14)]
-    parts += [text(720, 198, "+", "big mid"), arrow(734, 192, 798, 192)]
-    return page("One gated Linear", "", 860, 500, [*parts, *gate(chosen)])
-
-
-def gate(chosen: dict[str, tuple]) -> list[str]:
-    """The lower part of gated_linear(): G x, and the way from its e scores to k weights."""
-    scores = {"1": 12, "2": 44, "3": 20, "…": 0, "e": 34}
-    parts = [path("M100 205V384"), arrow(100, 384, 138, 384), rect(140, 352, 104, 64, "wash thick")]
-    parts += [text(192, 381, "G", "big mid"), text(192, 403, "(e, i), trained", "dim mid")]
-    parts += [arrow(244, 384, 268, 384), text(335, 438, "scores G x", "dim mid")]
-    for number, (j, score) in enumerate(scores.items()):
-        x = 276 + 26 * number
-        if score:
-            colour = chosen[j][0] if j in chosen else "pale"
-            parts.append(rect(x, 404 - score, 16, score, f"{colour} solid bare"))
-        parts.append(text(x + 8, 420, j, "mid small"))
-    parts += [arrow(412, 384, 490, 384), text(450, 374, "top-k, k = 2", "mid small")]
-    return [*parts, text(450, 402, "softmax", "mid small"), symbols(16, 484, FORMULA, "bold")]
-
-
-def vector(x: float, y: float, name: str, shape: str) -> list[str]:
-    """A column of numbers around y, its name above and its shape below."""
-    cells = [rect(x, y - 60 + 20 * number, 18, 20, "wash") for number in range(6)]
-    return [*cells, text(x + 9, y - 72, name, "big mid"), text(x + 9, y + 80, shape, "dim mid")]
-
 
 # The results --------------------------------------------------------------------------------------
 
 
-def composite(runs: dict[str, dict]) -> str:
+def composite(runs: dict[str, dict]) -> "Axes":
     """Right answers of ten questions in one prompt, by method."""
     scores = {}
     for name in ("printed_composite", "merges", "tiny"):
         scores |= runs[name]["composite"]["10"]
     order = sorted(scores, key=lambda method: -scores[method]["right"])
-    top, left, right = 80, 390, 670
-    bottom = top + 26 * len(order)
-
-    def to_x(value):
-        return left + (right - left) * value / 10
-
-    parts = legend("trained to choose", "one adapter for all tasks", "nothing trained to choose")
-    parts += ticks(to_x, range(0, 11, 2), top, bottom, "right answers of ten, mean of all prompts")
+    note = f"tiny/, {scores['base']['n']} prompts of ten questions each; "
+    note += "in brackets 95 % intervals over the prompts."
+    ax = method_page("Ten questions of ten tasks in one prompt", note, order, range(0, 11, 2))
+    ax.set_xlabel("right answers of ten, mean of all prompts")
+    legend(ax, "trained to choose", "one adapter for all tasks", "nothing trained to choose")
     for row, method in enumerate(order):
-        y = top + 26 * row + 13
-        kind = colour_of(method)
-        low, middle, high = (scores[method][key] for key in ("right_low", "right", "right_high"))
-        parts += [*label(method, y), whisker(to_x(middle), to_x(low), to_x(high), y, kind)]
-        parts.append(text(to_x(high) + 12, y + 4, f"{middle:.2f}", kind))
-        parts.append(text(to_x(high) + 46, y + 4, f"[{low:.2f}, {high:.2f}]", "dim"))
-    note = f"tiny/, {scores['base']['n']} prompts of ten questions each; in brackets 95 % intervals over the prompts."
-    return page("Ten questions of ten tasks in one prompt", note, 800, bottom + 78, parts)
+        low, mean, high = (scores[method][key] for key in ("right_low", "right", "right_high"))
+        dot(ax, mean, row, low, high, colour_of(method))
+        label(ax, high, row, f"{mean:.2f}", 12, color=colour_of(method))
+        label(ax, high, row, f"[{low:.2f}, {high:.2f}]", 46, size=12, color=SOFT)
+    return ax
 
 
-def gate_accuracy(runs: dict[str, dict]) -> str:
+def gate_accuracy(runs: dict[str, dict]) -> "Axes":
     """How often each gate's first choice is the task's own adapter, by layer and module."""
     gates = runs["tiny"]["methods"]["meteora_top2"]["gates"]
-    columns = [("self_attn", module) for module in ATTENTION] + [("mlp", module) for module in MLP]
+    modules = [f"self_attn.{module}" for module in ATTENTION] + [f"mlp.{module}" for module in MLP]
     layers = 1 + max(int(path.split(".")[2]) for path in gates["linears"])
-    left, top, width, height = 92, 96, 92, 44
-    parts = [text(left + 2 * width, 64, "attention", "mid bold")]
-    parts.append(text(left + 5.5 * width, 64, "MLP", "mid bold"))
-    for column, (block, module) in enumerate(columns):
-        middle = left + (column + 0.5) * width
-        parts.append(text(middle, top - 10, module, "code mid"))
-        for layer in range(layers):
-            share = gates["linears"][f"model.layers.{layer}.{block}.{module}"]
-            shade = 0.55 * max(0.0, share - 90) / 10
-            cell = (middle - width / 2 + 2, top + layer * height + 2, width - 4, height - 4)
-            parts.append(rect(*cell, "c0 solid bare", shade) if shade else rect(*cell, "grid"))
-            parts.append(text(middle, top + layer * height + 27, f"{share:.1f}", "mid"))
-    for layer in range(layers):
-        parts.append(text(left - 12, top + layer * height + 27, f"layer {layer}", "end"))
-    bottom = top + layers * height
-    shading = "Percent of response tokens. The colour goes from 90 (none) to 100 (full)."
-    blind = "q, k and v of layer 0 see the token's embedding alone, which can't tell the task."
-    parts += [text(left, bottom + 26, shading, "dim"), text(left, bottom + 46, blind, "dim")]
-    note = f"tiny/, top-2 gates, {gates['tokens']:,} response tokens of 28 tasks' test splits."
     title = "How often a gate's first choice is the task's own adapter"
-    return page(title, note, 760, bottom + 92, parts)
+    note = f"tiny/, top-2 gates, {gates['tokens']:,} response tokens of 28 tasks' test splits."
+    bottom = 96 + 44 * layers
+    ax = page(title, note, (760, bottom + 92), (92, 96, 736, bottom), xlim=(-0.5, 6.5))
+    ax.set(ylim=(layers - 0.5, -0.5), xticks=[], yticks=[])
+    for middle, words in ((1.5, "attention"), (5, "MLP")):
+        label(ax, middle, -0.5, words, up=36, ha="center", weight="bold")
+    for column, module in enumerate(modules):
+        label(ax, column, -0.5, module.partition(".")[2], up=14, ha="center", family=MONO)
+    for layer in range(layers):
+        label(ax, -0.5, layer, f"layer {layer}", -12, ha="right")
+        for column, module in enumerate(modules):
+            share = gates["linears"][f"model.layers.{layer}.{module}"]
+            shade = 0.055 * max(0, share - 90)
+            edge = "none" if shade else LINE
+            ax.bar(column, 0.91, 0.96, layer - 0.455, color=(C0, shade), edgecolor=edge)
+            label(ax, column, layer, f"{share:.1f}", ha="center")
+    shading = "Percent of response tokens. Below 90 a cell has no colour; at 100 its colour is strongest."
+    blind = "q, k and v of layer 0 see the token's embedding alone, which can't tell the task."
+    for up, words in ((-20, shading), (-40, blind)):
+        label(ax, -0.5, layers - 0.5, words, up=up, size=12, color=SOFT)
+    return ax
 
 
-def own_adapter(runs: dict[str, dict]) -> str:
+def own_adapter(runs: dict[str, dict]) -> "Axes":
     """Right answers with each task's own adapter in the pool and without it, by method."""
     own, without = (results(runs, setting) for setting in ("own", "without"))
     order = sorted(own, key=lambda method: -without.get(method, {"mean": 100})["mean"])
-    top, left, right = 80, 410, 750
-    bottom = top + 26 * len(order)
-
-    def to_x(value):
-        return left + (right - left) * value / 100
-
-    parts = legend("trained to mix adapters", "retrieved", "nothing trained to choose")
-    parts += [circle(555, 52, 4, "solid"), text(566, 56, "own adapter in the pool")]
-    parts += [circle(745, 52, 4), text(756, 56, "without it")]
-    parts += ticks(to_x, range(0, 101, 20), top, bottom, "exact match in percent, mean of 28 tasks")
-    for row, method in enumerate(order):
-        y = top + 26 * row + 13
-        parts += label(method, y)
-        kind = colour_of(method)
-        for scores, side in ((without, -1), (own, 1)):
-            if method in scores:
-                mean, half = scores[method]["mean"], scores[method]["plus_minus"]
-                low, high = to_x(mean - half), to_x(mean + half)
-                parts.append(whisker(to_x(mean), low, high, y, kind, hollow=side < 0))
-                x, anchor = (high + 8, "start") if side > 0 else (low - 8, "end")
-                parts.append(text(x, y + 4, f"{mean:.1f}", f"small {anchor} {kind}"))
     tasks = runs["own"]["methods"]["base"]["tasks"].values()
     note = f"tiny/, {sum(task['n'] for task in tasks):,} test prompts; lines are 95 % intervals."
     title = "A task's own adapter in the pool, and without it"
-    return page(title, note, 840, bottom + 78, parts)
+    ax = method_page(title, note, order, range(0, 101, 20))
+    ax.set_xlabel("exact match in percent, mean of 28 tasks")
+    names = ("trained to mix adapters", "retrieved", "nothing trained to choose")
+    legend(ax, *names, "own adapter in the pool", "without it")
+    for row, method in enumerate(order):
+        for scores, side, ha in ((without, -1, "right"), (own, 1, "left")):
+            if method in scores:
+                mean, half = scores[method]["mean"], scores[method]["plus_minus"]
+                colour = colour_of(method)
+                dot(ax, mean, row, mean - half, mean + half, colour, hollow=side < 0)
+                look = {"ha": ha, "size": 12, "color": colour}
+                label(ax, mean + side * half, row, f"{mean:.1f}", 8 * side, **look)
+    return ax
 
 
 def results(runs: dict[str, dict], setting: str) -> dict[str, dict]:
@@ -229,92 +162,92 @@ def results(runs: dict[str, dict], setting: str) -> dict[str, dict]:
 # Speed --------------------------------------------------------------------------------------------
 
 
-def decode(runs: dict[str, dict]) -> str:
+def decode(runs: dict[str, dict]) -> "Axes":
     """Milliseconds a token of one request, beside other programs."""
     run = runs["decode"]
     rows = [row for row in run["table"] if row["batch"] == 1 and "compiled" not in row["row"]]
     rows.sort(key=lambda row: row["ms"])
-    top, left, right = 56, 240, 690
-    bottom = top + 34 * len(rows)
-    most = 20 * math.ceil(max(row["high"] for row in rows) / 20)
-
-    def to_x(value):
-        return left + (right - left) * value / most
-
-    parts = ticks(to_x, range(0, most + 1, 20), top, bottom, "ms a token")
-    for number, row in enumerate(rows):
-        y = top + 34 * number + 17
-        peer = row["row"].startswith(PEERS)
-        kind = "" if peer else "c0"
-        name = row["row"] if peer else f"nanoMoLE, {row['row']}"
-        parts.append(text(left - 12, y + 4, name, f"end {kind}"))
-        parts.append(rect(left, y - 10, to_x(row["ms"]) - left, 20, f"{kind} solid bare", 0.55))
-        parts.append(line(to_x(row["low"]), y, to_x(row["high"]), y, kind))
-        parts.append(text(to_x(row["high"]) + 10, y + 4, f"{row['ms']:.3g} ms", kind))
+    bottom = 56 + 34 * len(rows)
     note = f"One request, {machine(run)}; median, and a line from quartile to quartile."
-    return page("Decoding beside other programs", note, 800, bottom + 78, parts)
+    ax = page("Decoding beside other programs", note, (800, bottom + 78), (240, 56, 690, bottom))
+    ax.set(xlabel="ms a token", yticks=[], ylim=(len(rows) - 0.5, -0.5))
+    for number, row in enumerate(rows):
+        peer = row["row"].startswith(PEERS)
+        colour = INK if peer else C0
+        quartiles = [[row["ms"] - row["low"]], [row["high"] - row["ms"]]]
+        ax.barh(number, row["ms"], 0.6, color=(colour, 0.55), xerr=quartiles, ecolor=colour)
+        name = row["row"] if peer else f"nanoMoLE, {row['row']}"
+        label(ax, 0, number, name, -12, ha="right", color=colour)
+        label(ax, row["high"], number, f"{row['ms']:.3g} ms", 10, color=colour)
+    ax.grid(axis="x")
+    return ax
 
 
-def adapters(runs: dict[str, dict]) -> str:
+def adapters(runs: dict[str, dict]) -> "Axes":
     """Milliseconds a token by the number of adapters in the pool."""
     run = runs["decode_adapters"]
     times = {row["row"]: row["ms"] for row in run["table"] if row["batch"] == 1}
+    base = times["base"]
+    note = f"One request, {machine(run)}."
+    ax = page("What more adapters cost", note, (800, 362), (70, 76, 640, 284), xscale="log")
+    ax.set_title("ms a token", loc="left", x=-0.035, pad=12, size=12, color=SOFT)
+    ax.set_xlabel("adapters in the pool, on a logarithmic axis; a token uses two")
     pools = {}  # adapters in the pool -> ms
     for name, ms in times.items():
         if re.fullmatch(r"\d+ adapters", name):
             pools[int(name.split()[0])] = ms
-    base = times["base"]
-    left, right, top, bottom = 90, 640, 64, 284
+    ax.plot(pools.keys(), pools.values(), "o-", color=C0)
     most = 5 * math.ceil(max(times.values()) / 5)
-
-    def to_x(e):
-        share = math.log(e / min(pools)) / math.log(max(pools) / min(pools))
-        return left + 60 + (right - left - 120) * share
-
-    def to_y(ms):
-        return bottom - (bottom - top) * ms / most
-
-    parts = [text(16, top - 10, "ms a token")]
-    for ms in range(0, most + 1, 5):
-        parts.append(line(left, to_y(ms), right, to_y(ms), "grid"))
-        parts.append(text(left - 10, to_y(ms) + 4, f"{ms}", "dim end"))
-    parts.append(line(left, to_y(base), right, to_y(base), "dashed"))
-    parts.append(text(right + 10, to_y(base) + 4, f"base, {base:.3g} ms"))
-    points = [f"{to_x(e):.1f} {to_y(ms):.1f}" for e, ms in pools.items()]
-    parts.append(path("M" + "L".join(points), "c0"))
+    ax.set(xlim=(min(pools) / 1.6, max(pools) * 1.6), ylim=(0, most))
+    ax.set_xticks(list(pools), [f"{e}" for e in pools])
+    ax.set_xticks([], minor=True)
+    ax.axhline(base, color=SOFT, linestyle=(0, (4, 3)))
+    label(ax, ax.get_xlim()[1], base, f"base, {base:.3g} ms", 10)
     for e, ms in pools.items():
-        parts.append(circle(to_x(e), to_y(ms), 4, "c0 solid"))
-        above = f"{ms:.3g} ms, +{100 * (ms / base - 1):.0f} %"
-        parts.append(text(to_x(e), to_y(ms) - 12, above, "c0 mid"))
-        parts.append(text(to_x(e), bottom + 18, f"{e}", "dim mid"))
-    axis = "adapters in the pool; a token uses two"
-    parts.append(text((left + right) / 2, bottom + 38, axis, "mid"))
-    return page("What more adapters cost", f"One request, {machine(run)}.", 800, bottom + 78, parts)
+        words = f"{ms:.3g} ms, +{100 * (ms / base - 1):.0f} %"
+        label(ax, e, ms, words, up=16, ha="center", color=C0)
+    ax.grid(axis="y")
+    return ax
 
 
 # What they share ----------------------------------------------------------------------------------
 
 
-def legend(*names: str) -> list[str]:
-    """What the colours mean, each said in its colour."""
-    parts = []
-    x = 16
-    for index, name in enumerate(names):
-        parts += [circle(x + 5, 52, 4, f"c{index} solid"), text(x + 16, 56, name, f"c{index}")]
-        x += 40 + 7 * len(name)
-    return parts
+def method_page(title: str, note: str, order: list[str], ticks: range) -> "Axes":
+    """Axes with a row for each method, its name and what it is to the left of them."""
+    bottom = 80 + 26 * len(order)
+    ax = page(title, note, (840, bottom + 78), (400, 80, 720, bottom))
+    ax.set(xlim=(0, ticks[-1]), xticks=ticks, ylim=(len(order) - 0.5, -0.5), yticks=[])
+    ax.grid(axis="x")
+    for row, method in enumerate(order):
+        label(ax, 0, row, method, 16 - 400, family=MONO, color=colour_of(method))
+        label(ax, 0, row, METHODS[method][1], 132 - 400, size=12, color=SOFT)
+    return ax
+
+
+def legend(ax: "Axes", *names: str) -> None:
+    """What the three colours mean; a fourth name explains the full dots, a fifth the hollow ones."""
+    looks = ((C0, C0), (C1, C1), (C2, C2), (INK, INK), (INK, "none"))
+    for name, (colour, fill) in zip(names, looks, strict=False):
+        ax.plot([], [], "o", color=colour, markerfacecolor=fill, label=name)
+    corner = (13 / ax.figure.bbox.width, 1 - 44 / ax.figure.bbox.height)
+    look = {"loc": "upper left", "bbox_to_anchor": corner, "labelcolor": "linecolor"}
+    ax.figure.legend(ncols=len(names), **look)
+
+
+def dot(ax: "Axes", x: float, y: float, low: float, high: float, colour: str, hollow: bool = False) -> None:
+    """A dot with its interval, which is not drawn inside the dot, as that may be hollow."""
+    fill = "none" if hollow else colour
+    ax.plot(x, y, "o", color=colour, markerfacecolor=fill, clip_on=False)
+    radius = 4 / ax.bbox.width * ax.get_xlim()[1]
+    starts, ends = [min(low, x - radius), x + radius], [x - radius, max(high, x + radius)]
+    ax.hlines([y, y], starts, ends, colour, clip_on=False)
 
 
 def colour_of(method: str) -> str:
-    """The class of a method's colour."""
+    """The colour of a method."""
     place = METHODS[method][0]
-    return "" if place is None else f"c{place}"
-
-
-def label(method: str, y: float) -> list[str]:
-    """A method's name and what it is, at the left of its row."""
-    name = text(16, y + 4, method, f"code {colour_of(method)}")
-    return [name, text(132, y + 4, METHODS[method][1], "dim")]
+    return INK if place is None else (C0, C1, C2)[place]
 
 
 def machine(run: dict) -> str:
@@ -324,16 +257,21 @@ def machine(run: dict) -> str:
 
 
 def draw() -> dict[str, str]:
-    """{file name: SVG} of all figures. Raises InputError where a run's file is missing."""
+    """{file name: SVG} of all figures. Raises InputError where a run's file or matplotlib is missing."""
+    try:
+        import matplotlib.style
+    except ImportError:
+        raise InputError("the pictures need a package that is not here: pip install matplotlib") from None
     runs = {}
     for name, command in RUNS.items():
         file = FIGURES / f"{name}.json"
         if not file.exists():
             raise InputError(f"{file} is missing: {command} writes it")
         runs[name] = json.loads(file.read_text("utf-8"))
-    drawn = {"gated_linear.svg": gated_linear()}
-    for figure in (composite, gate_accuracy, own_adapter, decode, adapters):
-        drawn[f"{figure.__name__}.svg"] = figure(runs)
+    with matplotlib.style.context(["default", STYLE]):  # whatever the settings of this machine
+        drawn = {"gated_linear.svg": svg_of(gated_linear())}
+        for figure in (composite, gate_accuracy, own_adapter, decode, adapters):
+            drawn[f"{figure.__name__}.svg"] = svg_of(figure(runs))
     return drawn
 
 

@@ -25,7 +25,7 @@ SPEED += ["compile", "captur", "processor"]
 ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 FILES = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("*/*.py") if file.parent.name in ROOMS)]
 FILES = [file for file in FILES if file.stem != "__init__"]
-FILES.append(ROOT / "docs" / "figures.py")  # a script beside what it draws
+FILES += sorted((ROOT / "docs").glob("*.py"))  # scripts beside the pages that they write
 MODULES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES)
 PEERS = {"transformers", "peft", "llama_cpp"}  # which bench.py times beside this, through evaluation/peers.py
 OPTIONAL = {"sacrebleu", "rouge_score", "matplotlib", "tensorboard", "huggingface_hub"}
