@@ -131,7 +131,7 @@ class MeteoraGate(nn.Module):
         self.logits = None
 
     def forward(self, x: Tensor, sample: Tensor, ax: "AX") -> Mixture:
-        """x (n, i) -> Mixture of k adapters a token."""
+        """x (n, i) -> Mixture of k adapters per token."""
         logits = F.linear(x.float(), self.weight.float())  # (n, e)
         if self.known is not None:
             logits = logits.masked_fill(~self.known, float("-inf"))
@@ -165,7 +165,7 @@ class SampleGate(nn.Module):
         self.each_token = each_token
         self.per_row = () if each_token else ("idx", "weight", "routed")
         self.per_token = ("idx", "weight") if each_token else ()
-        self.some_routed = routed is not None and bool(routed.any())  # read here, once a batch
+        self.some_routed = routed is not None and bool(routed.any())  # read once per batch
         self.all_routed = routed is not None and bool(routed.all())
 
     def forward(self, x: Tensor, sample: Tensor, ax: "AX") -> Mixture:
