@@ -23,7 +23,7 @@ LayerCache = tuple[Tensor, Tensor]  # one layer's keys and values (b, kv heads, 
 
 @dataclass
 class LlamaConfig:
-    """What config.json says, under Hugging Face's names but for the last two fields."""
+    """What config.json says. The names are Hugging Face's, except those of the last two fields."""
 
     vocab_size: int
     hidden_size: int
@@ -42,7 +42,7 @@ class LlamaConfig:
 
     @property
     def context(self) -> int:
-        """How many positions a sequence may have: some kinds of RoPE stretch them."""
+        """The most positions that a sequence may have; some kinds of RoPE stretch it."""
         return rope_context(self.max_position_embeddings, self.rope)
 
 
@@ -127,8 +127,8 @@ class Trunk(nn.Module):
 
     def forward(self, ids: Tensor, cache=None, counts=None, depth=None, lengths=None) -> Tensor:
         """ids (b, t) -> (b, t, h), through `depth` blocks (default: all). With a KVCache, row j's ids
-        follow its cached tokens, and the first counts[j] (default: all) join it; ValueError where
-        it is full. Without one, `lengths` are those of the packed sequences in ids (1, n)."""
+        continue its cached tokens; the first counts[j] (default: all) are cached, the rest is
+        padding; ValueError if full. Uncached ids (1, n) may be packed sequences of `lengths`."""
         if cache is not None and counts is None:
             counts = torch.full_like(cache.lengths, ids.shape[1])
         x = self.embed_tokens(ids.flatten())  # (n, h)
@@ -141,7 +141,7 @@ class Trunk(nn.Module):
 
     def run_blocks(self, x: Tensor, layout: "Layout", cache=None, depth=None) -> Tensor:
         """x (n, h) through the first `depth` blocks -> (n, h)."""
-        if cache is not None and cache.end:  # else the new tokens see each other alone: causal
+        if cache is not None and cache.end:  # an empty cache needs no mask: causal attention
             layout.mask = visible(layout.positions, cache.end)
         for index, block in enumerate(self.layers[:depth]):
             x = block(x, layout, None if cache is None else (cache.k[index], cache.v[index]))
@@ -149,9 +149,9 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids (b, t) -> logits (b, t, v): `model` gives hidden states, `head` makes them logits."""
+    """ids (b, t) -> logits (b, t, v): `model` computes hidden states, `head` their logits."""
 
-    linear = staticmethod(F.linear)  # the head's x W^T, in the loss too; fast/ has a faster one
+    linear = staticmethod(F.linear)  # x W^T for the head and the loss; fast/ sets a faster one
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -180,25 +180,25 @@ class Llama(nn.Module):
 
 
 class TokenRows:
-    """Set by Trunk.forward, for what wraps a Linear, which is given x alone."""
+    """Set by Trunk.forward for wrapped Linears, since a Linear's forward gets only x."""
 
-    sample = None  # (n,) int64, each token's row of the batch, or its packed sequence
+    sample = None  # (n,) int64, each token's row of the batch or index of its packed sequence
 
 
 @dataclass
 class Layout:
-    """Where the n tokens of one forward stand: what every block has to know of them."""
+    """What every block needs to know about the n tokens of one forward."""
 
-    positions: Tensor  # (b, t) int64, in their sequences; (1, n) of packed ones
+    positions: Tensor  # (b, t) int64, of each token in its sequence; packed: (1, n)
     sample: Tensor  # (n,) int64, see TokenRows
-    lengths: list[int] | None  # of packed sequences
+    lengths: list[int] | None  # of the packed sequences, if ids are packed
     cos: Tensor  # (n, 1, d)
-    sin: Tensor  # (n, 1, d), its first half negated, as rotate() wants it
-    mask: Tensor | None = None  # (b, 1, t, s) bool, what a token sees; None: causal
+    sin: Tensor  # (n, 1, d), its first half negated, as rotate() expects
+    mask: Tensor | None = None  # (b, 1, t, s) bool, True: the token sees the key; None: causal
 
 
 def lay_out(config: LlamaConfig, ids: Tensor, cache, counts, lengths, dtype: torch.dtype) -> Layout:
-    """The Layout of ids (b, t); see Trunk.forward. ValueError where the cache is too small."""
+    """The Layout of ids (b, t); see Trunk.forward. Raises ValueError if the cache is too small."""
     b, t = ids.shape
     device = ids.device
     step = torch.arange(max(lengths or [t]), device=device)
@@ -221,14 +221,14 @@ def lay_out(config: LlamaConfig, ids: Tensor, cache, counts, lengths, dtype: tor
 
 
 def visible(positions: Tensor, cached: int) -> Tensor:
-    """positions (b, t) -> mask (b, 1, t, cached + t): True where a key isn't later than the token."""
+    """positions (b, t) -> mask (b, 1, t, cached + t): True for keys up to the token itself."""
     keys = torch.arange(cached + positions.shape[1], device=positions.device)  # (s,)
     return keys <= positions[:, None, :, None]
 
 
 def rope_frequencies(config: LlamaConfig, lengths: Tensor) -> Tensor:
-    """Inverse frequencies (d/2,), float32. With 'dynamic' (n, 1, d/2), as they follow `lengths`
-    (n,): how long each token's sequence is by now."""
+    """Inverse frequencies (d/2,), float32. For 'dynamic' (n, 1, d/2), which depends on `lengths`
+    (n,): the present length of each token's sequence."""
     rope = config.rope
     d = config.head_dim
     theta = rope["rope_theta"]
@@ -238,7 +238,7 @@ def rope_frequencies(config: LlamaConfig, lengths: Tensor) -> Tensor:
     frequency = 1.0 / theta ** (torch.arange(0, d, 2, device=lengths.device).float() / d)
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
-    if rope["rope_type"] == "llama3":  # stretch long waves, keep short ones, interpolate
+    if rope["rope_type"] == "llama3":  # stretch long waves, keep short ones, interpolate between
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         width = rope["high_freq_factor"] - rope["low_freq_factor"]
         keep = ((turns - rope["low_freq_factor"]) / width).clamp(0, 1)
@@ -253,8 +253,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, stored=None) -> Tensor:
-    """q (n, heads, d), k, v (n, kv heads, d) -> (n, heads * d): what each token reads from its
-    sequence up to itself. New keys and values are written into `stored`, see Attention."""
+    """q (n, heads, d), k, v (n, kv heads, d) -> (n, heads * d): causal attention within each
+    sequence. New keys and values are written into `stored`, the layer's part of the cache."""
     if layout.lengths:
         sequences = zip(*(y.split(layout.lengths) for y in (q, k, v)), strict=True)
         return torch.cat([softmax_attention(q[None], k[None], v[None])[0] for q, k, v in sequences])
@@ -286,9 +286,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 class KVCache:
-    """Keys and values of past tokens: k, v (layers, b, kv heads, capacity, d). Row j holds
-    lengths[j], at most `end`; none is computed again, whatever changes in the model. `replayable`
-    is for fast/: while the caller leaves it equal, and not None, only the tokens change."""
+    """Keys and values of past tokens, never recomputed: k, v (layers, b, kv heads, capacity, d).
+    Row j has lengths[j] <= end tokens. `replayable` is for fast/: while it keeps one value other
+    than None, the caller promises that steps differ in their token ids alone."""
 
     replayable = None
 
@@ -301,9 +301,9 @@ class KVCache:
         self.end = 0
 
     def advance(self, counts: Tensor, t: int) -> None:
-        """After a forward of t positions: row j holds counts[j] more, the rest was padding."""
+        """After a forward of t positions: row j has counts[j] more tokens, the rest was padding."""
         self.lengths += counts
-        self.end += int(counts.max()) if t > 1 else 1  # a bound is enough: no wait for the GPU
+        self.end += int(counts.max()) if t > 1 else 1  # for t = 1 counts isn't read: no GPU wait
 
 
 def load_llama(folder, dtype: torch.dtype | None = None, device="cpu") -> Llama:
@@ -313,7 +313,7 @@ def load_llama(folder, dtype: torch.dtype | None = None, device="cpu") -> Llama:
     with torch.device("meta"), without_init():
         model = Llama(config)
     tensors, model.fingerprint = read_weights(folder, model.state_dict(), dtype, device)
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # stored apart
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # the file's head differs
         config.tie_word_embeddings = False
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)

@@ -7,19 +7,19 @@ Linear, one operation (kernels.py), and one small protocol for whatever chooses:
 
     gate(x (n, i), sample (n,) int64, ax) -> Mixture(idx (n, k) int64, weight (n, k) float32)
 
-`sample` is the row of the batch that each token belongs to (in training, which of the packed
-sequences). `ax()` is A x of all adapters (n, e, r), computed at its first call; `ax(idx)` is that
-of k adapters a token, (n, k, r). A choice that a token doesn't need weighs 0; its idx is any valid
-slot. To try a gate of your own, write an nn.Module with that forward and attach it. Four
-attributes, where it has them, tell fast/ what it can't see:
+`sample` is each token's row of the batch (in training, the index of its packed sequence). `ax()`
+returns A x of all adapters (n, e, r), computed at the first call; `ax(idx)` returns it for k
+adapters per token, (n, k, r). If a token needs fewer than k adapters, the others have weight 0
+and the idx of any slot. To try a gate of your own, write an nn.Module with that forward and attach
+it. Four optional attributes tell fast/ what it can't find out by itself:
 
-    per_row      names of its tensors whose first axis is the batch's rows, set anew for each batch
-    per_token    names of those whose first axis is the batch's tokens
-    sequential   True where it carries something from one Linear to another, or to a later step
+    per_row      names of the gate's tensors with an entry for each row of the batch
+    per_token    names of the gate's tensors with an entry for each token of the next forward
+    sequential   True for a gate that keeps state from one Linear to another, or between steps
     linear_in    a function (x, weight, dtype) -> x W^T in that dtype; fast/ sets a faster one
 
-The pool (pool/adapters.py) holds the adapters in e = pool.capacity slots: pool.A, pool.B and
-pool.scale are {module path: tensor}, pool.slot(name) is an adapter's place in them.
+The pool (pool/slots.py) has e = pool.capacity slots for adapters. pool.A, pool.B and pool.scale
+are {module path: tensor}; pool.slot(name) is an adapter's index in these tensors.
 
 Letters, here and everywhere (shapes as in PyTorch's Linear, out features first):
 
@@ -33,9 +33,9 @@ Letters, here and everywhere (shapes as in PyTorch's Linear, out features first)
     W          W_0                 the base's weight                              (o, i)
     A          A_j                 the adapters' first factors                    (e, r, i)
     B          B_j                 the adapters' second factors                   (e, o, r)
-    scale      alpha / r           what an adapter's B A is multiplied with       (e,)
+    scale      alpha / r           the factor of each adapter's B A               (e,)
     G          W_gate              MeteoRA's gate                                 (e, i)
-    weight     w_j                 a token's weights of its k adapters            (n, k)
+    weight     w_j                 the weights of each token's k adapters         (n, k)
 """
 
 from typing import NamedTuple
@@ -48,15 +48,15 @@ from kernels import compute_ax, lora_mix
 
 
 class Mixture(NamedTuple):
-    """What a gate answers: for each token the k adapters that it uses, and their weights."""
+    """What a gate returns: for each token the k adapters that it uses, and their weights."""
 
     idx: Tensor  # (n, k) int64, slots of the pool
     weight: Tensor  # (n, k) float32
 
 
 class MultiLoRALinear(nn.Module):
-    """A Linear and the pool's adapters for it: Tensor -> Tensor, mixed as its gate says. A, B and
-    scale are the pool's own tensors; token_rows, the model's, knows each token's row."""
+    """A Linear plus the pool's adapters for it, weighted by `gate`: Tensor -> Tensor. A, B, scale
+    are the pool's tensors. The model sets token_rows.sample, each token's row of the batch."""
 
     def __init__(self, base, A, B, scale, gate, token_rows=None, backend="auto", dropout=0.0):
         super().__init__()
@@ -69,33 +69,33 @@ class MultiLoRALinear(nn.Module):
         self.trace = None  # (max_n, e), set by a Recorder
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, i) from the model, or (b, t, i) where it is called alone -> (n, o) or (b, t, o)."""
+        """x (n, i) from the model, or (b, t, i) if called directly -> (n, o) or (b, t, o)."""
         y = self.base(x)
         sample = self.batch_row_of_token(x)  # (n,)
         x = x.reshape(-1, x.shape[-1])  # (n, i)
         ax = AX(x, self.A)
         mixture = self.gate(x, sample, ax)
         self.record(mixture)
-        if self.dropout and self.training:  # LoRA dropout: base and gate have seen x without it
+        if self.dropout and self.training:  # LoRA dropout: base and gate use x without it
             x = F.dropout(x, self.dropout)
             ax = None  # it was computed from x without dropout
         return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
 
     def batch_row_of_token(self, x: Tensor) -> Tensor:
-        """The row of the batch that each token belongs to: (n,) int64."""
+        """Each token's row of the batch: (n,) int64."""
         if self.token_rows is not None and x.dim() == 2:
             return self.token_rows.sample
         return torch.arange(len(x), device=x.device).repeat_interleave(x[0].numel() // x.shape[-1])
 
     def record(self, mixture: Mixture) -> None:
-        """Writes the mixture's weights down for a Recorder, where there is one."""
+        """Writes the mixture's weights into the tensor that a Recorder has set, if any."""
         if self.trace is not None:
             trace = self.trace[: len(mixture.idx)].zero_()
             trace.scatter_add_(1, mixture.idx, mixture.weight.detach())
 
 
 class AX:
-    """A x, computed at the first call: ax() (n, e, r) of all, ax(idx) (n, k, r) of idx (n, k)."""
+    """A x, computed at the first call. ax() -> (n, e, r), of all; ax(idx (n, k)) -> (n, k, r)."""
 
     def __init__(self, x: Tensor, A: Tensor):
         self.x, self.A = x, A
@@ -115,9 +115,9 @@ class AX:
 class MeteoraGate(nn.Module):
     """MeteoRA's gate: the k largest of the logits G x, then a softmax over these k.
 
-    `known` (e,) bool: the slots that G was trained for, None for all; the others are never chosen,
-    and where fewer than k are known a token's remaining choices weigh 0. With `keep_logits` the
-    last forward's logits (n, e) stay in `logits`, for a loss on them.
+    `known` (e,) bool is True for the slots that G was trained for; None means all. No other slot is
+    chosen: with fewer than k known slots the remaining choices get weight 0. With `keep_logits`,
+    `logits` keeps the last forward's logits (n, e), for a loss on them.
     """
 
     def __init__(self, G: Tensor, k: int, temperature=1.0, known: Tensor | None = None):
@@ -131,25 +131,25 @@ class MeteoraGate(nn.Module):
         self.logits = None
 
     def forward(self, x: Tensor, sample: Tensor, ax: "AX") -> Mixture:
-        """x (n, i) -> Mixture of k adapters a token."""
+        """x (n, i) -> Mixture of k adapters per token."""
         logits = F.linear(x.float(), self.weight.float())  # (n, e)
         if self.known is not None:
             logits = logits.masked_fill(~self.known, float("-inf"))
         if self.keep_logits:
             self.logits = logits
         top, idx = logits.topk(min(self.k, logits.shape[-1]), dim=-1)  # (n, k), the largest first
-        if self.k == 1:  # the softmax over one is 1: only a loss on the logits can train G
+        if self.k == 1:  # the softmax of one logit is always 1: only a loss on logits trains G
             return Mixture(idx, torch.ones_like(top))
         relative = top - top[:, :1]  # the largest is 0: no overflow at a low temperature
         return Mixture(idx, (relative / self.temperature).softmax(-1))
 
 
 class SampleGate(nn.Module):
-    """The same mixture for every token of a row: one adapter, several at any weights, or none
-    (weight 0). set() gives the mixtures of the current batch.
+    """Gives all tokens of a batch row the same mixture: one adapter, several with any weights, or
+    none (weight 0). set() sets the mixtures of the current batch.
 
-    Rows where `routed` is True ask `inner`, another gate, instead: so one batch serves fixed
-    mixtures beside choices per token. Without `inner` one SampleGate can serve all Linears.
+    For rows where `routed` is True the gate `inner` chooses instead, token by token. So one batch
+    can have both kinds of rows. Without `inner`, one SampleGate can serve all Linears.
     """
 
     def __init__(self, inner: nn.Module | None = None):
@@ -165,7 +165,7 @@ class SampleGate(nn.Module):
         self.each_token = each_token
         self.per_row = () if each_token else ("idx", "weight", "routed")
         self.per_token = ("idx", "weight") if each_token else ()
-        self.some_routed = routed is not None and bool(routed.any())  # read once, for all Linears
+        self.some_routed = routed is not None and bool(routed.any())  # read once per batch
         self.all_routed = routed is not None and bool(routed.all())
 
     def forward(self, x: Tensor, sample: Tensor, ax: "AX") -> Mixture:
@@ -177,13 +177,13 @@ class SampleGate(nn.Module):
         return self.fixed(sample)
 
     def fixed(self, sample: Tensor) -> Mixture:
-        """The Mixture that the batch was set to."""
+        """The Mixture that set() gave, for each token."""
         if self.each_token:
             return Mixture(self.idx, self.weight)
         return Mixture(self.idx[sample], self.weight[sample])
 
     def select(self, chosen: Mixture, sample: Tensor) -> Mixture:
-        """`chosen`, the inner gate's Mixture, for the routed rows, the fixed one for the others."""
+        """The inner gate's Mixture `chosen` for routed rows, the fixed Mixture for the others."""
         fixed = self.fixed(sample)
         k = max(fixed.idx.shape[1], chosen.idx.shape[1])
         routed = self.routed[sample, None]  # (n, 1)
@@ -192,12 +192,12 @@ class SampleGate(nn.Module):
 
 
 def pad_to(y: Tensor, k: int) -> Tensor:
-    """y (n, at most k) -> (n, k), zeros at the end."""
+    """Pads y (n, up to k) with zeros at the end -> (n, k)."""
     return F.pad(y, (0, k - y.shape[1]))
 
 
 class KnownAdapterGate(nn.Module):
-    """In training each token's one adapter is known in advance: set() before each forward."""
+    """For training: gives each token one adapter known in advance. set() it before each forward."""
 
     per_token = ("idx", "weight")
 
@@ -211,8 +211,8 @@ class KnownAdapterGate(nn.Module):
 
 
 def fixed_rows(pool, choices: list[dict[str, float]], device=None) -> tuple[Tensor, Tensor]:
-    """[{adapter name: weight}], one a row ({}: no adapter) -> idx (b, k), weight (b, k) for
-    SampleGate; what a shorter row lacks is slot 0 at weight 0."""
+    """[{adapter name: weight}], one dict per row ({}: no adapter) -> idx (b, k), weight (b, k) for
+    SampleGate. Shorter rows are padded with slot 0 at weight 0."""
     k = max([1, *map(len, choices)])
     idx = torch.zeros(len(choices), k, dtype=torch.int64)
     weight = torch.zeros(len(choices), k)
@@ -224,13 +224,13 @@ def fixed_rows(pool, choices: list[dict[str, float]], device=None) -> tuple[Tens
 
 
 def set_gates(gates, idx, weight, routed: Tensor | None = None, each_token=False) -> None:
-    """SampleGate.set for all gates of a batch."""
+    """Calls SampleGate.set for each of the gates."""
     for gate in gates:
         gate.set(idx, weight, routed, each_token)
 
 
 def meteora_gates(pool, k: int, temperature=1.0, known=None, make=MeteoraGate) -> dict[str, nn.Module]:
-    """{module path: gate} with G zero; where fewer than k slots are known, k is their number."""
+    """{module path: gate} with G zero. k is capped at the number of known slots."""
     k = min(k, int(known.sum())) if known is not None else k
     gates = {}
     for path, A in pool.A.items():
@@ -242,10 +242,10 @@ def meteora_gates(pool, k: int, temperature=1.0, known=None, make=MeteoraGate) -
 
 
 def attach(model, pool, gates, backend="auto", dropout=0.0, make=None) -> dict[str, nn.Module]:
-    """Wraps each Linear of a Llama that the pool has adapters for in a MultiLoRALinear, in place.
+    """Wraps, in place, each Linear of a Llama that the pool has adapters for in a MultiLoRALinear.
 
-    gates: {module path: gate}, or one gate for all. `make`: the class to build, by default
-    model.gated_linear where fast/ has set one. Raises ValueError where adapters are attached.
+    gates: {module path: gate}, or one gate for all. `make`: the class of the wrapped Linears, by
+    default model.gated_linear if fast/ has set it. Raises ValueError if there are wrapped Linears.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
@@ -273,14 +273,14 @@ def attached(model) -> dict[str, MultiLoRALinear]:
 
 
 def detach(model) -> None:
-    """Puts the model's own Linears back, untouched: whatever wraps one keeps it as `base`."""
+    """Puts the original Linears back, unchanged: each wrapped Linear has kept its own as `base`."""
     for path, module in list(model.named_modules()):
         if isinstance(getattr(module, "base", None), nn.Linear):
             swap(model, path, module.base)
 
 
 class Recorder:
-    """What tokens used: `with Recorder(model, max_n) as r:`, run at most max_n tokens, r.read(n)."""
+    """Records weights: `with Recorder(model, max_n) as r:` run n <= max_n tokens, then r.read(n)."""
 
     def __init__(self, model, max_n: int):
         self.linears = list(attached(model).values())
@@ -296,5 +296,5 @@ class Recorder:
             linear.trace = None
 
     def read(self, n: int) -> Tensor:
-        """Weights, without scale, of the last forward's n tokens in m gated Linears: (m, n, e)."""
+        """Weights (without scale) of the last forward's n tokens in m gated Linears: (m, n, e)."""
         return torch.stack(self.traces)[:, :n] if self.traces else torch.zeros(0, n, 0)

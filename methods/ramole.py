@@ -1,12 +1,12 @@
 """RAMoLE (arXiv 2406.16989): a small trained router weighs the adapters retrieved for a request,
 token by token.
 
-    q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j                          (Eqs. 6 to 11)
+    q = A_r x,   v_j = s_j B_j A_j x,   key_j = B_r^T v_j       (Eqs. 6 to 11, from others' notes)
     weight = softmax over the retrieved j of  <q, key_j> / sqrt(r_q),   y = W x + sum_j weight_j v_j
 
-A_r (r_q, i) and B_r (o, r_q) are all that trains, by the LM loss on a share of the tasks: their
-size doesn't depend on the pool, so that adapters of other tasks, and those that join later, need
-nothing. In training each candidate is left out with probability --drop, two stay at least, so that
+Only A_r (r_q, i) and B_r (o, r_q) are trained, by the LM loss on a share of the tasks. Their size
+doesn't depend on the pool, so an adapter of another task, or one added later, needs no training. In
+a training step each candidate is left out with probability --drop, but at least two stay, so that
 the router doesn't learn "always the task's own". Retrieval is LoraRetriever's: pool/retriever.py.
 """
 
@@ -88,7 +88,7 @@ class RouterLoRA(nn.Module):
 
     <q, key_j> is q . inner_j (A_j x) with inner_j = s_j B_r^T B_j (r_q, r): no adapter's full
     output is formed to be scored. `divisor` is sqrt(r_q) by default; `scaled` says whether s_j is
-    part of the scored v_j. The paper leaves both open.
+    part of the scored v_j. Those notes leave both open.
 
     `idx` (b, k) int64 and `bias` (b, k) float32 are the batch's candidates. The bias is added to
     the scores: -inf where a row has fewer candidates, else 0, as in the paper. With a `prior` it is
