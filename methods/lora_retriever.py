@@ -273,7 +273,7 @@ def compare(encoders: dict[str, Callable], tasks: dict, tuned_on: list[str], see
     rows = []
     others = [name for name in names if name not in tuned_on]
     for title, embed in encoders.items():
-        for bare, kind in ((False, "as they are"), (True, "without what a task's share")):
+        for bare, kind in ((False, "as they are"), (True, "without shared wording")):
             known = [_embed_unit(embed, draw_prompts(tasks[n], 60, seed, bare)) for n in names]
             asked = []
             labels = []
