@@ -2,21 +2,21 @@
 
     y = W x + sum over the k chosen adapters of  weight_j * scale_j * B_j A_j x   (MeteoRA, sec. 3)
 
-Everything in this project is a way to choose the k adapters and their weights, so there is one
-Linear, one operation (kernels.py), and one small protocol for whatever chooses:
+Most methods only choose the k adapters and their weights, so they share one Linear, one operation
+(kernels.py), and one small protocol for whatever chooses:
 
     gate(x (n, i), sample (n,) int64, ax) -> Mixture(idx (n, k) int64, weight (n, k) float32)
 
-`sample` is each token's row of the batch (in training, the index of its packed sequence). `ax()`
-returns A x of all adapters (n, e, r), computed at the first call; `ax(idx)` returns it for k
-adapters per token, (n, k, r). If a token needs fewer than k adapters, the others have weight 0
-and the idx of any slot. To try a gate of your own, write an nn.Module with that forward and attach
-it. Four optional attributes tell fast/ what it can't find out by itself:
+`sample` is each token's row of the batch (in training, the index of its example). `ax()` returns
+A x of all adapters (n, e, r), computed at the first call; `ax(idx)` returns it for k adapters per
+token, (n, k, r). If a token needs fewer than k adapters, its spare entries have weight 0 and any
+valid idx. To try a gate of your own, write an nn.Module with that forward and attach it. fast/
+reads three optional attributes and sets the fourth:
 
     per_row      names of the gate's tensors with an entry for each row of the batch
     per_token    names of the gate's tensors with an entry for each token of the next forward
     sequential   True for a gate that keeps state from one Linear to another, or between steps
-    linear_in    a function (x, weight, dtype) -> x W^T in that dtype; fast/ sets a faster one
+    linear_in    a function (x, M, dtype) -> x M^T in that dtype; fast/ sets a faster one
 
 The pool (pool/slots.py) has e = pool.capacity slots for adapters. pool.A, pool.B and pool.scale
 are {module path: tensor}; pool.slot(name) is an adapter's index in these tensors.

@@ -20,7 +20,7 @@ from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
 from pool.slots import Pool
 
-# Prompts of no adapter's task: what they excite is what is usual.
+# Everyday prompts: an adapter's output on them is what is usual for it.
 EVERYDAY = (
     "What is the capital of France?", "Write a short poem about the sea.", "How do I cook rice?",
     "Explain gravity to a child.", "Translate to Spanish: good morning", "What is 12 times 9?",
