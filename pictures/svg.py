@@ -89,10 +89,12 @@ def leaders(*traces: Trace) -> list[str]:
 def svg_picture(prompt: Trace, answer: Trace, width: int = 90, most: int = 6) -> str:
     """The two traces of one request as an SVG image of coloured text on no background.
 
-    Lines break at `width` columns. The `most` adapters that lead most of the answer, then of the
-    prompt, have colours and stand in the legend with their share of all weight. The rest is grey.
+    Lines break at `width` columns. `most` adapters have colours and stand in the legend, each with
+    its share of all weight: those that lead most of the answer, then of the prompt, then the
+    heaviest. The rest is grey.
     """
-    named = leaders(answer, prompt)[:most]
+    heavy = Palette.of((prompt, answer)).weight
+    named = list(dict.fromkeys([*leaders(answer, prompt), *heavy]))[:most]
     palette = Palette(named)
     drawing = _Drawing(width)
     for title, trace in (("Prompt", prompt), ("The model's answer", answer)):
