@@ -9,6 +9,7 @@ come, answer() waits for whole answers.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from common.files import InputError, check_text, check_writable, read_jsonl, run_script
@@ -97,6 +98,8 @@ def check_options(args: Options, asked: list[Request]) -> None:
         if getattr(args, name) and not args.init:
             raise InputError(f"--{name} is for --init")
     check_values(args, args.top_k, args.gate_temperature)
+    if args.html and Path(args.html).resolve() == Path(args.svg).resolve():
+        raise InputError(f"--html and --svg: both are {args.html}, expected two files")
     for path in filter(None, (args.html, args.svg)):
         check_writable(path)
 

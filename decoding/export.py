@@ -25,7 +25,7 @@ from pool.export import (
 from pool.folder import find_pool
 from pool.load import TINY, load_base, load_pool, read_adapters
 
-ANSWERS = ("prompt", "prompts", "interactive", "list_")  # options that ask for something else
+ANSWERS = ("prompt", "prompts", "interactive", "list_", "html", "svg")  # options that ask for something else
 
 
 def export(args) -> None:

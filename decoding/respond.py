@@ -66,7 +66,7 @@ def how_chosen(method: Method) -> str:
     if not method.needs_adapters:
         return "The base alone answered: no adapter took part."
     if isinstance(method, Gated):
-        return "In each Linear a gate weighed the adapters anew for every token."
+        return f"In each {method.decides.split()[-1]} a gate weighed the adapters anew for every token."
     alike = "the same for all tokens: nothing was chosen token by token."
     if isinstance(method, Merged):
         return f"One adapter, made before the first token, at weight 1 in every Linear, {alike}"

@@ -4,8 +4,13 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """`text` on one line: line breaks and what can't be printed are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """`text` on one line: every kind of space is one, line breaks and what can't be printed are
+    escaped."""
+    shown = ""
+    for c in text:
+        space = unicodedata.category(c) == "Zs"
+        shown += " " if space else c if c.isprintable() else repr(c)[1:-1]
+    return shown
 
 
 def columns(text: str) -> int:

@@ -61,7 +61,7 @@ function inWords(pairs) {
 function row([slot, weight]) {
   const bar = make("span", { class: "bar", style: `--w:${Math.min(weight, 1)}` });
   const name = make("span", { title: data.names[slot] }, data.names[slot]);
-  const mark = make("i", { "aria-hidden": "true" }, data.marks[slot]);
+  const mark = make("i", { "aria-hidden": "true" }, "■");
   return make("li", { class: `a${slot}` }, mark, name, bar, make("span", {}, weight.toFixed(3)));
 }
 
@@ -87,7 +87,7 @@ function show(i) {
     const ess = (data.tokens[i][0] / 100).toFixed(2);
     lines.push(make("p", { class: "note" }, `Mean over the Linears. Effective number ${ess}.`));
   } else {
-    lines.push(make("p", { class: "note" }, "No adapter took part beside the base's weights."));
+    lines.push(make("p", { class: "note" }, "No adapter weighs above zero here."));
   }
   panel.replaceChildren(...lines);
 }
@@ -123,7 +123,7 @@ function openMap(i) {
   }
   const hint = "Point at a cell, or step through them, for its heaviest adapters, four at most.";
   const used = found.some((pairs) => pairs.length);
-  const said = make("p", { class: "note" }, used ? hint : "No adapter took part in any Linear.");
+  const said = make("p", { class: "note" }, used ? hint : "No adapter weighs above zero in any Linear.");
   const tell = (event) => { if (event.target.title) said.textContent = event.target.title; };
   table.addEventListener("pointerover", tell);
   table.addEventListener("focusin", tell);
@@ -135,6 +135,7 @@ function openMap(i) {
 
 /** Arrow keys move from cell to cell. */
 function stepCells(event) {
+  if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own keys
   const across = { ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0;
   const down = { ArrowUp: -1, ArrowDown: 1 }[event.key] || 0;
   if (!across && !down) return;

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pictures.page_weights import Heaviest, pack
-from pictures.palette import GREY, Palette, heaviest, key
+from pictures.palette import GREY, Palette, heaviest
 
 HERE = Path(__file__).parent
 
@@ -48,7 +48,7 @@ def html_page(requests: list[Shown], names: list[str], paths: list[str], about: 
         legend=_legend(palette, slots, tokens),
         ess=_mean_ess(requests),
         below_zero=any(request.linears.below_zero for request in requests),
-        data=_data(requests, tokens, names, paths),
+        data=_data(requests, tokens, slots, names, paths),
         style=(HERE / "page.css").read_text("utf-8"),
         script=(HERE / "page.js").read_text("utf-8"),
     )
@@ -92,24 +92,22 @@ def _leader(token, slots):
 
 
 def _legend(palette, slots, tokens):
-    """The adapters that took part, heaviest first, each with its mark, its total and how many
+    """The adapters that took part, heaviest first, each with its total and how many
     tokens it leads."""
     leaders = [_leader(token, slots) for token in tokens]
     total = sum(weight for token in tokens for _, weight in token["adapters"])
     rows = []
     for name, _, share in palette.shares():
         if share > 0:
-            mark, _, label = key(name, share).partition(" ")
             slot = slots[name]
-            row = {"slot": slot, "mark": mark, "label": label, "total": share * total}
+            row = {"slot": slot, "label": f"{name} {share:.0%}", "total": share * total}
             rows.append(row | {"leads": leaders.count(slot)})
     return rows
 
 
-def _data(requests, tokens, names, paths):
+def _data(requests, tokens, slots, names, paths):
     """What page.js reads. A token is [100 ESS, [slot, 1000 weight, ...] averaged over the Linears,
     base64 of pack()'s bytes]."""
-    slots = {name: slot for slot, name in enumerate(names)}
     packed, k, unit = pack([request.linears for request in requests], len(names))
     ess = [value for request in requests for value in request.linears.ess.tolist()]
     rows = []
@@ -118,8 +116,7 @@ def _data(requests, tokens, names, paths):
         flat = [value for pair in pairs for value in pair]
         rows.append([round(100 * number), flat, base64.b64encode(data).decode()])
     linears = [_layer_and_module(path) for path in paths]
-    marks = [key(name, 0).partition(" ")[0] for name in names]
-    form = {"names": names, "marks": marks, "linears": linears, "k": k, "unit": unit}
+    form = {"names": names, "linears": linears, "k": k, "unit": unit}
     return form | {"tokens": rows}
 
 

@@ -6,6 +6,7 @@ slots. A weight byte counts 255ths of `unit`, 1 unless some weight is larger; 0 
 no adapter.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +31,12 @@ def heaviest(weights: Tensor) -> Heaviest:
     A token's effective number of adapters is (sum |w|)^2 / sum w^2 in a Linear, averaged over the
     Linears in which it uses an adapter (ESS, arXiv 2603.10160).
     """
-    size = weights.abs().double()
-    total = size.sum(-1)  # (m, n)
-    ess = total**2 / (size**2).sum(-1).clamp(min=1e-30)
+    norm = partial(torch.linalg.vector_norm, weights, dim=-1, dtype=torch.float64)
+    total = norm(ord=1)  # (m, n)
+    ess = total**2 / (norm(ord=2) ** 2).clamp(min=1e-30)
     ess = ess.sum(0) / (total > 0).sum(0).clamp(min=1)  # (n,)
-    top = weights.float().clamp(min=0).topk(min(MOST, weights.shape[-1]), -1)
-    slot, weight = (y.movedim(0, 1).cpu() for y in (top.indices.short(), top.values))
+    top = weights.topk(min(MOST, weights.shape[-1]), -1)
+    slot, weight = (y.movedim(0, 1).cpu() for y in (top.indices.short(), top.values.float().clamp(min=0)))
     return Heaviest(slot, weight, ess.float().cpu(), bool((weights < 0).any()))
 
 

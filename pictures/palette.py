@@ -1,4 +1,5 @@
-"""One look an adapter, the same on the terminal, on the page and in pictures.
+"""Adapters' colours, for the terminal, the page and pictures: each gives the first ones to the
+adapters that matter most in it.
 
 A trace is a list of (text, [[adapter name, weight], ...]), one entry a token, weights averaged over
 layers and modules. A token has the colour of its heaviest adapter. A legend names each adapter's

@@ -40,7 +40,7 @@ class _Drawing:
         self.break_line()
 
     def write(self, text: str, colour: Colour) -> None:
-        """Coloured text. A word that no longer fits begins a new line."""
+        """Coloured text. A token's word that no longer fits begins a new line."""
         for part in re.findall(r"\n| +|[^\n ]+", text.expandtabs(4)):
             if part == "\n":
                 self.break_line()
@@ -55,7 +55,8 @@ class _Drawing:
         if self.column and self.column + wide > self.width:
             self.break_line()
         rest = 'class="rest" ' if colour == GREY else ""
-        self._place(text, f'{rest}fill="#{bytes(colour).hex()}" textLength="{COLUMN * wide:g}"')
+        length = f' textLength="{COLUMN * wide:g}"' if wide else ""  # an accent by itself has none
+        self._place(text, f'{rest}fill="#{bytes(colour).hex()}"{length}')
         self.column += wide
         self.widest = max(self.widest, self.column)
 

@@ -28,7 +28,7 @@ def legend(palette: Palette, most: int = 8) -> str:
 class Printer:
     """Answers on a terminal or a pipe: the first unfinished row streams, later rows wait.
 
-    With `routing` the prompts are shown, too, and the answers are bold.
+    With `routing` the prompts are shown, too, and answers are bold where an adapter leads.
     """
 
     def __init__(self, prompts: list[str], traces: list[Trace], routing: bool) -> None:

@@ -68,6 +68,7 @@ GENERATE = {
     f"{ASK} --html {{home}}/pool": "pool: is a directory",
     f"{ASK} --html {THIS}/page.html": "is no folder that you may write to",
     f"{ASK} --svg {{home}}/pool": "pool: is a directory",
+    f"{ASK} --svg {{home}}/p --html {{home}}/../{{home.name}}/p": "p, expected two files",
     f"{ASK} --method meteorra": "did you mean meteora",
     f"{ASK} --method meteora": "meteora_top2.safetensors: python train.py gates",
     f"{ASK} --method adapter:plural": "did you mean plurals",

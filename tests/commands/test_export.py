@@ -96,6 +96,7 @@ def test_bad_combinations(export, tmp_path):
         ([*mix, "--prompt", "x"], "leave out --prompt"),
         ([*mix, "--interactive"], "leave out --interactive"),
         ([*mix, "--list"], "leave out --list"),
+        ([*mix, "--html", "page.html"], "leave out --html"),
         ([*mix, "--export_rank", 3, "--export_merged"], "--export_rank", "--export_merged"),
         ([*mix, "--export_rank", -3], "export_rank", "at least 0"),
         ([*mix, "--export_merged", "--dtype", "float32"], "--dtype"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from helpers_commands import ROOT, command, python
+from helpers_commands import ENVIRONMENT, ROOT, command, python, repository_copy
 from moe_lora import MeteoraGate, MultiLoRALinear
 
 README = (ROOT / "README.md").read_text()
@@ -77,6 +77,22 @@ def test_the_python_example_runs():
     assert done.returncode == 0, done.stderr
     *tokens, answers = done.stdout.splitlines()
     assert "Haus" in answers and any("plural" in line for line in tokens)
+
+
+@pytest.mark.slow
+def test_the_way_from_tasks_to_a_pool(tmp_path):
+    """Who follows the commands under Training must arrive. Here they take fewer examples and steps than
+    they say."""
+    repository_copy(tmp_path)
+    less = {"tasks.tiny": "--train 20 --test 2 --documents 3", "eval.py": "--limit 1 --max_new_tokens 9"}
+    how = {"cwd": tmp_path, "env": ENVIRONMENT | {"PYTHONPATH": ""}, "capture_output": True, "timeout": 300}
+    (block,) = (text for _, text in BLOCKS if "tasks28" in text)
+    for line in block.splitlines():
+        argv = shlex.split(re.sub(r"--steps \d+", "--steps 2", line), comments=True)[1:]
+        argv += less.get(argv[1] if argv[0] == "-m" else argv[0], "").split()
+        done = subprocess.run([sys.executable, *argv], text=True, **how)
+        assert done.returncode == 0, (line, done.stderr)
+    assert "| mean |" in done.stdout
 
 
 def test_it_is_short():

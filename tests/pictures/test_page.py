@@ -4,6 +4,7 @@ recorded weights, a long page stays small, a mixture isn't passed off as a choic
 import base64
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import generate
+from decoding import respond
 from decoding.loop import decode
 from decoding.prompts import encode_prompt
 from decoding.respond import how_chosen
@@ -128,15 +131,15 @@ def test_tokens_have_the_legend_s_colours():
     """Without it the legend explains other colours than the text has, or a token of two equal
     adapters is passed off as one's."""
     used = [[], [["plural", 1.0]], [["roman", 0.6], ["plural", 0.4]], [["plural", 0.5], ["roman", 0.5]]]
-    page = html_page(
-        [shown([("p", used[0])], [("a", y) for y in used[1:]])], ["roman", "", "plural"], [], ABOUT
-    )
+    names = ["roman", "", "plural", "elm"]  # elm leads no token, but may lead in a Linear
+    page = html_page([shown([("p", used[0])], [("a", y) for y in used[1:]])], names, [], ABOUT)
     parsed = Page(page)
     assert [colour for _, part in parsed.parts for _, colour in part] == [None, "a2", "a0", None]
     assert [(" ".join(text.split()[1:]), slot) for text, slot in parsed.legend] == [
         ("plural 63% 1.90", "a2"), ("roman 37% 1.10", "a0")]  # fmt: skip
     colours = dict(re.findall(r"^\.(a\d) \{ --c: rgb\(([\d, ]+)\) }$", page, re.M))
-    assert colours.keys() == {"a0", "a2"} and colours["a0"] != colours["a2"]
+    assert colours.keys() == {"a0", "a2", "a3"} and len(set(colours.values())) == 3
+    assert re.findall(r"heaviest at (\d) of (\d) tokens", page) == [("1", "4"), ("1", "4")]
     assert {tuple(map(int, colour.split(","))) for colour in colours.values()} <= set(COLOURS)
 
 
@@ -248,10 +251,13 @@ def test_watching_sees_what_is_averaged(mole):
     torch.testing.assert_close(found.weight[..., :2], again, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_is_watched_unless_asked(mole, monkeypatch):
+def test_nothing_is_watched_unless_asked(small_model, pool_with_every_part, monkeypatch, capsys):
     """Without it every answer pays for a page that nobody wants."""
-    monkeypatch.setattr(LinearWeights, "__call__", None)
-    assert list(stream(mole, "the fox", method="meteora_top2", routing=True, max_new_tokens=2))
+    monkeypatch.setattr(respond, "LinearWeights", None)
+    ask = ["--model", small_model, "--pool", pool_with_every_part, "--prompt", "the fox", "--json"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, ask), "--max_new_tokens", "2"])
+    generate.main()
+    assert json.loads(capsys.readouterr().out)["tokens"]
 
 
 # Words --------------------------------------------------------------------------------------------
@@ -259,7 +265,8 @@ def test_nothing_is_watched_unless_asked(mole, monkeypatch):
 FIXED = "One fixed mixture for the whole request"
 WORDS = {
     "meteora_top2": "In each Linear a gate weighed the adapters anew for every token.",
-    "ramole": "In each Linear a gate", "uniform": FIXED, "mix:ant=0.7,bee=0.5": FIXED, "selection": FIXED,
+    "ramole": "In each Linear a gate", "loraflow": "In each layer a gate",
+    "uniform": FIXED, "mix:ant=0.7,bee=0.5": FIXED, "selection": FIXED,
     "adapter:bee": FIXED, "logo": FIXED, "smear": "One mixture a Linear, made from the whole prompt",
     "fusion": "One adapter, made before the first token", "svd": "One adapter, made before the first token",
     "ties_ba": "merged into a copy of the base's weights", "base": "no adapter took part",
@@ -302,8 +309,17 @@ def test_weights_below_zero_are_said_to_be_missing():
     weights = torch.tensor([[[1.0, -0.5]]])
     notes = [html_page([shown([("a", [["a", 1.0]])], [], w)], ["a", "b"], ["x.0.y"], ABOUT) for w in
              (weights, weights.abs())]  # fmt: skip
-    assert ["below zero" in note for note in notes] == [True, False]
+    nothing_above = html_page([shown([("a", [])], [], -weights.abs())], ["a", "b"], ["x.0.y"], ABOUT)
+    assert ["below zero" in note for note in (*notes, nothing_above)] == [True, False, True]
+    assert "No adapter took part" not in nothing_above
     assert "<b>1.80</b>" in notes[0] and "<b>1.80</b>" in notes[1]  # 1.5^2 / 1.25
+
+
+def test_the_effective_number_is_of_tokens_that_use_an_adapter():
+    """Without it a prompt that the base answers makes the number of the others in its batch smaller."""
+    weights = torch.tensor([[[1.0, 0.5]]])
+    requests = [shown([("a", [["a", 1.0]])], [], weights), shown([("b", [])], [], 0 * weights)]
+    assert "<b>1.80</b>" in html_page(requests, ["a", "b"], ["x.0.y"], ABOUT)  # 1.5^2 / 1.25
 
 
 def test_names_of_attached_linears_are_the_trace_s(mole):

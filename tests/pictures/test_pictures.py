@@ -199,7 +199,8 @@ def test_the_picture_holds_the_whole_text(prompt, answer):
     drawn = texts_of(svg_picture(prompt, answer))
     for trace, top, bottom in ((prompt, 0, labels[1][0]), (answer, labels[1][0], legend_y)):
         text = re.sub("[\n ]", "", "".join(text.expandtabs(4) for text, _ in trace))
-        want = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        spaced = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+        want = "".join(c if c.isprintable() else repr(c)[1:-1] for c in spaced)
         assert "".join(text for y, _, text, _ in drawn if top < y < bottom) == want
 
 
