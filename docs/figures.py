@@ -44,38 +44,40 @@ RUNS = {
     "decode": f"{DECODE} --gguf FILE",
     "decode_adapters": f"{DECODE} --e 4,28,128 --no-peers",
 }
-# What each method is, and the place of its colour: None for what the others are compared with.
-METHODS = {
-    "base": (None, "no adapter"),
-    "oracle": (None, "each question by its own task's adapter"),
-    "meteora_top1": (0, "MeteoRA's gates, one adapter a token"),
-    "meteora_top2": (0, "MeteoRA's gates, two adapters a token"),
-    "soft": (0, "the gates without top-k: all adapters"),
-    "moe_top1": (0, "gates from the LM loss alone, top-1"),
-    "moe_top3": (0, "gates from the LM loss alone, top-3"),
-    "loraflow": (0, "LoRA-Flow: one mixture a token and layer"),
-    "smear": (0, "SMEAR: one merged adapter a request"),
-    "ramole": (0, "RAMoLE: 3 retrieved, a router weighs them"),
-    "ramole, 28": (0, "RAMoLE with all 28 retrieved"),
-    "lorahub": (0, "LoraHub: weights from five examples"),
-    "lora_f": (1, "one adapter trained on all tasks' data"),
-    "lora_b": (1, "one adapter trained evenly on all tasks"),
-    "lora_f_224": (1, "lora_f of rank 224"),
-    "lora_b_224": (1, "lora_b of rank 224"),
-    "selection": (1, "the best adapter retrieved"),
-    "mixture": (1, "3 retrieved, a third each"),
-    "fusion": (1, "3 retrieved, mean of A and of B"),
-    "adaptersoup": (1, "fusion for all prompts together"),
-    "arrow": (2, "Arrow: the adapters' input directions"),
-    "logo": (2, "LoGo: what the prompt's last token excites"),
-    "uniform": (2, "all adapters, each 1/28"),
-    "svd": (2, "SVD of the mean of B A, rank 8"),
-    "ties_ab": (2, "TIES merge of A and of B"),
-    "ties_ba": (2, "TIES merge of B A"),
-    "dare_ab": (2, "DARE merge of A and of B"),
-    "dare_ba": (2, "DARE merge of B A"),
-    "average_ab": (2, "mean of A and of B"),
-}
+# (method, the place of its colour or None for what the others are compared with, what it is)
+METHODS = (
+    ("base", None, "no adapter"),
+    ("oracle", None, "each question by its own task's adapter"),
+    ("meteora_top1", 0, "MeteoRA's gates, one adapter a token"),
+    ("meteora_top2", 0, "MeteoRA's gates, two adapters a token"),
+    ("soft", 0, "the gates without top-k: all adapters"),
+    ("moe_top1", 0, "gates from the LM loss alone, top-1"),
+    ("moe_top3", 0, "gates from the LM loss alone, top-3"),
+    ("loraflow", 0, "LoRA-Flow: one mixture a token and layer"),
+    ("smear", 0, "SMEAR: one merged adapter a request"),
+    ("ramole", 0, "RAMoLE: 3 retrieved, a router weighs them"),
+    ("ramole, 28", 0, "RAMoLE with all 28 retrieved"),
+    ("lorahub", 0, "LoraHub: weights from five examples"),
+    ("lora_f", 1, "one adapter trained on all tasks' data"),
+    ("lora_b", 1, "one adapter trained evenly on all tasks"),
+    ("lora_f_224", 1, "lora_f of rank 224"),
+    ("lora_b_224", 1, "lora_b of rank 224"),
+    ("selection", 1, "the best adapter retrieved"),
+    ("mixture", 1, "3 retrieved, a third each"),
+    ("fusion", 1, "3 retrieved, mean of A and of B"),
+    ("adaptersoup", 1, "fusion for all prompts together"),
+    ("arrow", 2, "Arrow: the adapters' input directions"),
+    ("logo", 2, "LoGo: what the prompt's last token excites"),
+    ("uniform", 2, "all adapters, each 1/28"),
+    ("svd", 2, "SVD of the mean of B A, rank 8"),
+    ("ties_ab", 2, "TIES merge of A and of B"),
+    ("ties_ba", 2, "TIES merge of B A"),
+    ("dare_ab", 2, "DARE merge of A and of B"),
+    ("dare_ba", 2, "DARE merge of B A"),
+    ("average_ab", 2, "mean of A and of B"),
+)
+PLACE = {method: place for method, place, _ in METHODS}
+ABOUT = {method: about for method, _, about in METHODS}
 PEERS = ("transformers", "peft", "llama.cpp")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -221,7 +223,7 @@ def method_page(title: str, note: str, order: list[str], ticks: range) -> "Axes"
     ax.grid(axis="x")
     for row, method in enumerate(order):
         label(ax, 0, row, method, 16 - 400, family=MONO, color=colour_of(method))
-        label(ax, 0, row, METHODS[method][1], 132 - 400, size=12, color=SOFT)
+        label(ax, 0, row, ABOUT[method], 132 - 400, size=12, color=SOFT)
     return ax
 
 
@@ -246,7 +248,7 @@ def dot(ax: "Axes", x: float, y: float, low: float, high: float, colour: str, ho
 
 def colour_of(method: str) -> str:
     """The colour of a method."""
-    place = METHODS[method][0]
+    place = PLACE[method]
     return INK if place is None else (C0, C1, C2)[place]
 
 

@@ -143,7 +143,7 @@ def test_the_composite_shows_each_method_with_its_own_score():
     order = []
     for method, score in scores.items():
         low, high = score["right_low"], score["right_high"]
-        about = figures.METHODS[method][1]
+        about = figures.ABOUT[method]
         row = row_of("composite.svg", method)
         assert row == [method, about, f"{score['right']:.2f}", f"[{low:.2f}, {high:.2f}]"]
         _, y = place_of("composite.svg", method)
@@ -180,7 +180,7 @@ def test_own_adapter_shows_without_it_left_of_with_it():
             score = RUNS[run]["methods"].get(key) or printed.get(method)
             scores += [score["mean"]] if score else []
         row = row_of("own_adapter.svg", method)
-        about = figures.METHODS[method][1]
+        about = figures.ABOUT[method]
         assert row == [method, about, *(f"{score:.1f}" for score in scores)], method
         _, y = place_of("own_adapter.svg", method)
         assert dots("own_adapter.svg", y, "fill-opacity: 0;") == dots("own_adapter.svg", y)[: len(scores) - 1]
