@@ -25,7 +25,7 @@ class Joint(Merged):
 
     pattern = r"[\w-]+"
     names = tuple(SAMPLING)
-    about = "one adapter on all the data as it is, or evenly of all tasks"
+    about = "one adapter for all tasks, trained on the data as it is, or evenly"
     paper = "2405.13053"
     decides = "fixed"
 
