@@ -5,19 +5,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 
 from common.files import InputError, write_text
 from common.tokenizer import TextStream
 from decoding.loop import Token, decode
+from decoding.page import write_page
 from decoding.prompts import encode_prompt
 from decoding.stream import compile_for
-from methods.batch import find_method, retrieve, set_methods
-from methods.protocol import Gated, Merged, Method, OwnLinears
+from methods.batch import retrieve, set_methods
 from methods.session import Mole
-from moe_lora import attached
-from pictures.page import Shown, html_page
 from pictures.page_weights import LinearWeights
 from pictures.palette import Trace
 from pictures.svg import svg_picture
@@ -59,47 +55,6 @@ def trace_prompt(mole: Mole, ids: list[int], adapters: list) -> list[dict]:
 def _trace(tokens):
     """What pictures/ draws of a prompt's tokens: [(text, adapters)]."""
     return [(token["text"], token["adapters"]) for token in tokens]
-
-
-def how_chosen(method: Method) -> str:
-    """How a method chose among the adapters, a sentence for the page."""
-    if not method.needs_adapters:
-        return "The base alone answered: no adapter took part."
-    if isinstance(method, Gated):
-        return f"In each {method.decides.split()[-1]} a gate weighed the adapters anew for every token."
-    alike = "the same for all tokens: nothing was chosen token by token."
-    if isinstance(method, Merged):
-        return f"One adapter, made before the first token, at weight 1 in every Linear, {alike}"
-    if isinstance(method, OwnLinears) and method.edits_W:
-        return "The adapters were merged into a copy of the base's weights: no choice was recorded."
-    if isinstance(method, OwnLinears):
-        return f"One mixture a Linear, made from the whole prompt, {alike}"
-    return f"One fixed mixture for the whole request, {alike}"
-
-
-def write_page(mole: Mole, path: str, answers: list[dict], watched: LinearWeights, top_k: int) -> None:
-    """Writes the page of a batch just answered: `answers` as --json prints them, `watched` what its
-    Linears used."""
-    requests = []
-    for row, answer in enumerate(answers):
-        linears = watched.of_row(row, len(answer["prompt_tokens"]), len(answer["tokens"]))
-        method = find_method(mole, answer["method"], top_k)
-        requests.append(Shown(answer, how_chosen(method), linears))
-    pool = mole.attached[1] if mole.attached else None
-    resident = {pool.slot(name): name for name in pool.resident} if pool else {}
-    names = [resident.get(slot, "") for slot in range(pool.capacity if pool else 0)]
-    about = {
-        "Method": ", ".join(dict.fromkeys(answer["method"] for answer in answers)),
-        "Model": _folder_name(mole.base_name),
-        "Pool": _folder_name(mole.folder.path) if mole.folder else "none",
-        "Date": date.today().isoformat(),
-    }
-    write_text(path, html_page(requests, names, list(attached(mole.model)), about))
-
-
-def _folder_name(name):
-    """The last part of a folder's path, a hub name as it is."""
-    return Path(name).resolve().name if Path(name).is_dir() else str(name)
 
 
 def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None,

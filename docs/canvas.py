@@ -84,7 +84,8 @@ def svg_of(ax: "Axes") -> str:
     metadata = {"Title": ax.figure.get_suptitle(), "Date": None, "Creator": None}
     ax.figure.savefig(file, format="svg", metadata=metadata)
     svg = file.getvalue()
-    light, dark = "", ""
+    light = ""
+    dark = ""
     for drawn, (name, on_light, on_dark) in VARIABLES.items():
         svg = svg.replace(drawn, f"var(--{name})")
         light += f"--{name}:{on_light};"

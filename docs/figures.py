@@ -242,8 +242,8 @@ def dot(ax: "Axes", x: float, y: float, low: float, high: float, colour: str, ho
     fill = "none" if hollow else colour
     ax.plot(x, y, "o", color=colour, markerfacecolor=fill, clip_on=False)
     radius = 4 / ax.bbox.width * ax.get_xlim()[1]
-    starts, ends = [min(low, x - radius), x + radius], [x - radius, max(high, x + radius)]
-    ax.hlines([y, y], starts, ends, colour, clip_on=False)
+    ax.hlines(y, min(low, x - radius), x - radius, colour, clip_on=False)
+    ax.hlines(y, x + radius, max(high, x + radius), colour, clip_on=False)
 
 
 def colour_of(method: str) -> str:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import generate
 from decoding import respond
 from decoding.loop import decode
+from decoding.page import how_chosen
 from decoding.prompts import encode_prompt
-from decoding.respond import how_chosen
 from decoding.sampling import Sampling
 from generate import load, stream
 from helpers_commands import command
