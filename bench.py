@@ -25,7 +25,7 @@ import torch
 from common.devices import DTYPES, check_memory, find_device
 from common.files import InputError, run_script
 from common.hub import find_folder
-from common.options import BatchSize, Count, Rank, Seed, Whole, numbers, parse_command
+from common.options import BatchSize, Count, Counts, Rank, Seed, Whole, numbers, parse_command
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
@@ -69,10 +69,10 @@ class Bench:
 class LayerBench(Bench):
     """Options of `bench.py layer`."""
 
-    n: str = "1,4,32,256,1024"  # tokens
+    n: Counts = "1,4,32,256,1024"  # tokens
     width: str = "576x1536,2048x2048,4096x4096,4096x14336"  # in and out features of the Linear
-    e: str = "4,28,128"  # adapters in the pool
-    k: str = "1,2,4"  # adapters a token uses
+    e: Counts = "4,28,128"  # adapters in the pool
+    k: Counts = "1,2,4"  # adapters a token uses
 
 
 @dataclass
@@ -89,7 +89,7 @@ class RoutedBench(ModelBench):
 
     pool: str = ""  # pool folder with meteora_topK gates; default: random adapters and even gates
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
-    e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
+    e: Counts = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
     gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
 
 
@@ -101,7 +101,7 @@ class DecodeBench(RoutedBench):
     tokens: Count = 16  # tokens decoded in a repetition
     batch_size: BatchSize = 8  # requests decoded together, beside one by itself
     requests: Whole = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
-    union: str = "12,28,48"  # how many adapters those have together; several are a row each
+    union: Counts = "12,28,48"  # how many adapters those have together; several are a row each
 
 
 @dataclass

@@ -17,12 +17,13 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from common.files import MARK, InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
-from common.options import ABOVE_0, Above0, Count, Seed, Whole, numbers, parse_args
+from common.options import ABOVE_0, Above0, Count, Counts, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -45,6 +46,8 @@ from tasks.composites import Composite, composites
 from tasks.folders import Task
 from tasks.metrics import score, score_meteora, signature
 
+Temperatures = Annotated[str, ABOVE_0]
+
 
 @dataclass
 class Options(TemplateOptions):
@@ -56,9 +59,9 @@ class Options(TemplateOptions):
     tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter
-    composite: str = ""  # questions in a composite prompt, as 3,5,10: two columns each
+    composite: Counts = ""  # questions in a composite prompt, as 3,5,10: two columns each
     composites: Count = 200  # composite prompts of each size
-    composite_temperature: str = "1"  # gate temperature there; 1,5,15: the best on validation
+    composite_temperature: Temperatures = "1"  # gate temperature there; 1,5,15: the best on validation
     ood: bool = False  # each task without its own adapter: how well the others do
     unseen: bool = False  # only tasks that router and retriever never saw; gates lack them, too
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
