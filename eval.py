@@ -23,7 +23,7 @@ import torch
 
 from common.files import MARK, InputError, run_script, write_json, write_jsonl, write_text
 from common.locks import alone
-from common.options import ABOVE_0, Above0, Count, Counts, Seed, Whole, numbers, parse_args
+from common.options import ABOVE_0, Above0, Count, Counts, NewTokens, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -69,7 +69,7 @@ class Options(TemplateOptions):
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     limit: Whole = 0  # examples a task, 0 = all
-    max_new_tokens: Count = 64  # tokens an answer may have
+    max_new_tokens: NewTokens = 64  # tokens an answer may have
     batch_size: Count = 16  # prompts decoded together
     meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora)
     dtype: str = "auto"  # the weights' dtype, auto = the file's

@@ -29,6 +29,7 @@ COUNT = Number(int, 1, 1_000_000)
 ABOVE_0 = Number(float, 1e-6, 1e6)
 Count = typing.Annotated[int, COUNT]
 Whole = typing.Annotated[int, Number(int, 0, 1_000_000)]
+NewTokens = typing.Annotated[int, Number(int, 1, 10**12)]  # the context ends an answer before
 BatchSize = typing.Annotated[int, Number(int, 1, 65_536)]
 Rank = typing.Annotated[int, Number(int, 1, 65_536)]
 NotNegative = typing.Annotated[float, Number(float, 0, 1e6)]

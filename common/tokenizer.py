@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
+from common.fields import check, read_field
 from common.files import InputError, check_text, read_json, read_known, read_text
+from common.printable import shown
 
 
 def check_ids(ids: list[int], vocab_size: int) -> None:
@@ -42,16 +44,15 @@ class Tokenizer:
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        adds_bos = self.config.get("add_bos_token", self.backend.adds_bos)
-        self.adds_bos = adds_bos and self.bos_id is not None
+        adds_bos = read_field(self.config_file, self.config, "add_bos_token", bool, None)
+        if "add_bos_token" not in self.config:
+            adds_bos = self.backend.adds_bos
+        self.adds_bos = bool(adds_bos) and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
 
     def _legacy(self):
         """Folders without this field are older than it: their models were trained the old way."""
-        legacy = self.config.get("legacy")
-        if not isinstance(legacy, (bool, type(None))):
-            raise InputError(f"{self.config_file}: legacy is {legacy!r}, expected true or false")
-        return legacy is not False
+        return read_field(self.config_file, self.config, "legacy", bool, True)
 
     def _special(self, name):
         token = self.special_tokens.get(name)
@@ -89,8 +90,9 @@ class Tokenizer:
         templates = {}
         for entry in entries:
             if not isinstance(entry, dict) or not isinstance(entry.get("template"), str):
-                raise InputError(f"{self.config_file}: chat_template is {found!r}, expected a text")
-            templates[str(entry.get("name"))] = entry["template"]
+                raise InputError(f"{self.config_file}: chat_template is {shown(found)}, expected a text")
+            where = f"{self.config_file}: chat_template"
+            templates[str(entry.get("name"))] = check(where, entry["template"], str)
         return templates
 
     def chat(self, messages: list[dict[str, Any]], tools: list[dict] | None = None,

@@ -475,11 +475,11 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--composite", "3,x"], "--composite is '3,x', expected numbers above 0"),
+        (["--composite", "3,x"], "--composite is '3,x', expected whole numbers"),
         (["--composite", "2.5"], "--composite is '2.5'"), (["--composite", "0"], "--composite is '0'"),
         (["--composite", "3,-2"], "--composite is '3,-2'"),
-        (["--composites", 0], "--composites is 0, expected at le"),
-        (["--composite_temperature", "hot"], "--composite_temperature is 'hot', expected numbers above 0"),
+        (["--composites", 0], "--composites is 0, expected a whole number"),
+        (["--composite_temperature", "hot"], "--composite_temperature is 'hot', expected numbers from 1e-06"),
         (["--composite_temperature", "1,0"], "--composite_temperature is '1,0'"),
         (["--composite_temperature", "nan"], "--composite_temperature is 'nan'"),
         (["--composite_temperature", ","], "--composite_temperature is ','"),
