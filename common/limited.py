@@ -19,7 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from common.files import InputError
 
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 10_000_000  # characters of an answer
@@ -37,7 +40,7 @@ def call_limited(function: Callable, *arguments: Any, seconds: int = 5) -> Any:
     """function(*arguments), in the helper process, with at most `seconds` of CPU time.
 
     `function` is at the top level of a module of ours; arguments and result are JSON values. Raises
-    LimitedError where it raises anything, crashes, or needs more than the limits.
+    LimitedError where it raises anything but InputError, crashes, or needs more than the limits.
     """
     try:
         request = json.dumps([function.__module__, function.__name__, arguments, seconds])
@@ -59,13 +62,14 @@ class _Helper:
                 self._start()
             try:
                 answer = self._exchange(request, seconds)
-            except BaseException:  # Ctrl-C too leaves a call behind that still runs
+            except BaseException:  # after Ctrl-C, too, the call would go on
                 self._stop()
                 raise
             return answer
 
     def _start(self):
-        line = [sys.executable, "-c", START, json.dumps(sys.path)]
+        paths = json.dumps([*map(str, sys.path), str(Path(__file__).parent.parent)])
+        line = [sys.executable, "-c", START, paths]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # In a session of its own it doesn't get the terminal's Ctrl-C; it ends when its stdin does.
         self.process = subprocess.Popen(line, **pipes, start_new_session=True)
@@ -92,10 +96,12 @@ class _Helper:
             timer.cancel()
         if not line.endswith(b"\n"):
             raise LimitedError(_how_it_ended(self.process.wait(), seconds))
-        answer = json.loads(line)
-        if "error" in answer:
-            raise LimitedError(answer["error"])
-        return answer["result"]
+        kind, value = json.loads(line)
+        if kind == "bad input":
+            raise InputError(value)
+        if kind == "error":
+            raise LimitedError(value)
+        return value
 
 
 def _how_it_ended(status, seconds):
@@ -103,7 +109,7 @@ def _how_it_ended(status, seconds):
         return f"takes more than {seconds} seconds"
     if status == -signal.SIGKILL:
         return f"takes more than {WALL_SECONDS} seconds, or too much memory"
-    return f"crashes ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+    return f"crashes, or needs more than {MEMORY >> 30} GiB of memory (status {status})"
 
 
 # In the helper ------------------------------------------------------------------------------------
@@ -124,14 +130,19 @@ def serve() -> None:
 
 
 def _answer(function, arguments):
+    """The call's outcome as JSON: [kind, value]."""
     try:
-        answer = json.dumps({"result": function(*arguments)})
+        answer = json.dumps(["result", function(*arguments)])
+    except InputError as error:
+        return json.dumps(["bad input", str(error)])
     except MemoryError:
-        return json.dumps({"error": f"needs more than {MEMORY >> 30} GiB of memory"})
-    except BaseException as error:  # a panic in Rust is no Exception
-        return json.dumps({"error": str(error)[:1000] or type(error).__name__})
+        return json.dumps(["error", f"needs more than {MEMORY >> 30} GiB of memory"])
+    except Exception as error:
+        return json.dumps(["error", str(error)[:1000] or type(error).__name__])
+    except BaseException as error:  # a panic in a library written in Rust
+        return json.dumps(["error", f"{type(error).__name__}: {str(error)[:1000]}"])
     if len(answer) > OUTPUT:
-        return json.dumps({"error": f"gives more than {OUTPUT:,} characters"})
+        return json.dumps(["error", f"gives more than {OUTPUT:,} characters"])
     return answer
 
 

@@ -27,25 +27,23 @@ def match_patterns(patterns: list[str], form: str, texts: list[str], where: str)
     InputError, which begins with `where`, for a pattern that doesn't compile or takes too long.
     """
     plain = len(patterns) + sum(map(len, patterns)) < PLAIN_LENGTH and all(map(PLAIN.fullmatch, patterns))
+    if plain:
+        return _match(patterns, form, texts, where)
     try:
-        found = _match(patterns, form, texts) if plain else call_limited(_match, patterns, form, texts)
+        return call_limited(_match, patterns, form, texts, where)
     except LimitedError as error:
         tried = shown(patterns[0] if len(patterns) == 1 else patterns)
         raise InputError(f"{where}: matching {tried} {error}") from None
-    if isinstance(found, str):
-        raise InputError(f"{where}: {found}")
-    return found
 
 
-def _match(patterns, form, texts):
-    """What match_patterns returns, or a text that says which pattern is bad."""
+def _match(patterns, form, texts, where):
     method, around = FORMS[form]
     found = []
     for pattern in patterns:
         try:
             compiled = re.compile(around.format(pattern))
         except (re.error, RecursionError, OverflowError) as error:
-            return f"bad pattern {shown(pattern)}: {error}"
+            raise InputError(f"{where}: bad pattern {shown(pattern)}: {error}") from None
         matches = [method(compiled, text) for text in texts]
         found.append([match and match[0] for match in matches])
     return found
