@@ -10,6 +10,11 @@ JSON. transformers, peft and, with --gguf, llama-cpp-python are measured on the 
 adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import json
 import os
 import statistics
@@ -23,9 +28,11 @@ from typing import Literal
 import torch
 
 from common.devices import DTYPES, find_device
-from common.files import InputError, run_script
+from common.endings import run_script
+from common.files import InputError
 from common.hub import find_folder
 from common.options import numbers, parse_command
+from common.printable import printable
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
@@ -297,7 +304,7 @@ def bench_train(args: TrainBench, limits: Callable[[], Limits]) -> list[dict]:
 def show(facts: dict, table: list[dict]) -> None:
     """Prints the facts, the table as Markdown, and all of it in one line of JSON."""
     for name, value in facts.items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
     columns = list(dict.fromkeys(name for row in table for name in row))
     rows = [map(cell, map(row.get, columns)) for row in table]
     print("", *markdown(columns, rows), "", json.dumps(facts | {"table": table}), sep="\n")

@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from common.files import InputError
+from common.files import MESSAGE, InputError
+from common.printable import printable
 
 
 class Least(typing.NamedTuple):
@@ -70,7 +71,7 @@ def numbers(option: str, text: str, kind: type = int, comma: str = ",") -> list[
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Prints one line and exits with status 2; argparse would print the whole usage first."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {printable(message, MESSAGE)} (see --help)\n")
 
 
 def _comments(cls):

@@ -19,7 +19,7 @@ from torch import nn
 from common.files import InputError, read_json, read_jsonl, warn, write_json, write_jsonl
 from common.tensors import LARGEST, hash_tensors, read_header, read_safetensors, write_safetensors
 from model import Llama
-from pool.adapter_checks import check_shapes, check_targets, compile_pattern
+from pool.adapter_checks import by_pattern, check_shapes, check_targets
 
 PREFIX = "base_model.model."
 
@@ -131,7 +131,7 @@ def load_adapter(
         raise InputError(f"{file}: missing")
     tensors, metadata = read_header(file) if header else read_safetensors(file)
     A, B = _split_keys(tensors, file)
-    scale = {path: _scale(config, config_file, path, len(a)) for path, a in A.items()}
+    scale = _scales(config, config_file, A)
     _check_saved_together(config, metadata, config_file)
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
@@ -197,16 +197,11 @@ def _check_config(config, file):
         numbers = isinstance(pattern, dict) and _all_are((int, float), pattern.values())
         if not numbers or not all(abs(value) <= LARGEST for value in pattern.values()):
             refuse(name, "an object of numbers that float32 can hold")
-        for key in pattern:
-            compile_pattern(key, file, name)
     for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
         kind = int if name == "layers_to_transform" else str
         value = config.get(name)
         if value is not None and not _all_are(kind, value if isinstance(value, list) else [value]):
             refuse(name, f"{'text' if kind is str else 'a number'} or a list of them")
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            compile_pattern(config[name], file, name)
 
 
 def _all_are(kind, values):
@@ -257,21 +252,17 @@ def _split_keys(tensors, file):
     return A, B
 
 
-def _pattern(patterns, path, default):
-    """PEFT's rule: a key matches whole or after a dot, first match wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _scale(config, file, path, rank):
-    r = _pattern(config.get("rank_pattern"), path, config["r"])
-    if r != rank:
-        found = f"r is {r} for {path}, its lora_A has {rank} rows"
-        raise InputError(f"{file}: {found}; expected the same number")
-    alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+def _scales(config, file, A):
+    """{path: scale}. Raises InputError where A has another rank than the config says."""
+    ranks = by_pattern(config, "rank_pattern", config["r"], A, file)
+    alphas = by_pattern(config, "alpha_pattern", config["lora_alpha"], A, file)
+    scales = {}
+    for path, r in ranks.items():
+        if r != len(A[path]):
+            found = f"r is {r} for {path}, its lora_A has {len(A[path])} rows"
+            raise InputError(f"{file}: {found}; expected the same number")
+        scales[path] = alphas[path] / (math.sqrt(r) if config.get("use_rslora") else r)
+    return scales
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:

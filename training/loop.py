@@ -11,7 +11,6 @@ import csv
 import io
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Literal
 
 import torch
 
-from common.files import MARK, InputError, read_json, read_text, warn, write_json, write_text
+from common.files import MARK, InputError, read_json, read_text, say, warn, write_json, write_text
 from common.options import Count, NotNegative, Seed
 from common.progress import progress
+from common.signals import Terminated
 from common.tensors import read_metadata, read_safetensors, write_safetensors
 from model import Llama
 from pool.load import compile_blocks
@@ -59,7 +59,7 @@ def required(args, name: str) -> str:
 
 def finished(checkpoint: "Checkpoint") -> None:
     """Says that there is nothing left to do."""
-    print(f"{checkpoint.folder}: finished already", file=sys.stderr)
+    say(f"{checkpoint.folder}: finished already")
 
 
 def compile_for(model: Llama, args: Run, examples: list[Example]) -> None:
@@ -187,7 +187,7 @@ class Checkpoint:
         """Marks the run as finished with `files`, and says that it wrote them, as `written`."""
         self.write_config(finished=True, wrote=files)
         self.file.unlink(missing_ok=True)
-        print(f"wrote {written}", file=sys.stderr)
+        say(f"wrote {written}")
 
 
 def differences(was: dict, now: dict) -> list[str]:
@@ -291,10 +291,10 @@ def fit(
 
 @contextlib.contextmanager
 def _say_how_to_resume(checkpoint):
-    """On Ctrl-C, where --resume goes on."""
+    """On Ctrl-C and SIGTERM, where --resume goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         none_yet = "the start: there is no checkpoint yet"
         where = "the last checkpoint" if checkpoint.file.exists() else none_yet
         warn(f"stopped; --resume goes on from {where}")
