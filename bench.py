@@ -10,6 +10,11 @@ JSON. transformers, peft and, with --gguf, llama-cpp-python are measured on the 
 adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import json
 import os
 import statistics
@@ -23,9 +28,11 @@ from typing import Literal
 import torch
 
 from common.devices import DTYPES, check_memory, find_device
-from common.files import InputError, run_script
+from common.endings import run_script
+from common.files import InputError
 from common.hub import find_folder
 from common.options import BatchSize, Count, Counts, Rank, Seed, Whole, numbers, parse_command
+from common.printable import printable
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
@@ -133,16 +140,14 @@ def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
     """
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
     if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
-        expected = f"adapters that a token uses of the {args.e} of --e"
-        raise InputError(f"--k is {args.k!r}, expected {expected}")
+        raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
     if any(len(width) != 2 for width in widths):
-        expected = "pairs of in and out features as 576x1536"
-        raise InputError(f"--width is {args.width!r}, expected {expected}")
+        raise InputError(f"--width is {args.width!r}, expected pairs of in and out features as 576x1536")
     sizes = [numbers("--e", args.e), numbers("--n", args.n), numbers("--k", args.k)]
-    itemsize = DTYPES[args.dtype].itemsize
-    for (i, o), e, n in product(widths, *sizes[:2]):
-        size = (i * o + n * (i + o) + e * args.r * (i + o)) * itemsize
-        check_memory(f"--width {i}x{o} with --e {e}, --r {args.r} and --n {n}", size, args.device)
+    rows = max(sizes[1]) + max(sizes[0]) * args.r
+    for i, o in widths:
+        size = (i * o + rows * (i + o)) * DTYPES[args.dtype].itemsize
+        check_memory(f"--width {i}x{o} with the largest --e and --n", size, args.device)
     table = []
     for (i, o), e, n, k in product(widths, *sizes):
         if k <= e:
@@ -301,7 +306,7 @@ def bench_train(args: TrainBench, limits: Callable[[], Limits]) -> list[dict]:
 def show(facts: dict, table: list[dict]) -> None:
     """Prints the facts, the table as Markdown, and all of it in one line of JSON."""
     for name, value in facts.items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
     columns = list(dict.fromkeys(name for row in table for name in row))
     rows = [map(cell, map(row.get, columns)) for row in table]
     print("", *markdown(columns, rows), "", json.dumps(facts | {"table": table}), sep="\n")
@@ -323,11 +328,9 @@ COMMANDS = {
 def main() -> None:
     """The command: measures, and prints what show() shows."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    about = "Time the operation, decoding, prefill or training."
-    command, args = parse_command(options, description=about)
+    command, args = parse_command(options, description="Time the operation, decoding, prefill or training.")
     if args.threads > os.cpu_count():
-        expected = f"at most {os.cpu_count()}, the cores"
-        raise InputError(f"--threads is {args.threads}, expected {expected}")
+        raise InputError(f"--threads is {args.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(args.threads or os.cpu_count())
     args.device = find_device(args.device)
     if getattr(args, "gguf", ""):

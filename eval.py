@@ -13,15 +13,20 @@ is among the k best. Finished answers are kept in OUT/cells: the same command co
 stopped. Runs with equal options write the same results.json.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import platform
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from common.files import MARK, InputError, run_script, write_json, write_jsonl, write_text
+from common.endings import run_script
+from common.files import MARK, InputError, say, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import ABOVE_0, Above0, Count, Counts, NewTokens, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
@@ -241,7 +246,7 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
     folders = (args.model or TINY, args.pool or None, read_adapters(args.adapter))
     mole = find_mole(*folders, asked_template(args))  # what is wrong is refused before weights are read
     mole.embed = embed
-    print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
+    say(f"template: {mole.template!r} ({mole.template_from})")
     tasks = choose_tasks(mole, args)
     kinds = {}
     checked = []
@@ -282,7 +287,7 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
     write_text(out / "results.md", text)
     cells.remove()
     print(text, end="")
-    print(f"wrote {out}", file=sys.stderr)
+    say(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,18 @@ continues a killed run, bit for bit as if it had not stopped. A run's options, l
 are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import sys
 from dataclasses import asdict
 from functools import partial
 
-from common.files import run_script
+from common.endings import run_script
 from common.options import parse_command
 from methods import METHODS
 from methods.joint import SAMPLING

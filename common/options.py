@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from common.fields import FLOAT32, Number, check, parse_number
-from common.files import InputError
+from common.files import MESSAGE, InputError
 from common.printable import printable, shown
 
 # Most options that are numbers, with the bounds that parse_args checks. The upper ends lie far above
@@ -91,7 +91,7 @@ def _parse_list(option, text, number):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Prints one line and exits with status 2; argparse would print the whole usage first."""
-        self.exit(2, f"error: {printable(message, 1000)} (see --help)\n")
+        self.exit(2, f"error: {printable(message, MESSAGE)} (see --help)\n")
 
 
 def _comments(cls):

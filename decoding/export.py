@@ -1,12 +1,11 @@
 """Writes the mixture that a command line names: as one PEFT adapter, or merged into its base."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from common.devices import DTYPES
-from common.files import InputError
+from common.files import InputError, say
 from common.hub import find_folder
 from methods.batch import check_method, check_request, find_method, listed_method, named_methods
 from methods.protocol import FixedMixture, Merged, Method, OwnLinears
@@ -51,7 +50,7 @@ def export(args) -> None:
         export_merged(mole, method, args, folder)
     else:
         export_adapter(mole, method, args)
-    print(f"wrote {args.export}", file=sys.stderr)
+    say(f"wrote {args.export}")
 
 
 def check_options(args) -> str:

@@ -14,7 +14,6 @@ task are averaged as an adapter's samples are, and other prompts have to find th
 
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.fields import Number
-from common.files import InputError, write_text
+from common.files import InputError, say, write_text
 from common.hub import find_folder
 from common.llama_folder import read_config
 from common.locks import alone
@@ -185,7 +184,7 @@ def _train_retriever(folder, known, tasks, names, args):
         retriever.add(name, samples_of(load_adapter(path, name, header=True), tasks[name], args.seed))
     file = folder / "retriever.safetensors"
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
-    print(f"wrote {file}", file=sys.stderr)
+    say(f"wrote {file}")
     if args.test:
         pooled = cache(untuned.pooled)  # what both project, a forward pass of every text
         encoders = {"untuned": lambda texts: untuned.project(pooled(tuple(texts))),
@@ -201,7 +200,7 @@ def samples_of(adapter: Adapter, task: Task, seed: int) -> list[str]:
     if not adapter.samples:
         adapter.samples = draw_prompts(task, SAMPLES, seed)
         save_samples(adapter.folder, adapter.samples)
-        print(f"wrote {adapter.folder / 'samples.jsonl'}: prompts of the task", file=sys.stderr)
+        say(f"wrote {adapter.folder / 'samples.jsonl'}: prompts of the task")
     return adapter.samples
 
 

@@ -6,7 +6,6 @@ The search is free of gradients, sees five examples of the task, and has a penal
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 
 from common.fields import FLOAT32, check, read_field
-from common.files import InputError, read_json, warn, write_json
+from common.files import InputError, read_json, say, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
 from common.progress import track
@@ -220,4 +219,4 @@ def _train_lorahub(known, tasks, args):
         found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
         data[f"data of {task}"] = hashes[f"data of {task}"]
         write_json(file, searched | {"data": data, "weights": found})
-    print(f"wrote {file}", file=sys.stderr)
+    say(f"wrote {file}")

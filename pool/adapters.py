@@ -21,7 +21,7 @@ from common.files import InputError, read_json, read_jsonl, warn, write_json, wr
 from common.printable import shown
 from common.tensors import hash_tensors, read_header, read_safetensors, write_safetensors
 from model import Llama
-from pool.adapter_checks import check_shapes, check_targets, compile_pattern
+from pool.adapter_checks import by_pattern, check_shapes, check_targets
 
 PREFIX = "base_model.model."
 
@@ -146,7 +146,7 @@ def load_adapter(
         raise InputError(f"{file}: missing")
     tensors, metadata = read_header(file) if header else read_safetensors(file)
     A, B = _split_keys(tensors, file)
-    scale = {path: _scale(config, config_file, path, len(a)) for path, a in A.items()}
+    scale = _scales(config, config_file, A)
     _check_saved_together(config, metadata, config_file)
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
@@ -202,12 +202,6 @@ def _check_config(config, file):
             f"{file}: init_lora_weights is {shown(init)}, which changed the base itself: convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in config.get(name) or ():
-            compile_pattern(key, file, name)
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            compile_pattern(config[name], file, name)
 
 
 def _scale_fields(config):
@@ -254,21 +248,17 @@ def _split_keys(tensors, file):
     return A, B
 
 
-def _pattern(patterns, path, default):
-    """PEFT's rule: a key matches whole or after a dot, first match wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _scale(config, file, path, rank):
-    r = _pattern(config.get("rank_pattern"), path, config["r"])
-    if r != rank:
-        found = f"r is {r} for {path}, its lora_A has {rank} rows"
-        raise InputError(f"{file}: {found}; expected the same number")
-    alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+def _scales(config, file, A):
+    """{path: scale}. Raises InputError where A has another rank than the config says."""
+    ranks = by_pattern(config, "rank_pattern", config["r"], A, file)
+    alphas = by_pattern(config, "alpha_pattern", config["lora_alpha"], A, file)
+    scales = {}
+    for path, r in ranks.items():
+        if r != len(A[path]):
+            found = f"r is {r} for {path}, its lora_A has {len(A[path])} rows"
+            raise InputError(f"{file}: {found}; expected the same number")
+        scales[path] = alphas[path] / (math.sqrt(r) if config.get("use_rslora") else r)
+    return scales
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:

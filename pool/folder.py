@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.fields import read_field
 from common.files import InputError, read_json, write_json
-from common.printable import shown
+from common.printable import printable, shown
 from common.template import TEMPLATE, check_template
 from model import Llama
 from pool.adapters import adapter_folders
@@ -37,11 +37,11 @@ def read_pool(path: Path | str) -> PoolFolder:
         raise InputError(f"{path}: no such pool folder")
     file = path / "pool.json"
     if not file.exists():
-        folders = adapter_folders(path)
+        folders = _plain_folders(path)
         if not folders:
             missing = "neither a pool.json nor PEFT adapter folders in it"
             raise InputError(f"{path}: not a pool: {missing}")
-        return PoolFolder(path, {folder.name: folder for folder in folders})
+        return PoolFolder(path, folders)
     raw = read_json(file)
     names = read_field(file, raw, "adapters", [str], [])
     template = raw.get("template", TEMPLATE)
@@ -55,13 +55,29 @@ def read_pool(path: Path | str) -> PoolFolder:
         raise InputError(f"{file}: adapters lists a name twice: {twice}")
     folders = {name: path / "adapters" / name for name in names}
     if raw.get("adapters") is None:
-        folders = {folder.name: folder for folder in adapter_folders(path)}
+        folders = _plain_folders(path)
     return PoolFolder(path, folders, read_field(file, raw, "base", str, None), template)
 
 
+def _plain_folders(path):
+    """{adapter: its folder} of the PEFT folders in `path`."""
+    folders = {folder.name: folder for folder in adapter_folders(path)}
+    for name in folders:
+        check_adapter_name(name, path)
+    return folders
+
+
 def is_folder_name(name: object) -> bool:
-    """Whether an adapter of this name can have a folder: a text without slashes that no dot begins."""
-    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name)
+    """Whether an adapter of this name can have a folder, and be shown: a text of at most 255
+    characters, none hidden, without slashes, that no dot begins."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name) and printable(name, 255) == name
+
+
+def check_adapter_name(name: object, where: str | Path) -> None:
+    """Raises InputError, which begins with `where`, unless is_folder_name(name)."""
+    if not is_folder_name(name):
+        expected = "a text without slashes and control characters, that no dot begins"
+        raise InputError(f"{where}: adapter name is {name!r}, expected {expected}")
 
 
 def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:
@@ -72,6 +88,7 @@ def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) ->
     is_new = bool(extra) and not is_pool(path) and (path.is_dir() or not path.exists())
     folder = PoolFolder(path, {}) if is_new else read_pool(path)
     for name, where in extra:
+        check_adapter_name(name, where)
         if name in folder.adapters:
             raise InputError(f"adapter name {name!r} twice: {folder.adapters[name]} and {where}")
         folder.adapters[name] = Path(where)

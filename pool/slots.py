@@ -14,7 +14,8 @@ from common.options import nearest
 from common.progress import track
 from common.tensors import cast_finite, dtype_name
 from model import Llama
-from pool.adapters import Adapter, _pattern, load_adapter
+from pool.adapter_checks import by_pattern
+from pool.adapters import Adapter, load_adapter
 
 
 @dataclass
@@ -293,8 +294,8 @@ class Pool:
         config = member.config
         A = {}
         B = {}
-        for path in member.scale:
-            r = _pattern(config.get("rank_pattern"), path, config["r"])
+        ranks = by_pattern(config, "rank_pattern", config["r"], member.scale, member.folder)
+        for path, r in ranks.items():
             A[path] = self.A[path][slot, :r].detach().clone()
             B[path] = self.B[path][slot, :, :r].detach().clone()
         return Adapter(name, A, B, member.scale, config, member.samples, member.folder)

@@ -21,7 +21,7 @@ from common.options import nearest
 from common.printable import shown
 from common.template import encode_wrapped
 from common.tokenizer import Tokenizer, check_ids
-from pool.folder import is_folder_name
+from pool.folder import check_adapter_name, is_folder_name
 from pool.slots import Pool
 from tasks.metrics import METRICS
 
@@ -55,6 +55,8 @@ def load_tasks(
     names = sorted(file.parent.name for file in folder.glob("[!.]*/task.json"))
     if not names:
         raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
+    for name in names:
+        check_adapter_name(name, folder)
     for name in only or ():
         if name not in names:
             raise InputError(f"{folder}: no task {name!r}{nearest(name, names)}")

@@ -8,6 +8,11 @@ with a large Llama. For the same reason held-out inputs are in the corpus: the t
 adapter carries its task over to inputs that it was not trained on.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import hashlib
 import random
 import re
@@ -17,8 +22,9 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
+from common.endings import run_script
 from common.fields import Number
-from common.files import InputError, run_script, write_json, write_jsonl, write_text
+from common.files import InputError, write_json, write_jsonl, write_text
 from common.options import Seed, Whole, check_bounds, parse_args
 from tasks.functions import TASKS
 from tasks.world import WORDS

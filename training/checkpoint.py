@@ -1,7 +1,6 @@
 """A run's state on disk: what it was given, how far it came, and what resumes it bit for bit."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from common.fields import Number, check, parse_number, read_field
-from common.files import MARK, InputError, read_json, read_text, warn, write_json
+from common.files import MARK, InputError, read_json, read_text, say, warn, write_json
 from common.printable import shown
 from common.tensors import dtype_name, read_metadata, read_safetensors, write_safetensors
 
@@ -174,7 +173,7 @@ class Checkpoint:
         """Marks the run as finished with `files`, and says that it wrote them, as `written`."""
         self.write_config(finished=True, wrote=files)
         self.file.unlink(missing_ok=True)
-        print(f"wrote {written}", file=sys.stderr)
+        say(f"wrote {written}")
 
 
 def differences(was: dict, now: dict) -> list[str]:

@@ -8,16 +8,16 @@ was given (options, base, adapters, data) is in its config.json: other input is 
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from common.files import InputError, warn, write_text
+from common.files import InputError, say, warn, write_text
 from common.options import BatchSize, Count, NotNegative, Seed, Share
 from common.progress import progress
+from common.signals import Terminated
 from model import Llama
 from pool.load import compile_blocks
 from tasks.folders import Example
@@ -55,7 +55,7 @@ def required(args, name: str) -> str:
 
 def finished(checkpoint: Checkpoint) -> None:
     """Says that there is nothing left to do."""
-    print(f"{checkpoint.folder}: finished already", file=sys.stderr)
+    say(f"{checkpoint.folder}: finished already")
 
 
 def compile_for(model: Llama, args: Run, examples: list[Example]) -> None:
@@ -160,10 +160,10 @@ def fit(
 
 @contextlib.contextmanager
 def _say_how_to_resume(checkpoint):
-    """On Ctrl-C, where --resume goes on."""
+    """On Ctrl-C and SIGTERM, where --resume goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         none_yet = "the start: there is no checkpoint yet"
         where = "the last checkpoint" if checkpoint.file.exists() else none_yet
         warn(f"stopped; --resume goes on from {where}")
