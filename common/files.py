@@ -174,10 +174,11 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError as error:
-        if partial:
-            with contextlib.suppress(OSError):
-                partial.unlink()
         raise InputError(f"{path}: {error.strerror or error}") from None
+    finally:
+        if partial:
+            with contextlib.suppress(OSError):  # it is gone, if all went well: it was renamed
+                partial.unlink()
 
 
 def _open_partial(path):
