@@ -212,7 +212,9 @@ def test_an_empty_template_is_none(tmp_path):
     assert Tokenizer(folder).chat_templates == {}
 
 
-@pytest.mark.parametrize("template", [1, {"a": "b"}, ["x"], [{"name": "default"}], [{"template": "x"}]])
+@pytest.mark.parametrize(
+    "template", [1, {"a": "b"}, ["x"], [{"name": "default"}], [{"template": "x"}], "\ud800"]
+)
 def test_a_template_of_another_form_is_refused(tmp_path, template):
     """A hand-edited config is a traceback, or a chat without a template."""
     folder = write_tokenizer(tmp_path / "t", "llama2", chat_template=template)
