@@ -46,11 +46,13 @@ class Tokenizer:
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        adds_bos = self._flag("add_bos_token") if "add_bos_token" in self.config else self.backend.adds_bos
-        self.adds_bos = bool(adds_bos) and self.bos_id is not None
+        adds_bos = self._flag("add_bos_token")
+        adds_bos = self.backend.adds_bos if adds_bos is None else adds_bos
+        self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
 
     def _flag(self, name):
+        """True, false or, where the config says nothing, None."""
         value = self.config.get(name)
         if not isinstance(value, (bool, type(None))):
             raise InputError(f"{self.config_file}: {name} is {shown(value)}, expected true or false")
@@ -96,6 +98,7 @@ class Tokenizer:
             fields = entry if isinstance(entry, dict) else {}
             if not isinstance(fields.get("name"), str) or not isinstance(fields.get("template"), str):
                 raise InputError(f"{self.config_file}: chat_template is {shown(found)}, expected a text")
+            check_text(fields["template"], f"{self.config_file}: chat_template")
             if fields["template"]:
                 templates[fields["name"]] = fields["template"]
         return templates

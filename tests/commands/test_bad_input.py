@@ -326,7 +326,15 @@ TOKENIZER_CONFIG = {
     "bad json": ('{\n"add_bos_token": yes}', ["line 2"]),
     "bos a number": ({"bos_token": 1}, ["bos_token", "1"]),
     "template a number": ({"chat_template": 1}, ["chat_template", "1"]),
+    "add_bos_token a text": ({"add_bos_token": "no"}, ["add_bos_token", "'no'", "true or false"]),
 }
+TEMPLATES = {
+    "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+                "{% endfor %}{% endfor %}{% endfor %}", ["takes more than 2 seconds"]),
+    "huge": ("{{ messages[0].content * 10**9 }}", ["needs more than 1 GiB of memory"]),
+    "refusing": ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
+    "bad": ("{% for %}", ["chat template"]),
+}  # fmt: skip
 
 
 def tokenizer_config(kit, change, words):
@@ -336,6 +344,17 @@ def tokenizer_config(kit, change, words):
         folder / "tokenizer_config.json",
         *words,
     ]
+
+
+def chat_template(kit, template, words):
+    folder = kit.a_model(tokenizer_config__json=json.dumps({"chat_template": template}))
+    return generate(folder, "--chat"), ["chat template: ", *words]
+
+
+@table("template", TEMPLATES, chat_template)
+def test_chat_templates(outcomes, row):
+    """Without it a downloaded template takes all of the machine's time or memory."""
+    refused(outcomes, row)
 
 
 @table("config", {n: ("config__json", *row) for n, row in BASE_CONFIG.items()}, base_file)
@@ -385,6 +404,9 @@ def test_folders(outcomes, row):
     refused(outcomes, row)
 
 
+WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+PANICS = WORDS | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+ABORTS = WORDS | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}
 TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\nJA== 3\n"
 TOKENIZERS = {
     "tiktoken": ("tokenizer__model", TIKTOKEN, ["tiktoken", "Llama 3", "tokenizer.json"]),
@@ -393,6 +415,10 @@ TOKENIZERS = {
     "pointer": ("tokenizer__model", POINTER, ["Git LFS pointer"]),
     "bad json": ("tokenizer__json", '{\n"model":', ["line 2"]),
     "another json": ("tokenizer__json", '{"version": "1.0"}', []),
+    "panic": ("tokenizer__json", json.dumps(PANICS), ["tokenizers library fails", "must be non-zero"]),
+    "abort": ("tokenizer__json", json.dumps(ABORTS), ["tokenizers library fails", "1 GiB of memory"]),
+    "pieces no text": ("tokenizer__model", lambda: tokenizer_bytes().replace("▁".encode(), b"\xff\xff\xff"),
+                       ["sentencepiece", "utf-8"]),
     "too many pieces": ("tokenizer__model", lambda: tokenizer_bytes(347),
                         ["token id 34", "331", "wrong tokenizer"]),
 }  # fmt: skip
@@ -400,7 +426,7 @@ TOKENIZERS = {
 
 def a_tokenizer(kit, name, data, words):
     folder = kit.a_model(**{name: data() if callable(data) else data})
-    if callable(data):  # a character of the last pieces, whose ids only the larger vocabulary has
+    if "wrong tokenizer" in words:  # a character of the last pieces, whose ids only the larger vocabulary has
         return generate(folder, prompt="zyxwvutsrqponmlkjihgfedcba"), words
     return generate(folder), [folder / name.replace("__", "."), *words]
 
@@ -438,6 +464,8 @@ ADAPTER_CONFIG = {
     ),
     "targets a number": ({"target_modules": 5}, ["target_modules", "5"]),
     "targets a bad regex": ({"target_modules": "(q_proj"}, ["target_modules", "pattern"]),
+    "targets endless": ({"target_modules": "(.*)*="}, ["target_modules", "(.*)*=", "takes more than"]),
+    "flags inside": ({"rank_pattern": {"(?i)q": 3}}, ["rank_pattern", "(?i)q", "bad pattern"]),
     "layers_to_transform": ({"layers_to_transform": [0, 1]}, ["target_modules", "layers.2"]),
     "layers a text": ({"layers_to_transform": "all"}, ["layers_to_transform", "all"]),
     "fan_in_fan_out": ({"fan_in_fan_out": True}, ["fan_in_fan_out", "Conv1D"]),
