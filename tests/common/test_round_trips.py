@@ -59,6 +59,26 @@ def test_text_and_json(folder, text, value, rows):
     assert (folder / "a.jsonl").read_bytes() == (folder / "b.jsonl").read_bytes()
 
 
+HALVES = st.characters(categories=["Cs"])  # of surrogate pairs: no UTF-8, though JSON has \ud800
+
+
+@few(30)
+@given(HALVES, TEXT, TEXT, st.lists(VALUES, max_size=2))
+def test_what_is_no_text(folder, half, before, after, others):
+    """Without it a name that a file holds as \\ud800 is a traceback where it is written again, or
+    takes the earlier file with it."""
+    bad = before + half + after
+    for name, write, value in (
+        ("a.txt", write_text, bad),
+        ("a.json", write_json, [*others, {bad: 1}]),
+        ("a.jsonl", write_jsonl, [*others, {"prompt": bad}]),
+    ):
+        (folder / name).write_text("earlier")
+        with pytest.raises(InputError, match=f"{name}: character [0-9]+ is .* half a surrogate pair"):
+            write(folder / name, value)
+        assert (folder / name).read_text() == "earlier"
+
+
 # Tensors ------------------------------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
