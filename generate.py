@@ -19,7 +19,7 @@ from typing import Literal
 
 from common.endings import run_script
 from common.files import InputError, check_text, check_writable, read_jsonl, say
-from common.options import Count, Whole, parse_args
+from common.options import Above0, Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
 from decoding.export import export
 from decoding.init_pool import init_pool, read_samples
@@ -54,8 +54,8 @@ class Options(TemplateOptions, Sampling):
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
     mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: a fixed sum; one, or one a prompt
-    top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
-    gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
+    top_k: Count = 2  # adapters a token uses (which gates: meteora_topK)
+    gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
