@@ -207,7 +207,8 @@ def open_no_link(path: str, flags: int) -> int:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """write_bytes of `text` as UTF-8."""
+    """write_bytes of `text` as UTF-8. Raises InputError for half a surrogate pair, which is no text."""
+    check_text(text, f"{path}")
     write_bytes(path, text.encode("utf-8"))
 
 
