@@ -35,11 +35,14 @@ def controls(text: str, marks: bool = False) -> list[str]:
 
 
 def answer(plan: Plan, done: Done) -> list:
-    """What a command answered: token ids where it printed JSON, else its stdout; files' hashes."""
+    """What a command answered: the objects that it printed with --json, else its stdout; hashes of
+    the plan's results."""
     said = done.stdout
     lines = said.splitlines()
     if "--json" in plan.argv and lines and all(line.startswith("{") for line in lines):
-        said = [ids_of(json.loads(line)) for line in lines]
+        said = [json.loads(line) for line in lines]
+        for row in said:
+            del row["seconds"], row["tokens_per_second"]
     hashes = []
     for pattern in plan.results:
         for file in sorted(plan.folder.glob(pattern)):
@@ -86,10 +89,10 @@ def judge(plan: Plan, done: Done, undamaged, oracle) -> Verdict:
     if found == expected:
         return Verdict("same")
     if plan.expect == ORACLE:
-        right = oracle(plan)
-        if found[0] == [right]:
+        ids, right = ids_of(found[0][0]), oracle(plan)
+        if ids == right:
             return Verdict("right")
-        return Verdict("silent", f"answers {found[0]}, transformers: {right}")
+        return Verdict("silent", f"answers {ids}, transformers: {right}")
     return Verdict("silent", f"answers {str(found)[:300]}, undamaged: {str(expected)[:300]}")
 
 

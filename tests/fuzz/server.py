@@ -105,7 +105,7 @@ class Server:
 
     def close(self) -> None:
         """Ends the process that commands are forked from."""
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
 
 

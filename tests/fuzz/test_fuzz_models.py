@@ -15,6 +15,12 @@ from fuzz.runner import failures
 KINDS = kinds_of("kinds_model", "kinds_options")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def oracle(runner):
+    """Begins to import transformers while the first cases run."""
+    runner.oracle.start()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage(kind, runner):
     """Without it a damaged file or a strange option ends in a traceback, hangs, takes over the

@@ -9,7 +9,7 @@ from fuzz.server import Server
 
 # A program that does what its argument says.
 STUB = r"""
-import os, subprocess, sys, time
+import json, os, subprocess, sys, time
 how = sys.argv[1]
 if how == "traceback":
     raise ValueError("5")
@@ -59,7 +59,8 @@ elif how == "carriage return":
     print("warning: a\rb", file=sys.stderr)
 elif how == "not UTF-8":
     sys.stdout.buffer.write(b"\xff\n")
-print(how if how == "another answer" else "the answer")
+said = {"prompt_tokens": [{"id": 2}], "tokens": [{"id": 5 if how == "another answer" else 3}]}
+print(json.dumps(said | {"seconds": time.time(), "tokens_per_second": 7}))
 """
 FAILS = {
     "traceback": "traceback", "library": "traceback", "memory": "traceback", "loop": "hang", "sleep": "hang",
@@ -76,9 +77,10 @@ def stub(tmp_path_factory):
     (root / "stub.py").write_text(STUB)
     server = Server(root, scripts=(), cpu=1, wall=2)
 
-    def run(how, expect, right="the right answer"):
-        plan = Plan(["stub.py", how], "", expect, folder=root)
-        return judge(plan, server.run(plan.argv, root), lambda: ["the answer\n", []], lambda plan: right).what
+    def run(how, expect, right=None):
+        plan = Plan(["stub.py", how, "--json"], "", expect, folder=root)
+        undamaged = [{"prompt_tokens": [{"id": 2}], "tokens": [{"id": 3}]}]
+        return judge(plan, server.run(plan.argv, root), lambda: [undamaged, []], lambda plan: right).what
 
     yield run
     server.close()
@@ -88,6 +90,12 @@ def stub(tmp_path_factory):
 def test_failures_are_noticed(how, stub):
     """A fuzzer that takes a traceback or an escape sequence for an answer passes forever."""
     assert stub(how, ANY) == FAILS[how]
+
+
+def test_the_oracle_decides(stub):
+    """Without it a folder that was changed on purpose, and is read rightly, counts as a failure."""
+    assert stub("another answer", ORACLE, right=[[2], [5]]) == "right"
+    assert stub("another answer", ORACLE, right="it can't be read") == "silent"
 
 
 @pytest.mark.parametrize(
