@@ -10,6 +10,11 @@ JSON. transformers, peft and, with --gguf, llama-cpp-python are measured on the 
 adapters, prompts and threads where they are installed; nothing here needs them.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import json
 import os
 import statistics
@@ -22,10 +27,12 @@ from typing import Literal
 
 import torch
 
-from common.devices import DTYPES, find_device
-from common.files import InputError, run_script
+from common.devices import DTYPES, check_memory, find_device
+from common.endings import run_script
+from common.files import InputError
 from common.hub import find_folder
-from common.options import numbers, parse_command
+from common.options import BatchSize, Count, Rank, Seed, Whole, numbers, parse_command
+from common.printable import printable
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
@@ -58,11 +65,11 @@ class Bench:
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    threads: int = 0  # CPU threads, 0 = one a core
-    repeats: int = 20  # repetitions of every row
-    k: int = 2  # adapters a token uses
-    r: int = 8  # rank of the adapters
-    seed: int = 0  # seed for adapters, gates and inputs
+    threads: Whole = 0  # CPU threads, 0 = one a core
+    repeats: Count = 20  # repetitions of every row
+    k: Count = 2  # adapters a token uses
+    r: Rank = 8  # rank of the adapters
+    seed: Seed = 0  # seed for adapters, gates and inputs
 
 
 @dataclass
@@ -97,10 +104,10 @@ class RoutedBench(ModelBench):
 class DecodeBench(RoutedBench):
     """Options of `bench.py decode`."""
 
-    context: int = 64  # tokens of the prompt
-    tokens: int = 16  # tokens decoded in a repetition
-    batch_size: int = 8  # requests decoded together, beside one by itself
-    requests: int = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
+    context: Count = 64  # tokens of the prompt
+    tokens: Count = 16  # tokens decoded in a repetition
+    batch_size: BatchSize = 8  # requests decoded together, beside one by itself
+    requests: Whole = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
     union: str = "12,28,48"  # how many adapters those have together; several are a row each
 
 
@@ -108,7 +115,7 @@ class DecodeBench(RoutedBench):
 class PrefillBench(RoutedBench):
     """Options of `bench.py prefill`."""
 
-    tokens: int = 512  # tokens of the prompt
+    tokens: Count = 512  # tokens of the prompt
     shape: Literal["", "llama-3-8b"] = ""  # instead of --model one random block of these sizes
 
 
@@ -116,11 +123,11 @@ class PrefillBench(RoutedBench):
 class TrainBench(ModelBench):
     """Options of `bench.py train`."""
 
-    e: int = 8  # adapters trained at once
-    gated: int = 28  # adapters under the gates that are trained
-    tokens: int = 128  # tokens of a random example; half of them are the response
+    e: Count = 8  # adapters trained at once
+    gated: Count = 28  # adapters under the gates that are trained
+    tokens: Count = 128  # tokens of a random example; half of them are the response
     tasks: str = ""  # task folders: their examples of at most 512 tokens instead of random ones
-    each: int = 1  # examples a step and adapter
+    each: BatchSize = 1  # examples a step and adapter
 
 
 # The operation ------------------------------------------------------------------------------------------------------
@@ -139,6 +146,10 @@ def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
         expected = "pairs of in and out features as 576x1536"
         raise InputError(f"--width is {args.width!r}, expected {expected}")
     sizes = [numbers("--e", args.e), numbers("--n", args.n), numbers("--k", args.k)]
+    itemsize = DTYPES[args.dtype].itemsize
+    for (i, o), e, n in product(widths, *sizes[:2]):
+        size = (i * o + n * (i + o) + e * args.r * (i + o)) * itemsize
+        check_memory(f"--width {i}x{o} with --e {e}, --r {args.r} and --n {n}", size, args.device)
     table = []
     for (i, o), e, n, k in product(widths, *sizes):
         if k <= e:
@@ -297,7 +308,7 @@ def bench_train(args: TrainBench, limits: Callable[[], Limits]) -> list[dict]:
 def show(facts: dict, table: list[dict]) -> None:
     """Prints the facts, the table as Markdown, and all of it in one line of JSON."""
     for name, value in facts.items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
     columns = list(dict.fromkeys(name for row in table for name in row))
     rows = [map(cell, map(row.get, columns)) for row in table]
     print("", *markdown(columns, rows), "", json.dumps(facts | {"table": table}), sep="\n")
@@ -321,10 +332,6 @@ def main() -> None:
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
     about = "Time the operation, decoding, prefill or training."
     command, args = parse_command(options, description=about)
-    for name, value in vars(args).items():
-        least = 0 if name in ("threads", "seed", "requests") else 1
-        if type(value) is int and not least <= value < 2**63:
-            raise InputError(f"--{name}: expected {least} or more, found {value}")
     if args.threads > os.cpu_count():
         expected = f"at most {os.cpu_count()}, the cores"
         raise InputError(f"--threads is {args.threads}, expected {expected}")

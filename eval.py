@@ -13,19 +13,23 @@ is among the k best. Finished answers are kept in OUT/cells: the same command co
 stopped. Runs with equal options write the same results.json.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import platform
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from common.files import MARK, InputError, run_script, write_json, write_jsonl, write_text
+from common.endings import run_script
+from common.files import MARK, InputError, say, write_json, write_jsonl, write_text
 from common.locks import alone
-from common.options import Count, Whole, check_bounds, numbers, parse_args
+from common.options import ABOVE_0, Above0, Count, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
-from decoding.sampling import Sampling, check_values
 from evaluation.accuracy import gate_accuracy, retrieval
 from evaluation.answers import AnswerCache, answer_all, sha256
 from evaluation.choose import choose_tasks, hidden_from, with_adapters
@@ -65,14 +69,14 @@ class Options(TemplateOptions):
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
-    gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
+    gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     limit: Whole = 0  # examples a task, 0 = all
-    max_new_tokens: int = 64  # tokens an answer may have
+    max_new_tokens: Count = 64  # tokens an answer may have
     batch_size: Count = 16  # prompts decoded together
     meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora)
     dtype: str = "auto"  # the weights' dtype, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    seed: Whole = 0  # seed for the bootstrap and the composites
+    seed: Seed = 0  # seed for the bootstrap and the composites
     out: str = "out/eval"  # folder for results.json, results.md, answers.jsonl, timing.json
 
 
@@ -86,12 +90,10 @@ def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
     if args.composite and Path(args.tasks).is_file():
         needed = "solves training examples before it asks others, and a file has no others"
         raise InputError(f"--composite {needed}: name a folder of task folders with --tasks")
-    check_bounds(args)
-    check_values(Sampling(args.max_new_tokens), args.top_k, args.gate_temperature)
     methods = list(dict.fromkeys(filter(None, map(str.strip, split_methods(args.methods)))))
     if not methods:
         raise InputError("--methods names none")
-    temperatures = numbers("--composite_temperature", args.composite_temperature, float)
+    temperatures = numbers("--composite_temperature", args.composite_temperature, ABOVE_0)
     sizes = numbers("--composite", args.composite) if args.composite else []
     return methods, sizes, temperatures
 
@@ -241,7 +243,7 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
     folders = (args.model or TINY, args.pool or None, read_adapters(args.adapter))
     mole = find_mole(*folders, asked_template(args))  # what is wrong is refused before weights are read
     mole.embed = embed
-    print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
+    say(f"template: {mole.template!r} ({mole.template_from})")
     tasks = choose_tasks(mole, args)
     kinds = {}
     checked = []
@@ -282,7 +284,7 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
     write_text(out / "results.md", text)
     cells.remove()
     print(text, end="")
-    print(f"wrote {out}", file=sys.stderr)
+    say(f"wrote {out}")
 
 
 if __name__ == "__main__":

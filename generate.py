@@ -7,13 +7,19 @@ For people who import it: load() gives a model with its adapters, stream() yield
 come, answer() waits for whole answers.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.files import InputError, check_text, check_writable, read_jsonl, run_script
-from common.options import Count, Whole, parse_args
+from common.endings import run_script
+from common.files import InputError, check_text, check_writable, read_jsonl, say
+from common.options import Above0, Count, Whole, parse_args
 from common.template import CHAT, TemplateOptions, asked_template
 from decoding.export import export
 from decoding.init_pool import init_pool, read_samples
@@ -48,8 +54,8 @@ class Options(TemplateOptions, Sampling):
     interactive: bool = False  # a prompt loop; /help there lists what else it takes
     method: list[str] = field(default_factory=list)  # base, meteora, ...; one, or one a prompt
     mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: a fixed sum; one, or one a prompt
-    top_k: int = 2  # adapters a token uses (which gates: meteora_topK)
-    gate_temperature: float = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
+    top_k: Count = 2  # adapters a token uses (which gates: meteora_topK)
+    gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
@@ -116,6 +122,8 @@ def read_requests(args: Options) -> list[Request]:
             if not (isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)):
                 raise InputError(f"{args.prompts}: stop is {stop!r}, expected a list of texts")
             asked.append(request)
+        if len(asked) == len(args.prompt):
+            raise InputError(f'{args.prompts}: holds no prompt, expected {{"prompt": TEXT}} a line')
     return asked
 
 
@@ -187,8 +195,8 @@ def main() -> None:
     chosen = named or [name]
     for method in chosen:
         check_method(mole, method, args.top_k)
-    print(f"method: {', '.join(chosen)}" + ("" if named else f" ({why})"), file=sys.stderr)
-    print(f"template: {mole.template!r} ({mole.template_from})", file=sys.stderr)
+    say(f"method: {', '.join(chosen)}" + ("" if named else f" ({why})"))
+    say(f"template: {mole.template!r} ({mole.template_from})")
     if asked:
         defaults = chosen if len(chosen) == len(asked) else chosen * len(asked)
         methods = []

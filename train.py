@@ -12,33 +12,38 @@ continues a killed run, bit for bit as if it had not stopped. A run's options, l
 are in MODEL/runs/base, POOL/runs/adapters, POOL/runs/lora_b, POOL/runs/gates_top2 and so on.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import sys
 from dataclasses import asdict
 from functools import partial
 
-from common.files import run_script
-from common.options import check_bounds, parse_command
+from common.endings import run_script
+from common.options import parse_command
 from methods import METHODS
 from methods.joint import SAMPLING
 from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
-from methods.ramole import RouterRun, check_router_options, train_router
+from methods.ramole import RouterRun, train_router
 from training.adapters import AdaptersRun, check_adapter_options, train_adapters
-from training.base import BaseRun, check_heads, train_base
+from training.base import BaseRun, check_sizes, train_base
 from training.gates import GatesRun, train_gates
 
 KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", "")}  # kinds of gates
 
 # {command: (the class of its options, the function that trains, another check of the options)}
 COMMANDS = {
-    "base": (BaseRun, train_base, check_heads),
+    "base": (BaseRun, train_base, check_sizes),
     "adapters": (AdaptersRun, partial(train_adapters, sampling=SAMPLING), check_adapter_options),
     "gates": (KINDS[GatesRun.kind].Run, partial(train_gates, kinds=KINDS), None),
     "lorahub": (LorahubRun, train_lorahub, None),
     "retriever": (RetrieverRun, train_retriever, None),
-    "router": (RouterRun, train_router, check_router_options),
+    "router": (RouterRun, train_router, None),
 }
 
 
@@ -60,7 +65,6 @@ def main() -> None:
     choices = {"kind": KINDS, "joint": ("", *SAMPLING)}
     command, args = parse_command(commands, description=about, choices=choices)
     _, train, check = COMMANDS[command]
-    check_bounds(args)
     if check:
         check(args)
     print(json.dumps(asdict(args)), file=sys.stderr)

@@ -5,14 +5,16 @@ They stand beside the vocabulary: in tokenizer_config.json (`eos_token` and its 
 two count where the config has no added_tokens_decoder, as in transformers.
 """
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.fields import Number, check, parse_number, read_field
 from common.files import InputError, read_json
+from common.printable import shown
 
 CONFIG = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_ID = Number(int, 0, 10_000_000)
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -54,7 +56,8 @@ def read_added_tokens(folder: Path, config: dict[str, Any]) -> AddedTokens:
     if older and (folder / "added_tokens.json").exists():
         placed = _placed_by_text(folder / "added_tokens.json", special)
     else:
-        placed = _placed_by_id(folder / CONFIG, config.get("added_tokens_decoder", {}), special)
+        entries = read_field(folder / CONFIG, config, "added_tokens_decoder", dict, {})
+        placed = _placed_by_id(folder / CONFIG, entries, special)
     names = {name: token.content for name, token in named.items()}
     for token in placed.values():
         special.pop(token.content, None)
@@ -64,14 +67,10 @@ def read_added_tokens(folder: Path, config: dict[str, Any]) -> AddedTokens:
 def _token(where, value, special):
     """A token as files write it: its text, or an object with the text and its flags."""
     fields = {"content": value} if isinstance(value, str) else value
-    content = fields.get("content") if isinstance(fields, dict) else None
-    if not content or not isinstance(content, str):
-        raise InputError(f'{where} is {value!r}, expected a text or {{"content": text}}')
-    flags = {name: fields.get(name, False) for name in AddedToken._fields[1:]}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise InputError(f"{where}: {name} is {flag!r}, expected true or false")
-    token = AddedToken(content, **flags)
+    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
+        raise InputError(f'{where} is {shown(value)}, expected a text or {{"content": text}}')
+    flags = {name: read_field(where, fields, name, bool, False) for name in AddedToken._fields[1:]}
+    token = AddedToken(check(where, fields["content"], str), **flags)
     return token._replace(special=special or token.special)
 
 
@@ -92,7 +91,7 @@ def _listed_tokens(file, fields):
     for name in LISTS:
         values = fields.get(name) or []
         if not isinstance(values, (list, dict)):
-            raise InputError(f"{file}: {name} is {values!r}, expected a list")
+            raise InputError(f"{file}: {name} is {shown(values)}, expected a list")
         values = values.values() if isinstance(values, dict) else values
         found += [_token(f"{file}: {name}", value, special=True) for value in values]
     return found
@@ -102,21 +101,16 @@ def _placed_by_text(file, special):
     """{id: token} of added_tokens.json, {text: id}: special are those that are named so elsewhere."""
     placed = {}
     for text, index in read_json(file).items():
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise InputError(f"{file}: {text!r} is {index!r}, expected a token id")
-        ordinary = AddedToken(text, special=False, normalized=True)
-        placed[index] = special.get(text, ordinary)
+        ordinary = AddedToken(check(f"{file}: {shown(text)}", text, str), special=False, normalized=True)
+        placed[check(f"{file}: token id of {shown(text)}", index, TOKEN_ID)] = special.get(text, ordinary)
     return placed
 
 
 def _placed_by_id(file, entries, special):
     """{id: token} of added_tokens_decoder, {"32000": {"content": text, "special": true, ...}}."""
-    if not isinstance(entries, dict):
-        raise InputError(f"{file}: added_tokens_decoder is {entries!r}, expected an object")
     placed = {}
     for index, entry in entries.items():
-        if not re.fullmatch("[0-9]{1,18}", index):
-            raise InputError(f"{file}: added_tokens_decoder has {index!r}, expected a token id")
+        number = parse_number(f"{file}: added_tokens_decoder: token id", index, TOKEN_ID)
         token = _token(f"{file}: added_tokens_decoder: {index}", entry, special=False)
-        placed[int(index)] = token._replace(special=token.special or token.content in special)
+        placed[number] = token._replace(special=token.special or token.content in special)
     return placed

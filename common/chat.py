@@ -1,7 +1,8 @@
 """Chat templates: messages -> a prompt's text, with what transformers offers to a template.
 
 A template is a Jinja program. It comes with a checkpoint and can't be trusted, so it runs in Jinja's
-sandbox.
+sandbox, which keeps it from files and from Python's insides, and in a limited process, which bounds
+its time, its memory and the length of its text.
 """
 
 import json
@@ -14,24 +15,25 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.files import InputError
+from common.limited import LimitedError, call_limited
 
 END = "END_OF_THE_FINAL_MESSAGE "  # its space shows whether the template trims messages
 
 
 def render(template: str, messages: list[dict[str, Any]], continue_final: bool = False,
            **values) -> str:  # fmt: skip
-    """The text of `messages`; `values` are the template's other variables.
+    """The text of `messages`; `values` are the template's other variables, JSON values as they are.
 
     With `continue_final` the text ends where the final message's content does, so that the model
     goes on with it. Raises InputError where the template fails.
     """
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     final = ""
+    if continue_final:
+        said[-1], final = _mark_end(said[-1])
     try:
-        if continue_final:
-            said[-1], final = _mark_end(said[-1])
-        text = _compile(template).render(messages=said, **values)
-    except Exception as error:  # a template can raise anything
+        text = call_limited(_render, template, values | {"messages": said})
+    except LimitedError as error:
         raise InputError(f"chat template: {error}") from None
     if not continue_final:
         return text
@@ -43,12 +45,21 @@ def render(template: str, messages: list[dict[str, Any]], continue_final: bool =
 
 def _mark_end(message):
     """The message with END after its content, a text or a list of blocks; and that text alone."""
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, str):
         return message | {"content": content + END}, content
-    *others, last = content
+    last = content[-1] if content and isinstance(content, list) else None
+    if not isinstance(last, dict) or not isinstance(last.get("text"), str):
+        raise InputError("chat template: the final message has no text to continue")
     marked = last | {"text": last["text"] + END}
-    return message | {"content": [*others, marked]}, last["text"]
+    return message | {"content": [*content[:-1], marked]}, last["text"]
+
+
+# In the limited process ---------------------------------------------------------------------------
+
+
+def _render(template, values):
+    return _compile(template).render(values)
 
 
 @lru_cache(maxsize=8)

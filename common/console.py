@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from common.signals import end_at_once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -13,9 +15,10 @@ def run(name: str) -> None:
     The repository comes first on sys.path, because an installed package may have the name of a file
     here, as Hugging Face's kernels has.
     """
+    end_at_once()  # Ctrl-C while torch is imported ends in one line
     sys.path.insert(0, str(ROOT))
-    files = importlib.import_module("common.files")
-    files.run_script(importlib.import_module(name).main)
+    endings = importlib.import_module("common.endings")
+    endings.run_script(importlib.import_module(name).main)
 
 
 def generate() -> None:

@@ -1,4 +1,6 @@
-"""Dtypes by name, and the device that a name stands for."""
+"""Dtypes by name, the device that a name stands for, and its memory."""
+
+import os
 
 import torch
 
@@ -17,3 +19,19 @@ def find_device(name: str) -> str:
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # CUDA graphs, timing and RNG use the current device
     return name
+
+
+def memory_of(device: str | torch.device) -> int:
+    """How many bytes of memory a GPU has; for any other device: the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(what: str, size: int, device: str | torch.device | None = None) -> None:
+    """Raises InputError, before anything is allocated, where `what` needs `size` bytes and the
+    device has fewer; None is the CPU."""
+    has = memory_of(device or "cpu")
+    if size > has:
+        gib = f"{size / 2**30:,.1f} GiB of memory, this machine has {has / 2**30:,.1f}"
+        raise InputError(f"{what} need {gib}")

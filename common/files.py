@@ -1,4 +1,4 @@
-"""Checked reading and atomic writing of text and JSON, and the error for bad input.
+"""Checked reading and atomic writing of text and JSON; the error for bad input, and warnings.
 
 Every file of a user passes through here. So a truncated download, a Git LFS pointer or a pickle
 under a .safetensors name gets one clear line instead of a traceback or, worse, a half-loaded model.
@@ -7,21 +7,20 @@ earlier file whole, and two processes never write into one file.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import functools
-import gc
 import glob
-import io
 import json
 import os
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from common.printable import printable
+
+MESSAGE = 1000  # characters of a message, at most
 MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
 
 
@@ -29,59 +28,14 @@ class InputError(Exception):
     """Bad input. The message is one line: file, field, what was found, what was expected."""
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs `main()` as a command.
-
-    InputError becomes one line and exit status 2. The status of Ctrl-C is 130, of a closed pipe
-    141.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the parent process closed it
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without ó
-    _keep_memory()
-    gc.freeze()  # spares a later garbage collection all that was imported, which takes 0.1 s
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # otherwise the flush at exit fails again
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # a full disk, a folder that can't be written
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def one_line(error: OSError) -> str:
-    """The file that the system couldn't read or write, and why."""
-    name = error.filename2 or error.filename or "standard output"  # a rename's target
-    return f"{name}: {error.strerror or error}"
-
-
-def _keep_memory():
-    """Tells glibc to keep up to 1 GiB of freed memory.
-
-    By default it returns large tensors to the system at once, and the next one needs its pages
-    mapped and cleared again: a tenth of the time of a long prompt in a large model (LOG.md).
-    """
-    if mallopt := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None):
-        M_TRIM_THRESHOLD = -1
-        M_MMAP_THRESHOLD = -3  # malloc.h
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+def say(message: str) -> None:
+    """One line on standard error. The message may hold any text, and need not be printable."""
+    print(printable(message, MESSAGE), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    """say(), as a warning."""
+    say(f"warning: {message}")
 
 
 @functools.cache
@@ -114,6 +68,8 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL, or half a surrogate pair
+        raise InputError(f"{path}: no file can have this name: {error}") from None
 
 
 def read_known(path: str | Path) -> bytes:
@@ -133,12 +89,13 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def parse_json(text: str, where: str | Path) -> Any:
-    """JSON text -> value. Raises InputError naming `where`, line and column."""
+def parse_json(text: str, where: str | Path, is_line: bool = False) -> Any:
+    """JSON text -> value. Raises InputError naming `where`, line and column; the column alone where
+    `where` names the line already, as the text is one line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
+        place = f"column {error.colno}" if is_line else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{where}: bad JSON at {place}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number too long, brackets nested too deep
         raise InputError(f"{where}: bad JSON: {error}") from None
@@ -167,7 +124,7 @@ def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        row = parse_json(line, f"{path}:{number}")
+        row = parse_json(line, f"{path}:{number}", is_line=True)
         for key in keys:
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise InputError(f"{path}:{number}: expected an object with the text field {key!r}")
@@ -180,13 +137,17 @@ def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises InputError unless a file can be written there: asked before the work, not after it."""
-    path = Path(path)
-    if path.is_dir():
+    """Raises InputError unless a file can be written there, in a folder that exists: asked before the
+    work, not after it."""
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
+    if os.path.isdir(real):
         raise InputError(f"{path}: is a directory, expected a file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"{path}: can't be written: {folder} is no folder that you may write to")
+    if not os.path.isdir(folder):
+        raise InputError(f"{path}: can't be written: there is no folder {folder}")
+    is_device = os.path.exists(real) and not os.path.isfile(real)  # nothing is renamed to it
+    if not os.access(real if is_device else folder, os.W_OK):
+        raise InputError(f"{path}: can't be written: you may not write to {real if is_device else folder}")
 
 
 def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:

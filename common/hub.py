@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.files import InputError, warn
+from common.files import InputError, say, warn
 from common.llama_folder import read_config, read_index
 
 HUB_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)(?:@([A-Za-z0-9_./-]+))?")
@@ -104,7 +104,7 @@ def _download(repository, revision, commit, names):
     missing = [name for name, file in zip(names, cached, strict=True) if not isinstance(file, str)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        print(f"{repository}: fetching {missing[0]}{more} from the hub", file=sys.stderr)
+        say(f"{repository}: fetching {missing[0]}{more} from the hub")
 
     bars = []
 

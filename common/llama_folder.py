@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path, PureWindowsPath
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.devices import DTYPES
-from common.files import InputError, parse_json, read_json, read_text, warn
+from common.devices import DTYPES, check_memory
+from common.fields import POSITIVE, Number, read_field
+from common.files import InputError, read_json, warn
 from common.fingerprint import file_state, hash_weights
+from common.printable import shown
 from common.progress import track
 from common.tensors import check_finite, open_safetensors
 
@@ -26,7 +27,14 @@ ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 STRETCHED = ("linear", "dynamic")
-SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+STRETCH = Number(float, 1, 1e6)  # factors
+SIZE = Number(int, 1, 10_000_000)
+WIDTH = Number(int, 1, 1_000_000)  # so that torch can count the elements of any product of two
+LAYERS = Number(int, 1, 1_000)  # making more takes seconds, even without weights
+CONTEXT = Number(int, 1, 1_000_000_000)
+SIZES = {"vocab_size": SIZE, "hidden_size": WIDTH, "intermediate_size": SIZE}
+SIZES |= {"num_hidden_layers": LAYERS, "num_attention_heads": WIDTH}
+TOKEN_ID = Number(int, 0, 2**31 - 1)
 # Fields of Llama's relatives that change the arithmetic and aren't implemented -> the values that
 # leave it as it is, as null does. _check_variants has those that depend on the sizes.
 SWITCHES = """alibi attn_temperature_tuning parallel_attn qk_layernorm qk_norm rope_interleave
@@ -63,49 +71,35 @@ def read_config(path: str | Path) -> dict[str, Any]:
         needed = "a model folder holds config.json, safetensors and a tokenizer"
         raise InputError(f"{file}: missing; {needed}")
     raw = read_json(file)
+    read = partial(read_field, file, raw)
 
     def refuse(name, expected):
-        raise InputError(f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+        raise InputError(f"{file}: {name} is {shown(raw.get(name))}, expected {expected}")
 
-    if raw.get("model_type", "llama") != "llama":
+    if read("model_type", str, "llama") != "llama":
         refuse("model_type", "'llama'")
-    if raw.get("hidden_act", "silu") != "silu":
+    if read("hidden_act", str, "silu") != "silu":
         refuse("hidden_act", "'silu'")
-    sizes = {name: raw.get(name) for name in SIZES}
-    heads = sizes["num_attention_heads"]
-    sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-    sizes["max_position_embeddings"] = raw.get("max_position_embeddings", 2048)
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            refuse(name, "a positive whole number")
-    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        divisor = f"a divisor of hidden_size {sizes['hidden_size']}"
-        refuse("num_attention_heads", f"{divisor}, or a head_dim field")
-    if heads % sizes["num_key_value_heads"]:
+    fields = {name: read(name, number) for name, number in SIZES.items()}
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = read("num_key_value_heads", WIDTH, heads)
+    if heads % fields["num_key_value_heads"]:
         refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
-    if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
+    if raw.get("head_dim") is None and fields["hidden_size"] % heads:
+        divisor = f"a divisor of hidden_size {fields['hidden_size']}"
+        refuse("num_attention_heads", f"{divisor}, or a head_dim field")
+    fields["head_dim"] = read("head_dim", WIDTH, fields["hidden_size"] // heads)
+    if fields["head_dim"] % 2:
         expected = "a positive even number (rotary pairs)"
-        raise InputError(f"{file}: head_dim is {head_dim}, expected {expected}")
-    eps = raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-        refuse("rms_norm_eps", "a number above 0")
+        raise InputError(f"{file}: head_dim is {fields['head_dim']}, expected {expected}")
+    fields["max_position_embeddings"] = read("max_position_embeddings", CONTEXT, 2048)
+    fields["rms_norm_eps"] = read("rms_norm_eps", POSITIVE, 1e-6)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if not isinstance(raw.get(name, False), bool):
-            refuse(name, "true or false")
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name), (dict, type(None))):
-            refuse(name, "an object or null")
-    fields = dict(
-        **sizes,
-        head_dim=head_dim,
-        rms_norm_eps=eps,
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        attention_bias=raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        rope=_read_rope(raw, file),
-        eos_token_ids=_read_eos(raw, folder),
-    )
+        fields[name] = read(name, bool, False)
+    fields["rope"] = _read_rope(raw, file)
+    if fields["rope"]["rope_type"] == "dynamic" and fields["head_dim"] < 4:
+        refuse("head_dim", "at least 4 with rope 'dynamic', which divides by head_dim - 2")
+    fields["eos_token_ids"] = _read_eos(raw, file)
     _check_variants(raw, fields, file)
     return fields
 
@@ -125,13 +119,13 @@ def _check_variants(raw, fields, file):
     for name, values in neutral.items():
         if raw.get(name) not in (None, *values):
             expected = " or ".join(json.dumps(value) for value in (None, *values))
-            found = f"{name} is {raw[name]!r}, which isn't implemented"
+            found = f"{name} is {shown(raw[name])}, which isn't implemented"
             raise InputError(f"{file}: {found}: expected {expected}")
     window = raw.get("sliding_window")
     if window is None or raw.get("use_sliding_window") is False:
         return
     context = rope_context(fields["max_position_embeddings"], fields["rope"])
-    if not isinstance(window, int) or window < context:
+    if read_field(file, raw, "sliding_window", CONTEXT) < context:
         found = f"sliding_window is {window!r}, which isn't implemented"
         raise InputError(f"{file}: {found}: expected null or at least the context, {context}")
 
@@ -144,41 +138,41 @@ def rope_context(max_position_embeddings: int, rope: dict[str, Any]) -> int:
 
 def _read_rope(raw, file):
     """The RoPE fields of rope_theta with rope_scaling, or of the newer rope_parameters."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as in transformers
+    objects = [read_field(file, raw, name, dict, {}) for name in ("rope_scaling", "rope_parameters")]
+    given = objects[0] or objects[1]  # as in transformers
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in list(ROPE_FIELDS):  # a list, as a JSON value may be unhashable
         supported = ", ".join(ROPE_FIELDS)
-        raise InputError(f"{file}: rope type is {kind!r}, supported: {supported}")
+        raise InputError(f"{file}: rope type is {shown(kind)}, supported: {supported}")
+    where = f"{file}: rope {kind!r}"
     for name in ("rope_theta", *ROPE_FIELDS[kind]):
-        if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
-            found = f"rope {kind!r}: {name} is {rope.get(name)!r}"
-            raise InputError(f"{file}: {found}, expected a number above 0")
-    if "factor" in ROPE_FIELDS[kind] and not 1 <= rope["factor"] <= 1e6:
-        found = f"rope {kind!r}: factor is {rope['factor']!r}"
-        raise InputError(f"{file}: {found}, expected a number from 1 to 1,000,000")
+        rope[name] = read_field(where, rope, name, STRETCH if name == "factor" else POSITIVE)
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        found = f"low_freq_factor is {rope['low_freq_factor']:g}"
+        raise InputError(
+            f"{where}: {found}, expected less than high_freq_factor {rope['high_freq_factor']:g}"
+        )
     known = {"rope_type", "type", "rope_theta", *ROPE_FIELDS["llama3"]}
     for name in sorted(rope.keys() - known):
         if rope[name] not in (None, *NEUTRAL.get(name, [])):
-            found = f"rope {kind!r}: {name} is {rope[name]!r}"
-            raise InputError(f"{file}: {found}, which isn't implemented")
+            raise InputError(f"{where}: {name} is {shown(rope[name])}, which isn't implemented")
     return rope
 
 
-def _read_eos(raw, folder):
+def _read_eos(raw, file):
     """The eos_token_id of generation_config.json, else of config.json, as in transformers."""
-    eos = raw.get("eos_token_id")
-    generation = folder / "generation_config.json"
+    generation = file.with_name("generation_config.json")
     if generation.exists():
         try:
-            eos = read_json(generation).get("eos_token_id", eos)
+            preferred = read_json(generation)
         except InputError as error:
             warn(f"{error}; using the eos_token_id of config.json")
-    eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    if not all(isinstance(index, int) for index in eos):
-        expected = "a whole number or a list of them"
-        raise InputError(f"{folder}: eos_token_id is {list(eos)}, expected {expected}")
-    return eos
+        else:
+            if "eos_token_id" in preferred:
+                raw, file = preferred, generation
+    eos = read_field(file, raw, "eos_token_id", (TOKEN_ID, [TOKEN_ID]), [])
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 # Weights ------------------------------------------------------------------------------------------
@@ -239,12 +233,8 @@ def weight_map(folder: str | Path) -> dict[str, Path]:
 def read_index(index: Path) -> dict[str, Path]:
     """{tensor name: file} of a model.safetensors.index.json; all files lie in its folder. Raises
     InputError."""
-    value = parse_json(read_text(index), index)
-    names = value.get("weight_map") if isinstance(value, dict) else None
-    values = names.values() if isinstance(names, dict) else [None]
-    if not all(isinstance(name, str) for name in values):
-        raise InputError(f"{index}: expected an object weight_map of tensor names to file names")
-    for name in values:
+    names = read_field(index, read_json(index), "weight_map", {str: str})
+    for name in names.values():
         path = PureWindowsPath(name)  # knows the separators and drives of every system
         if path.anchor or ".." in path.parts:
             raise InputError(f"{index}: weight_map names {name!r}, expected a file in this folder")
@@ -282,6 +272,8 @@ def read_weights(
     computed at its first call.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    size = sum(tensor.numel() for tensor in expected.values()) * (dtype or torch.bfloat16).itemsize
+    check_memory(f"{Path(folder) / 'config.json'}: its sizes", size, device)
     sources = weight_map(folder)
     tied = HEAD not in shapes
     head_name = EMBEDDING if tied and EMBEDDING not in sources else HEAD

@@ -9,7 +9,6 @@ import argparse
 import difflib
 import inspect
 import io
-import math
 import sys
 import textwrap
 import tokenize
@@ -17,36 +16,49 @@ import types
 import typing
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any
 
-from common.files import InputError
+from common.fields import FLOAT32, Number, check, parse_number
+from common.files import MESSAGE, InputError
+from common.printable import printable, shown
+
+# Most options that are numbers, with the bounds that parse_args checks. The upper ends lie far above
+# what anybody uses and far below what hangs, overflows or fills a memory.
+COUNT = Number(int, 1, 1_000_000)
+ABOVE_0 = Number(float, 1e-6, 1e6)
+Count = typing.Annotated[int, COUNT]
+Whole = typing.Annotated[int, Number(int, 0, 1_000_000)]
+BatchSize = typing.Annotated[int, Number(int, 1, 65_536)]
+Rank = typing.Annotated[int, Number(int, 1, 65_536)]
+NotNegative = typing.Annotated[float, Number(float, 0, 1e6)]
+Above0 = typing.Annotated[float, ABOVE_0]
+Above0Or0 = typing.Annotated[float, Number(float, 1e-6, 1e6, or_0=True)]
+Share = typing.Annotated[float, Number(float, 1e-6, 1, or_0=True)]
+ShareAbove0 = typing.Annotated[float, Number(float, 1e-9, 1)]
+Seed = typing.Annotated[int, Number(int, 0, 2**63 - 1)]
+# The bounds of an option whose type is a plain int or float.
+BOUNDS = {int: Number(int, -(2**63), 2**63 - 1), float: FLOAT32}
 
 
-class Least(typing.NamedTuple):
-    """The bounds of an option, written beside its field: Annotated[int, Least(1)]."""
-
-    value: float  # the smallest allowed
-    below: float = math.inf  # the option must be less than this
-
-
-# The types of most options that are numbers.
-Count = typing.Annotated[int, Least(1)]
-Whole = typing.Annotated[int, Least(0)]
-NotNegative = typing.Annotated[float, Least(0)]
-Above0 = typing.Annotated[float, Least(1e-6)]
-Seed = typing.Annotated[int, Least(0, 2**63)]
+def numbers_of(cls: type) -> dict[str, Number]:
+    """{field: its bounds} of the fields of an options dataclass that are numbers."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        kinds = {hint, *typing.get_args(hint)}  # of int | None: both
+        for kind in kinds & BOUNDS.keys():
+            found[name] = BOUNDS[kind]
+        for bound in getattr(hint, "__metadata__", ()):
+            found[name] = bound
+    return found
 
 
 def check_bounds(args: Any) -> None:
-    """Raises InputError for an option outside the bounds beside its field."""
-    hints = typing.get_type_hints(type(args), include_extras=True)
-    for field in fields(args):
-        value = getattr(args, field.name)
-        for bound in getattr(hints[field.name], "__metadata__", ()):
-            if value >= bound.below:
-                raise InputError(f"--{field.name} is {value}, expected less than {bound.below}")
-            if not value >= bound.value:  # true of NaN too
-                raise InputError(f"--{field.name} is {value}, expected at least {bound.value}")
+    """Raises InputError for an option outside the bounds beside its field: for options that came
+    from Python, as parse_args checks its own."""
+    for name, number in numbers_of(type(args)).items():
+        if getattr(args, name) is not None:
+            check(f"--{name}", getattr(args, name), number)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -55,22 +67,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {' or '.join(close)}?" if close else ""
 
 
-def numbers(option: str, text: str, kind: type = int, comma: str = ",") -> list[float]:
-    """ "1,2,4" -> [1, 2, 4], all above 0. Raises InputError."""
+def numbers(option: str, text: str, number: Number = COUNT, comma: str = ",") -> list[int | float]:
+    """ "1,2,4" -> [1, 2, 4], each within the bounds of `number`. Raises InputError."""
     try:
-        found = list(map(kind, text.split(comma)))
-    except ValueError:
-        found = [0]
-    if not all(value > 0 for value in found):
-        expected = f"numbers above 0 with {comma!r} between them"
-        raise InputError(f"{option} is {text!r}, expected {expected}")
-    return found
+        return [parse_number(option, part.strip(), number) for part in text.split(comma)]
+    except InputError:
+        expected = f"{number.many} with {comma!r} between them"
+        raise InputError(f"{option} is {shown(text)}, expected {expected}") from None
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Prints one line and exits with status 2; argparse would print the whole usage first."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {printable(message, MESSAGE)} (see --help)\n")
 
 
 def _comments(cls):
@@ -100,12 +109,14 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """An ArgumentParser for dataclass `cls`.
 
-    Fields may be str, int, float, bool, Literal, list[str], and each of them `| None`. `choices`
-    {field: values} is for fields whose values are listed in a table elsewhere.
+    Fields may be str, int, float, bool, Literal, list[str], and each of them `| None`; numbers are
+    checked as they are parsed. `choices` {field: values} is for fields whose values are listed in a
+    table elsewhere.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
     help_texts = _comments(cls)
     hints = typing.get_type_hints(cls)
+    bounds = numbers_of(cls)
     for field in fields(cls):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
@@ -128,7 +139,9 @@ def build_parser(
         elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind), "type": type(typing.get_args(kind)[0])}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"metavar": kind.__name__.upper()}
+        if number := bounds.get(field.name):
+            options["type"] = partial(parse_number, _option_name(field), number=number)
         parser.add_argument(_option_name(field), **options)
     return parser
 
@@ -142,7 +155,10 @@ def parse_args(
 ) -> Any:
     """Command line -> instance of `cls`. A bad option prints one line and exits with status 2."""
     parser = build_parser(cls, prog, description, choices)
-    known, unknown = parser.parse_known_args(argv)
+    try:
+        known, unknown = parser.parse_known_args(argv)
+    except InputError as error:  # of parse_number
+        parser.error(str(error))
     if unknown:
         if not unknown[0].startswith("-"):
             parser.error(f"unknown argument {unknown[0]!r}: every option begins with --")

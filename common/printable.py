@@ -2,9 +2,11 @@
 
 A terminal obeys control characters, so an adapter's name could recolour it, retitle it, or hide the
 text beside it. Whatever comes from a file, an option or a library and is shown to a person passes
-through here: errors, warnings, lists, legends.
+through here: errors, warnings, lists, legends, and answers on a terminal.
 """
 
+import codecs
+import json
 import unicodedata
 
 # Controls, invisible marks that reorder text, halves of surrogate pairs, line and paragraph ends.
@@ -24,9 +26,25 @@ def shown(value: object, most: int = 200) -> str:
     return printable(repr(value), most)
 
 
+def in_lines(text: str) -> str:
+    """`text` as a terminal or a web page can show it, with its line breaks and tabs: every other
+    hidden character is written as its escape."""
+    return "".join(c if c in "\n\t" else _escape(c) for c in text)
+
+
+def json_line(value: object, encoding: str = "utf-8") -> str:
+    """`value` as JSON on one line. Hidden characters are \\u escapes, of which json.loads makes the
+    same text; so is what isn't ASCII where `encoding`, the output's, isn't UTF-8."""
+    line = json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != "utf-8")
+    return "".join(json.dumps(c)[1:-1] if _is_hidden(c) else c for c in line)
+
+
 def _escape(character):
-    hidden = unicodedata.category(character) in HIDDEN and character not in JOINERS
-    return character.encode("unicode_escape").decode() if hidden else character
+    return character.encode("unicode_escape").decode() if _is_hidden(character) else character
+
+
+def _is_hidden(character):
+    return unicodedata.category(character) in HIDDEN and character not in JOINERS
 
 
 def _cut(text, most):

@@ -2,11 +2,17 @@
 
 from collections.abc import Iterable
 
+from common.printable import printable
+
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """The lines of a Markdown table. What can't be printed in a cell is escaped."""
     header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = [_row(header), "|" + "---|" * len(header)]
     for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append(_row(row))
     return lines
+
+
+def _row(cells):
+    return "| " + " | ".join(printable(cell, 1000) for cell in cells) + " |"

@@ -8,7 +8,9 @@ with and, in most cases, badly under any other; pool.json keeps it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.files import InputError, check_text
+from common.fields import check
+from common.files import InputError
+from common.printable import shown
 from common.tokenizer import Tokenizer
 
 CHAT = "chat"
@@ -40,8 +42,8 @@ def check_template(template: object, where: str) -> None:
     """Raises InputError, which begins with `where`, for what is no template."""
     if not isinstance(template, str) or (RAW not in template and template != CHAT):
         expected = 'a text that holds {prompt}, or "chat"'
-        raise InputError(f"{where}: template is {template!r}, expected {expected}")
-    check_text(template, where)
+        raise InputError(f"{where}: template is {shown(template)}, expected {expected}")
+    check(f"{where}: template", template, str)
 
 
 def choose_template(

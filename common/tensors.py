@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from common.files import InputError, foreign_format, parse_json, write_bytes
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 def _check_header(path):
@@ -31,6 +31,8 @@ def _check_header(path):
                 raise InputError(f"{path}: is {stranger}")
             if size < 8 or begin > size:
                 raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")
+            if begin > LARGEST_HEADER:
+                raise InputError(f"{path}: its header has {begin} bytes, expected at most {LARGEST_HEADER}")
             file.seek(8)
             text = file.read(begin - 8).decode("utf-8", "replace")
     except OSError as error:
@@ -87,7 +89,10 @@ def read_header(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
     """Raises InputError for a NaN or Inf, which can give finite wrong logits (silu(-inf) = 0)."""
     if tensor.is_floating_point() and tensor.numel():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+        try:
+            wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+        except NotImplementedError:  # nor does it convert float4
+            raise _wrong_dtype(path, name, tensor) from None
         low, high = torch.aminmax(wide)  # both NaN if one value is; no copy is made
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~torch.isfinite(wide)).sum())
@@ -99,11 +104,15 @@ def cast_finite(path: str | Path, name: str, tensor: torch.Tensor, dtype: torch.
     """`tensor` in the dtype that it will be used in. Raises InputError where it holds whole numbers,
     and where it is not finite after the cast: 1e6 is Inf in float16."""
     if not tensor.is_floating_point():
-        found = dtype_name(tensor.dtype)
-        raise InputError(f"{path}: {name} holds {found}, expected float32, bfloat16 or float16")
+        raise _wrong_dtype(path, name, tensor)
     cast = tensor.to(dtype)
     check_finite(path, name, cast)
     return cast
+
+
+def _wrong_dtype(path, name, tensor):
+    found = dtype_name(tensor.dtype)
+    return InputError(f"{path}: {name} holds {found}, expected float32, bfloat16 or float16")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

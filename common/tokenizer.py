@@ -14,6 +14,8 @@ from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
 from common.files import InputError, check_text, read_json, read_known, read_text
+from common.printable import shown
+from common.tokenizer_json import open_tokenizer_json
 
 
 def check_ids(ids: list[int], vocab_size: int) -> None:
@@ -34,24 +36,25 @@ class Tokenizer:
         self.config = read_json(self.config_file) if self.config_file.exists() else {}
         added = read_added_tokens(folder, self.config)
         if (folder / "tokenizer.json").exists():
-            self.backend = _Json(folder / "tokenizer.json", added)
+            self.backend = open_tokenizer_json(folder, added)
         elif (folder / "tokenizer.model").exists():
-            self.backend = _SentencePiece(folder / "tokenizer.model", added, self._legacy())
+            # Folders without the field legacy are older than it: their models were trained that way.
+            legacy = self._flag("legacy") is not False
+            self.backend = _SentencePiece(folder / "tokenizer.model", added, legacy)
         else:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        adds_bos = self.config.get("add_bos_token", self.backend.adds_bos)
-        self.adds_bos = adds_bos and self.bos_id is not None
+        adds_bos = self._flag("add_bos_token") if "add_bos_token" in self.config else self.backend.adds_bos
+        self.adds_bos = bool(adds_bos) and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
 
-    def _legacy(self):
-        """Folders without this field are older than it: their models were trained the old way."""
-        legacy = self.config.get("legacy")
-        if not isinstance(legacy, (bool, type(None))):
-            raise InputError(f"{self.config_file}: legacy is {legacy!r}, expected true or false")
-        return legacy is not False
+    def _flag(self, name):
+        value = self.config.get(name)
+        if not isinstance(value, (bool, type(None))):
+            raise InputError(f"{self.config_file}: {name} is {shown(value)}, expected true or false")
+        return value
 
     def _special(self, name):
         token = self.special_tokens.get(name)
@@ -76,21 +79,25 @@ class Tokenizer:
         return self.backend.decode(list(ids))
 
     def _read_chat_templates(self, folder):
-        """{name: template}; the usual one is "default", some folders have a "tool_use"."""
+        """{name: template}; the usual one is "default", some folders have a "tool_use". An empty
+        template is none."""
         files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
         if (folder / "chat_template.jinja").exists():
             files["default"] = folder / "chat_template.jinja"
         if files:
-            return {name: read_text(file) for name, file in files.items()}
+            texts = {name: read_text(file) for name, file in files.items()}
+            return {name: text for name, text in texts.items() if text}
         found = self.config.get("chat_template")
         if found is None:
             return {}
         entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
         templates = {}
         for entry in entries:
-            if not isinstance(entry, dict) or not isinstance(entry.get("template"), str):
-                raise InputError(f"{self.config_file}: chat_template is {found!r}, expected a text")
-            templates[str(entry.get("name"))] = entry["template"]
+            fields = entry if isinstance(entry, dict) else {}
+            if not isinstance(fields.get("name"), str) or not isinstance(fields.get("template"), str):
+                raise InputError(f"{self.config_file}: chat_template is {shown(found)}, expected a text")
+            if fields["template"]:
+                templates[fields["name"]] = fields["template"]
         return templates
 
     def chat(self, messages: list[dict[str, Any]], tools: list[dict] | None = None,
@@ -114,72 +121,6 @@ class Tokenizer:
         return render(template, messages, continue_final_message, **values)
 
 
-USUAL = {
-    "bos_token": ("<s>", "<|begin_of_text|>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-    "unk_token": ("<unk>",),
-}
-
-
-class _Json:
-    """A Hugging Face tokenizer.json."""
-
-    def __init__(self, file, added: AddedTokens):
-        from tokenizers import Tokenizer as Fast
-
-        read_json(file)  # for its error messages
-        try:
-            self.fast = Fast.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file}: {error}") from None
-        self.fast.no_padding()
-        self.fast.no_truncation()
-        self._add(file, added)
-        started = self.fast.encode("a", add_special_tokens=True).ids
-        bare = self.fast.encode("a", add_special_tokens=False).ids
-        self.first = started[0] if started[:1] != bare[:1] else None  # the post-processor adds it
-        self.adds_bos = self.first is not None
-
-    def _add(self, file, added):
-        """Adds the tokens that the file lacks. The library numbers them itself, so each must get the
-        id that the folder's files give it."""
-        from tokenizers import AddedToken as Fast
-
-        placed = sorted(added.placed.items())
-        self.fast.add_tokens([Fast(**token._asdict()) for _, token in placed])
-        for index, token in placed:
-            got = self.fast.token_to_id(token.content)
-            if got != index:
-                found = f"token {token.content!r} has id {got}"
-                raise InputError(f"{file}: {found}, but {index} among the folder's added tokens")
-        known = {token.content for token in self.fast.get_added_tokens_decoder().values()}
-        new = [token for token in added.special if token.content not in known]
-        self.fast.add_tokens([Fast(**token._asdict()) for token in new])
-
-    def __len__(self):
-        return self.fast.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text):
-        return self.fast.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.fast.decode(ids, skip_special_tokens=True)
-
-    def token_id(self, token):
-        return self.fast.token_to_id(token)
-
-    def usual_tokens(self):
-        """{name: text} for a folder that names none: the post-processor's BOS, and usual texts."""
-        found = {}
-        for name, texts in USUAL.items():
-            for text in texts:
-                if name not in found and self.token_id(text) is not None:
-                    found[name] = text
-        if self.first is not None:
-            found["bos_token"] = self.fast.id_to_token(self.first)
-        return found
-
-
 # A sentencepiece model is a protobuf message, and fields appended to one replace the earlier ones:
 # normalizer_spec (field 3) gets add_dummy_prefix (3) and remove_extra_whitespaces (4) of false.
 KEEP_SPACES = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
@@ -194,6 +135,8 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         data = read_known(file)
+        if not data:
+            raise InputError(f"{file}: empty")
         words = data[:200].split(b"\n")[0].split(b" ")
         if len(words) == 2 and words[1].isdigit():  # lines of "base64 rank"
             found = "a tiktoken file (Llama 3's own), not sentencepiece"
@@ -201,10 +144,11 @@ class _SentencePiece:
             raise InputError(f"{file}: is {found}; use {use}")
         try:
             self.pieces = SentencePieceProcessor(model_proto=data)
-        except Exception as error:  # the library raises RuntimeError and TypeError
+            for index in range(self.pieces.vocab_size()):
+                self.pieces.id_to_piece(index)  # all must be UTF-8, and so must
+            self.pieces.decode([self.pieces.unk_id()])  # what it writes for an unknown character
+        except Exception as error:  # the library raises RuntimeError, TypeError, UnicodeDecodeError
             raise InputError(f"{file}: not a sentencepiece model ({error})") from None
-        if not data:
-            raise InputError(f"{file}: empty")
         self.legacy = legacy
         self.ids = {}  # text -> id of the tokens that are cut out of a text before it is split
         self._add(added)

@@ -1,14 +1,12 @@
 """Writes the mixture that a command line names: as one PEFT adapter, or merged into its base."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from common.devices import DTYPES
-from common.files import InputError
+from common.files import InputError, say
 from common.hub import find_folder
-from common.options import check_bounds
 from methods.batch import check_method, check_request, find_method, listed_method, named_methods
 from methods.protocol import FixedMixture, Merged, Method, OwnLinears
 from methods.session import Mole
@@ -52,7 +50,7 @@ def export(args) -> None:
         export_merged(mole, method, args, folder)
     else:
         export_adapter(mole, method, args)
-    print(f"wrote {args.export}", file=sys.stderr)
+    say(f"wrote {args.export}")
 
 
 def check_options(args) -> str:
@@ -72,7 +70,6 @@ def check_options(args) -> str:
     if args.export_merged and args.dtype != "auto":
         raise InputError("--export_merged keeps the base's dtype, which its config.json names: "
                          "leave out --dtype")  # fmt: skip
-    check_bounds(args)
     check_new_folder(args.export)
     return named[0]
 

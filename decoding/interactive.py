@@ -4,8 +4,11 @@ import re
 import shutil
 import sys
 
-from common.files import InputError, one_line
+from common.endings import print_error
+from common.files import InputError, say
 from common.history import line_history
+from common.printable import printable
+from common.signals import Terminated, raise_once
 from common.template import CHAT
 from decoding.respond import respond
 from methods.batch import check_method
@@ -23,7 +26,7 @@ anything else is a prompt"""
 
 def interact(mole: Mole, method: str, args) -> None:
     """Answers each line with `method`, or follows its command. With the chat template a line is a
-    turn of one conversation. Ctrl-C stops an answer, and its turn is forgotten."""
+    turn of one conversation. Ctrl-C stops an answer, and its turn is forgotten; SIGTERM ends it all."""
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that aren't UTF-8 are an error of that prompt alone, not the end of the loop.
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -36,9 +39,8 @@ def _interact(mole, method, args):
     turns = []
     traces = None  # of the last prompt and its answer
     while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
+        line = _read_line()
+        if line is None:
             return
         word, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -71,14 +73,37 @@ def _interact(mole, method, args):
                     text = "".join(text for text, _ in traces[1])
                     turns.append({"role": "user", "content": line})
                     turns.append({"role": "assistant", "content": text})
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
         except BrokenPipeError:  # of whoever reads the answers
             raise
-        except OSError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+        except (InputError, OSError) as error:
+            print_error(error)
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            raise_once()  # the next Ctrl-C stops the next answer
+            say("stopped")
+
+
+def _read_line():
+    """The next line, None at the end of the input. On a terminal Ctrl-C forgets what was typed."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            return _end_prompt(prompt)
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            raise_once()
+            _end_prompt(prompt)
+        except Terminated:
+            _end_prompt(prompt)
+            raise
+
+
+def _end_prompt(prompt):
+    """What the terminal shows next begins on a line of its own."""
+    if prompt:
+        print(flush=True)
 
 
 def print_route(traces: tuple[Trace, Trace] | None) -> None:
@@ -105,5 +130,6 @@ def print_pool(mole: Mole) -> None:
         modules = " ".join(sorted({path.rpartition(".")[2] for path in adapter.scale}))
         if len(adapter.scale) == len(mole.shapes):
             modules = "all Linears"
-        prompt = adapter.samples[0].partition("\n")[0] if adapter.samples else ""
-        print(f"{name:<{width}}  r {r}  alpha {alpha}  {where}  {modules}  {prompt}".rstrip())
+        prompt = printable(adapter.samples[0].partition("\n")[0]) if adapter.samples else ""
+        line = f"{printable(name):<{width}}  r {r}  alpha {alpha}  {where}  {modules}  {prompt}"
+        print(line.rstrip())

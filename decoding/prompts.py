@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.files import InputError
+from common.files import InputError, warn
 from common.template import CHAT, RAW, encode_wrapped
 from common.tokenizer import check_ids
 from methods.session import Mole
@@ -31,6 +31,14 @@ def encode_prompt(mole: Mole, prompt: str, raw: bool = False, chat: bool = False
         tail = ids[len(ids) - context + len(start) :]
         ids = ids[:context] if truncate == "right" else start + tail
     return ids
+
+
+def warn_of_empty(mole: Mole, prompts: list[str]) -> None:
+    """Warns, once for a batch, where prompts are empty, and says what is answered instead."""
+    if empty := prompts.count(""):
+        which = "the prompt is" if len(prompts) == 1 else f"{empty} of {len(prompts)} prompts are"
+        rest = "the BOS token" if mole.template == RAW else "the template"
+        warn(f"{which} empty: answered from {rest} alone")
 
 
 def by_length(ids: list[list[int]], size: int) -> list[list[int]]:

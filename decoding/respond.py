@@ -1,16 +1,17 @@
 """Answers a batch as the command does: text as it streams, lines of JSON, a web page, a picture."""
 
-import json
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
-from common.files import InputError, write_text
+from common.files import say, write_text
+from common.printable import json_line
 from common.tokenizer import TextStream
 from decoding.loop import Token, decode
 from decoding.page import write_page
-from decoding.prompts import encode_prompt
+from decoding.prompts import encode_prompt, warn_of_empty
 from decoding.stream import compile_for
 from methods.batch import retrieve, set_methods
 from methods.session import Mole
@@ -71,35 +72,32 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
         routing = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     recording = bool(routing or args.json or args.html or args.svg or args.interactive)
     watch = LinearWeights() if args.html else None
-    with mole.lock:
-        found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
-        compile_for(mole, args.compile, ids, args)
-        set_methods(mole, methods, args.top_k, args.gate_temperature, retrieved=found, exclude=args.exclude)
-        for pairs in filter(None, found):
-            shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
-            print(f"retrieved: {shown}", file=sys.stderr)
-        begin = time.perf_counter()
-        events = decode(mole, ids, args, recording, stops, watch)  # args are a Sampling, too
-    seen = next(events) if recording else [[[]] * len(row) for row in ids]
-    prompt_tokens = [trace_prompt(mole, row, used) for row, used in zip(ids, seen, strict=True)]
-    prompt_traces = list(map(_trace, prompt_tokens))
-    printer = None if args.json else Printer(prompts, prompt_traces, routing)
+    warn_of_empty(mole, prompts)
     tokens = [[] for _ in prompts]
     answer_traces = [[] for _ in prompts]
     seconds = [0.0] * len(prompts)
-    try:
+    with contextlib.nullcontext() if args.json else Printer(len(prompts), routing) as printer:
+        with mole.lock:
+            found = retrieve(mole, methods, prompts, args.retrieve, args.exclude, ids)
+            compile_for(mole, args.compile, ids, args)
+            options = {"retrieved": found, "exclude": args.exclude}
+            set_methods(mole, methods, args.top_k, args.gate_temperature, **options)
+            for pairs in filter(None, found):
+                shown = ", ".join(f"{name} {score:.3f}" for name, score in pairs)
+                say(f"retrieved: {shown}")
+            begin = time.perf_counter()
+            events = decode(mole, ids, args, recording, stops, watch)  # args are a Sampling, too
+        seen = next(events) if recording else [[[]] * len(row) for row in ids]
+        prompt_tokens = [trace_prompt(mole, row, used) for row, used in zip(ids, seen, strict=True)]
+        prompt_traces = list(map(_trace, prompt_tokens))
+        if printer:
+            printer.begin(prompt_traces)
         for token in events:
             tokens[token.row].append(token)
             answer_traces[token.row].append((token.text, token.adapters))
             seconds[token.row] = time.perf_counter() - begin
             if printer:
                 printer.push(token)
-    except (KeyboardInterrupt, InputError):
-        if printer:
-            printer.end_line()
-        raise
-    if printer:
-        printer.close()
     answers = []
     if args.json or args.html:
         for row, prompt in enumerate(prompts):
@@ -107,7 +105,7 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
             answers.append(result(prompt, methods[row], tokens[row], prompt_tokens[row], took, found[row]))
     if args.json:
         for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            print(json_line(answer, sys.stdout.encoding or "utf-8"), flush=True)
     if args.html:
         write_page(mole, args.html, answers, watch, args.top_k)
     traces = list(zip(prompt_traces, answer_traces, strict=True))

@@ -1,12 +1,12 @@
 """How tokens are chosen from logits, and when they end."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 
+from common.fields import check
 from common.files import InputError
-from common.options import Count, NotNegative, Whole, check_bounds
+from common.options import ABOVE_0, COUNT, Above0Or0, Count, Seed, ShareAbove0, Whole, check_bounds
 
 
 @dataclass
@@ -14,24 +14,18 @@ class Sampling:
     """How tokens are chosen and when they end; temperature 0 is greedy."""
 
     max_new_tokens: Count = 64  # tokens to generate at most
-    temperature: NotNegative = 0.0  # the sampler's temperature, 0 = greedy
+    temperature: Above0Or0 = 0.0  # the sampler's temperature, 0 = greedy
     sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
-    top_p: float = 1.0  # sample among the likeliest tokens that hold this much probability
-    seed: int = 0  # seed for the sampler; prompt j of a batch uses seed + j
+    top_p: ShareAbove0 = 1.0  # sample among the likeliest tokens that hold this much probability
+    seed: Seed = 0  # seed for the sampler; prompt j of a batch uses seed + j
     stop: list[str] = field(default_factory=list)  # text that ends an answer, not shown; repeatable
 
 
 def check_values(sampling: Sampling, top_k: int, gate_temperature: float) -> None:
     """Raises InputError for values that no sampler or gate can use."""
     check_bounds(sampling)
-    if not -(2**63) <= sampling.seed < 2**63:
-        raise InputError(f"--seed is {sampling.seed}, expected a number of 64 bits")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"--top_p is {sampling.top_p}, expected more than 0 and at most 1")
-    if not top_k >= 1:
-        raise InputError(f"--top_k is {top_k}, expected at least 1")
-    if not 1e-6 <= gate_temperature < math.inf:  # smaller ones are 0 in float32
-        raise InputError(f"--gate_temperature is {gate_temperature}, expected a number of at least 1e-06")
+    check("--top_k", top_k, COUNT)
+    check("--gate_temperature", gate_temperature, ABOVE_0)
     if "" in sampling.stop:
         raise InputError("--stop is empty, expected the text before which an answer ends")
 

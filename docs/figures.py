@@ -22,7 +22,8 @@ FIGURES = ROOT / "docs" / "figures"
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there alone
 
-from common.files import InputError, run_script, write_text  # noqa: E402
+from common.endings import run_script  # noqa: E402
+from common.files import InputError, write_text  # noqa: E402
 from docs.canvas import C0, C1, C2, INK, LINE, MONO, SOFT, STYLE, label, page, svg_of  # noqa: E402
 from docs.gated_linear import gated_linear  # noqa: E402
 

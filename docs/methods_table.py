@@ -129,6 +129,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from common.files import run_script
+    from common.endings import run_script
 
     run_script(main)

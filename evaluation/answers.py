@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Collection
@@ -55,9 +56,13 @@ class AnswerCache:
         file = self.folder / f"{safe}.json"
         if not file.exists():
             begin = time.perf_counter()
-            made = make()
-            write_json(file, MARK | made | {"seconds": round(time.perf_counter() - begin, 3)})
-        return read_json(file)
+            made = make() | {"seconds": round(time.perf_counter() - begin, 3)}
+            write_json(file, MARK | made | {"hash": _hash(made)})
+        made = read_json(file)
+        wrong = made.pop("hash", None) != _hash({name: made[name] for name in made if name not in MARK})
+        if wrong:
+            raise InputError(f"{file}: damaged, its hash is another: remove it to have it computed again")
+        return made
 
     def remove(self) -> None:
         """Deletes the cache, once the run is complete; meta.json, which says whose it is, last."""
@@ -73,6 +78,10 @@ def _is_ours(file):
     with contextlib.suppress(InputError):
         return MARK.items() <= read_json(file).items()
     return False
+
+
+def _hash(made):
+    return sha256(json.dumps(made).encode())
 
 
 def sha256(data: bytes) -> str:

@@ -1,10 +1,9 @@
 """Mixtures that nobody has to learn: the base, one adapter by name, each task its own, all alike, a
 sum with weights of the user's own."""
 
-import math
-
+from common.fields import FLOAT32, parse_number
 from common.files import InputError
-from common.tensors import LARGEST
+from common.printable import shown
 from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
 from pool.slots import Pool
@@ -108,13 +107,9 @@ def read_mixture(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, number = part.rpartition("=")
         name = name.strip()
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not name or not abs(weight) <= LARGEST:
-            expected = "NAME=WEIGHT with a weight that float32 can hold"
-            raise InputError(f"mixture {text!r}: {part!r}, expected {expected}")
+        if not name:
+            raise InputError(f"mixture {shown(text)}: {shown(part)}, expected NAME=WEIGHT")
+        weight = parse_number(f"mixture {shown(text)}: the weight of {name}", number.strip(), FLOAT32)
         if name in mixture:
             raise InputError(f"mixture {text!r}: adapter {name} twice")
         mixture[name] = weight

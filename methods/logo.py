@@ -33,7 +33,7 @@ EVERYDAY = (
 class LoGo(FixedMixture):
     """The k adapters of the highest scores, weighed by them."""
 
-    pattern = r"logo(?:_entropy)?(?:_top([1-9]\d*))?"
+    pattern = r"logo(?:_entropy)?(?:_top([1-9][0-9]{0,5}))?"
     names = ("logo", "logo_top1", "logo_entropy")
     about = "LoGo: the k adapters that a prompt's last token excites most, or most surely; no training"
     paper = "2511.07129"

@@ -14,7 +14,6 @@ task are averaged as an adapter's samples are, and other prompts have to find th
 
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import InputError, write_text
+from common.fields import Number
+from common.files import InputError, say, write_text
 from common.hub import find_folder
 from common.llama_folder import read_config
 from common.locks import alone
-from common.options import Above0, Least, NotNegative, Seed, Whole
+from common.options import Above0, NotNegative, Seed, ShareAbove0, Whole
 from common.tables import markdown
 from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
@@ -118,6 +118,10 @@ class AdapterSoup(Fusion):
 # Tuning the encoder -------------------------------------------------------------------------------
 
 
+Prompts = Annotated[int, Number(int, 3, 1_000_000)]
+Length = Annotated[int, Number(int, 32, 1_000_000)]
+
+
 @dataclass
 class RetrieverRun:
     """Options of `train.py retriever`."""
@@ -126,13 +130,13 @@ class RetrieverRun:
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder; its tasks alone are used, its samples get vectors, missing ones are written
     adapter: list[str] = field(default_factory=list)  # NAME=DIR, a PEFT folder or hub name; repeatable
-    share: float = 1.0  # share of the tasks; the others are never seen
+    share: ShareAbove0 = 1.0  # share of the tasks; the others are never seen
     depth: Whole = 0  # the block whose hidden states are used, 0 = two thirds of the way up
-    prompts: Annotated[int, Least(3)] = 60  # of each task, as they are and without what they share
+    prompts: Prompts = 60  # of each task, as they are and without what they share
     steps: Whole = 100  # of InfoNCE, 0 = the whitening alone
     lr: NotNegative = 1e-4  # learning rate
     temperature: Above0 = 0.02  # of the cosines
-    max_length: Annotated[int, Least(32)] = 160  # tokens of a text that are read, with the instruction
+    max_length: Length = 160  # tokens of a text that are read, with the instruction
     test: bool = False  # compare retrieval for the tasks left out with bag of words and the untuned
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
@@ -180,7 +184,7 @@ def _train_retriever(folder, known, tasks, names, args):
         retriever.add(name, samples_of(load_adapter(path, name, header=True), tasks[name], args.seed))
     file = folder / "retriever.safetensors"
     save_retriever(file, retriever, model, {"tasks": "\n".join(names)})
-    print(f"wrote {file}", file=sys.stderr)
+    say(f"wrote {file}")
     if args.test:
         pooled = cache(untuned.pooled)  # what both project, a forward pass of every text
         encoders = {"untuned": lambda texts: untuned.project(pooled(tuple(texts))),
@@ -196,7 +200,7 @@ def samples_of(adapter: Adapter, task: Task, seed: int) -> list[str]:
     if not adapter.samples:
         adapter.samples = draw_prompts(task, SAMPLES, seed)
         save_samples(adapter.folder, adapter.samples)
-        print(f"wrote {adapter.folder / 'samples.jsonl'}: prompts of the task", file=sys.stderr)
+        say(f"wrote {adapter.folder / 'samples.jsonl'}: prompts of the task")
     return adapter.samples
 
 

@@ -6,18 +6,17 @@ The search is free of gradients, sees five examples of the task, and has a penal
 """
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common.files import InputError, read_json, warn, write_json
+from common.fields import FLOAT32, check, read_field
+from common.files import InputError, read_json, say, warn, write_json
 from common.locks import alone
 from common.options import Count, NotNegative, Seed, nearest
 from common.progress import track
-from common.tensors import LARGEST
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
@@ -76,21 +75,20 @@ def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[
 
 
 def read_searched(file: Path) -> dict:
-    """A lorahub.json: {"adapters": {name: hash}, "weights": {task: {adapter: weight}}, ...}. Raises
-    InputError where a weight is no number, or that of an adapter it doesn't know."""
+    """A lorahub.json: {"adapters": {name: hash}, "weights": {task: {adapter: weight}}, "data": {task:
+    hash}, ...}. Raises InputError where a weight is no number, or that of an adapter it doesn't
+    know."""
     found = read_json(file)
-    adapters = found.get("adapters")
-    weights = found.get("weights")
-    again = "python train.py lorahub searches again"
-    if not isinstance(adapters, dict) or not isinstance(weights, dict):
-        raise InputError(f"{file}: expected objects adapters and weights: {again}")
-    for task, some in weights.items():
-        if not isinstance(some, dict) or not some.keys() <= adapters.keys():
-            raise InputError(f"{file}: {task}: expected a weight for some of its adapters: {again}")
-        for name, w in some.items():
-            if not isinstance(w, int | float) or not abs(w) <= LARGEST:
-                expected = "expected a number that float32 can hold"
-                raise InputError(f"{file}: {task}: the weight of {name} is {w!r}, {expected}: {again}")
+    try:
+        adapters = read_field(file, found, "adapters", {str: str})
+        read_field(file, found, "data", {str: str}, {})
+        for task, some in read_field(file, found, "weights", {str: dict}).items():
+            if not some.keys() <= adapters.keys():
+                raise InputError(f"{file}: {task}: expected a weight for some of its adapters")
+            for name, w in some.items():
+                check(f"{file}: {task}: the weight of {name}", w, FLOAT32)
+    except InputError as error:
+        raise InputError(f"{error}: python train.py lorahub searches again") from None
     return found
 
 
@@ -156,7 +154,7 @@ class LorahubRun(PoolOptions):
     shots: Count = 5  # training examples the weights are judged by
     steps: Count = 40  # weights tried a task (the paper's budget)
     l1: NotNegative = 0.05  # penalty on the mean size of the weights
-    max_length: int = 512  # longer examples are left out
+    max_length: Count = 512  # longer examples are left out
     seed: Seed = 0  # of the examples and of the search
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base, auto = the file's
     device: str = "auto"  # auto = cuda where there is one, else cpu
@@ -221,4 +219,4 @@ def _train_lorahub(known, tasks, args):
         found[task] = {name: round(float(w), 4) for name, w in zip(used, weights, strict=True)}
         data[f"data of {task}"] = hashes[f"data of {task}"]
         write_json(file, searched | {"data": data, "weights": found})
-    print(f"wrote {file}", file=sys.stderr)
+    say(f"wrote {file}")

@@ -95,7 +95,7 @@ class MeteoraTraining(GatesTraining):
 class Meteora(TrainedGates):
     """MeteoRA's gates, top-k."""
 
-    pattern = r"meteora(?:_top([1-9]\d*))?"
+    pattern = r"meteora(?:_top([1-9][0-9]{0,5}))?"
     names = ("meteora", "meteora_top1", "meteora_top2")
     about = "MeteoRA's gates, k adapters a token (meteora: --top_k of them)"
     paper = "2405.13053"

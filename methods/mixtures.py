@@ -62,7 +62,7 @@ class MoEGate(nn.Module):
 class MoE(TrainedGates):
     """A mixture of experts: the k largest of a softmax over all."""
 
-    pattern = r"moe_top([1-9]\d*)"
+    pattern = r"moe_top([1-9][0-9]{0,5})"
     names = ("moe_top1", "moe_top3")
     about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
     paper = "2406.16989"

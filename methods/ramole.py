@@ -21,23 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.devices import DTYPES
+from common.fields import Number, parse_number
 from common.files import InputError
 from common.locks import alone
-from common.options import Count, Least, NotNegative
+from common.options import ABOVE_0, Above0Or0, BatchSize, Count, NotNegative, Rank, ShareAbove0
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
-from pool.folder import check_base, read_number
+from pool.folder import check_base
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters_help import check_adapters_help
+from training.checkpoint import Checkpoint
 from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
-from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.loop import Run, compile_for, finished, fit, required
 from training.losses import lm_losses
-
-LEAST = 1e-6  # smaller divisors and priors make scores that overflow
 
 
 class Ramole(ByText, Gated):
@@ -200,9 +200,9 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
         lacks = ", ".join(sorted(lacks))
         raise InputError(f"{file}: metadata lacks {lacks}: not a router of this project")
     check_base(file, metadata["base"], model.fingerprint(), "python train.py router trains it again")
-    divisor = read_number(file, metadata, "divisor", float, LEAST)
-    scaled = read_number(file, metadata, "scaled", most=1, least=0) == 1
-    prior = metadata["prior"] != "0.0" and read_number(file, metadata, "prior", float, LEAST)
+    divisor = parse_number(f"{file}: divisor", metadata["divisor"], ABOVE_0)
+    scaled = parse_number(f"{file}: scaled", metadata["scaled"], Number(int, 0, 1)) == 1
+    prior = parse_number(f"{file}: prior", metadata["prior"], Number(float, 1e-6, 1e6, or_0=True))
     routers = {}
     for path, A in pool.A.items():
         A_r = tensors.get(f"{path}.router_A.weight")
@@ -216,7 +216,7 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
             raise InputError(f"{file}: {path}: expected {expected}, found {found}")
         A_r = cast_finite(file, f"{path}.router_A.weight", A_r, dtype).to(A.device)
         B_r = cast_finite(file, f"{path}.router_B.weight", B_r, dtype).to(A.device)
-        routers[path] = RouterLoRA(A_r, B_r, divisor, scaled, float(prior))
+        routers[path] = RouterLoRA(A_r, B_r, divisor, scaled, prior)
         routers[path].requires_grad_(False).eval().bind(pool.B[path], pool.scale[path])
     return routers
 
@@ -224,20 +224,24 @@ def load_routers(file, pool: Pool, model, dtype=torch.float32) -> dict[str, Rout
 # Training -----------------------------------------------------------------------------------------
 
 
+Candidates = Annotated[int, Number(int, 2, 1_000_000)]
+Drop = Annotated[float, Number(float, 0, 0.99)]
+
+
 @dataclass
 class RouterRun(PoolOptions, Run):
     """Options of `train.py router`."""
 
-    share: float = 1.0  # share of the tasks; the others and their adapters are never seen
-    r: Count = 8  # rank of A_r, B_r
-    retrieve: Annotated[int, Least(2)] = 4  # candidates before the dropout, the own one among them
+    share: ShareAbove0 = 1.0  # share of the tasks; the others and their adapters are never seen
+    r: Rank = 8  # rank of A_r, B_r
+    retrieve: Candidates = 4  # candidates before the dropout, the own one among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
-    drop: float = 0.5  # how likely a candidate is left out of a step; two or more stay
-    divisor: NotNegative = 0.0  # of the scores, 0 = sqrt(r)
+    drop: Drop = 0.5  # how likely a candidate is left out of a step; two or more stay
+    divisor: Above0Or0 = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
-    prior: NotNegative = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
-    max_length: int = 512  # longer examples are left out; at most the model's context
-    batch_size: Count = 16  # examples a step, of all tasks in turn
+    prior: Above0Or0 = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
+    max_length: Count = 512  # longer examples are left out; at most the model's context
+    batch_size: BatchSize = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 3e-3  # peak learning rate
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved router
 
@@ -338,13 +342,3 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
         loss.backward()
         total += loss.item()
     return {"loss": total}
-
-
-def check_router_options(args: RouterRun) -> None:
-    """Raises InputError for values that no router can be trained with."""
-    for name in ("divisor", "prior"):
-        value = getattr(args, name)
-        if 0 < value < LEAST:
-            raise InputError(f"--{name} is {value}, expected 0 or at least {LEAST}")
-    if not 0 <= args.drop < 1:
-        raise InputError(f"--drop is {args.drop}, expected 0 or more and less than 1")

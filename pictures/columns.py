@@ -3,7 +3,7 @@
 import unicodedata
 
 
-def printable(text: str) -> str:
+def visible(text: str) -> str:
     """`text` on one line: every kind of space is one, line breaks and what can't be printed are
     escaped."""
     shown = ""

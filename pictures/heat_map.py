@@ -3,7 +3,7 @@
 import contextlib
 import math
 
-from pictures.columns import columns, printable
+from pictures.columns import columns, visible
 from pictures.palette import Palette, Trace
 
 SHADES = (" ▁▂▃▄▅▆▇█", " .:-=+*#%@")  # the first that the output's encoding can, the second can always
@@ -18,7 +18,7 @@ def heat_map(prompt: Trace, answer: Trace, width: int = 100, encoding: str = "ut
     palette = Palette()
     for _, adapters in (*prompt, *answer):
         palette.colour(adapters)
-    labels = {name: f"{share:5.0%} {name}" for name, _, share in palette.shares() if share > 0}
+    labels = {name: f"{share:5.0%} {visible(name)}" for name, _, share in palette.shares() if share > 0}
     if not labels:
         return "no adapter took part"
     shades = SHADES[0] if _can_encode(SHADES[0], encoding) else SHADES[1]
@@ -42,7 +42,7 @@ def _wrap_tokens(trace, room, encoding):
     lines = [[]]
     used = 0
     for text, adapters in trace:
-        text = printable(text).encode(encoding, "backslashreplace").decode(encoding) or " "
+        text = visible(text).encode(encoding, "backslashreplace").decode(encoding) or " "
         if lines[-1] and used + columns(text) > room:
             lines.append([])
             used = 0

@@ -1,7 +1,8 @@
 """The routing of a batch as one web page to explore; it needs no other file.
 
 page.html.jinja is the page, page.css and page.js go into it. Texts and names pass through Jinja's
-escaping, the data through its tojson filter, so that neither can become markup or a script.
+escaping, the data through its tojson filter, so that neither can become markup or a script. Hidden
+characters are shown as their escapes: HTML allows few of them, and some reorder the text around them.
 """
 
 import base64
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.printable import in_lines
 from pictures.page_weights import Heaviest, pack
 from pictures.palette import GREY, Palette, heaviest
 
@@ -56,9 +58,15 @@ def html_page(requests: list[Shown], names: list[str], paths: list[str], about: 
 
 def _template():
     env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
-                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
+                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                      finalize=_without_hidden)  # fmt: skip
     env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return env.get_template("page.html.jinja")
+
+
+def _without_hidden(value):
+    """What an expression of the template gives, as it goes into the page."""
+    return in_lines(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _trace(tokens):
@@ -116,7 +124,7 @@ def _data(requests, tokens, slots, names, paths):
         flat = [value for pair in pairs for value in pair]
         rows.append([round(100 * number), flat, base64.b64encode(data).decode()])
     linears = [_layer_and_module(path) for path in paths]
-    form = {"names": names, "linears": linears, "k": k, "unit": unit}
+    form = {"names": list(map(in_lines, names)), "linears": linears, "k": k, "unit": unit}
     return form | {"tokens": rows}
 
 

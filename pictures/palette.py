@@ -8,6 +8,8 @@ colour and its share of the weight.
 
 from collections.abc import Iterable
 
+from common.printable import printable
+
 Colour = tuple[int, int, int]
 Trace = list[tuple[str, list]]
 
@@ -70,7 +72,7 @@ class Palette:
 
 def key(name: str, share: float) -> str:
     """A legend's entry for an adapter that has this share of all weight."""
-    return f"■ {name} {share:.0%}"
+    return f"■ {printable(name)} {share:.0%}"
 
 
 def others(shares: list[tuple[str, Colour, float]]) -> list[str]:

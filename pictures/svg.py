@@ -4,7 +4,7 @@ import html
 import re
 from collections import Counter
 
-from pictures.columns import columns, printable
+from pictures.columns import columns, visible
 from pictures.palette import GREY, Colour, Palette, Trace, heaviest, key, others
 
 COLUMN = 9.6  # pixels from column to column: 0.6 of the font's size, as most monospaced fonts have it
@@ -47,7 +47,7 @@ class _Drawing:
             elif part[0] == " ":
                 self.column += len(part)
             else:
-                self.word(printable(part), colour)
+                self.word(visible(part), colour)
 
     def word(self, text: str, colour: Colour) -> None:
         """Coloured text that stays together, as wide as its columns whatever the reader's font."""
@@ -112,6 +112,6 @@ def svg_picture(prompt: Trace, answer: Trace, width: int = 90, most: int = 6) ->
     legend += [(f"■ {text}", GREY) for text in others(shares[len(named) :])]
     drawing.width = drawing.widest
     for text, colour in legend:
-        drawing.word(printable(text), colour)
+        drawing.word(visible(text), colour)
         drawing.column += 3
     return drawing.svg()

@@ -1,24 +1,17 @@
 """Whether an adapter fits a base: its modules and their features, and the modules its config names."""
 
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
 
 from common.files import InputError
 from common.options import nearest
+from common.patterns import match_patterns
 
 Tensors = dict[str, torch.Tensor]  # {module path: A or B}
 Shapes = dict[str, tuple[int, int]]  # {module path: (o, i)} of the base
-
-
-def compile_pattern(pattern: str, file: Path, field_name: str) -> None:
-    """Raises InputError where a config's regular expression is none."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{file}: {field_name}: bad pattern {pattern!r}: {error}") from None
 
 
 def check_shapes(A: Tensors, B: Tensors, file: Path, shapes: Shapes) -> None:
@@ -49,30 +42,53 @@ def _layer(path):
     return int(match[1]) if match else -1
 
 
+def by_pattern(config: dict, name: str, default: float, paths: Iterable[str], file: Path) -> dict[str, float]:
+    """{path: number}: rank_pattern's or alpha_pattern's value for the first key that matches."""
+    paths = list(paths)
+    pattern = config.get(name) or {}
+    numbers = dict.fromkeys(paths, default)
+    found = match_patterns(list(pattern), "key", paths, f"{file}: {name}")
+    for value, matches in reversed([*zip(pattern.values(), found, strict=True)]):
+        numbers.update({path: value for path, match in zip(paths, matches, strict=True) if match})
+    return numbers
+
+
+def _named_by(config, name, paths, file):
+    """Those of `paths` that target_modules or exclude_modules names."""
+    names = config.get(name) or []
+    if isinstance(names, str) and names.lower() == "all-linear":
+        return set(paths)
+    if isinstance(names, str):
+        [matches] = match_patterns([names], "target", paths, f"{file}: {name}")
+        return {path for path, match in zip(paths, matches, strict=True) if match}
+    ends = tuple(f".{name}" for name in names)
+    return {path for path in paths if f".{path}".endswith(ends)}
+
+
+def _layers_by_pattern(config, paths, file):
+    """{path: the number of its layer}, by the first layers_pattern that matches it."""
+    patterns = config.get("layers_pattern") or "[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    layers = {}
+    for matches in match_patterns(patterns, "layers", paths, f"{file}: layers_pattern"):
+        for path, match in zip(paths, matches, strict=True):
+            if match:
+                layers.setdefault(path, _layer(match))
+    return layers
+
+
 def check_targets(config: dict, adapted: Set[str], file: Path, shapes: Shapes) -> None:
     """Raises InputError unless the modules that the config names are those that have tensors."""
-    targets = config.get("target_modules")
-    excluded = config.get("exclude_modules")
-    if targets is None:
+    if config.get("target_modules") is None:
         raise InputError(f"{file}: target_modules is missing")
-
-    def matches(names, path):
-        if isinstance(names, str):
-            return names.lower() == "all-linear" or re.fullmatch(names, path)
-        return any(path == name or path.endswith(f".{name}") for name in names or ())
-
+    paths = list(shapes)
+    named = _named_by(config, "target_modules", paths, file)
+    named -= _named_by(config, "exclude_modules", paths, file)
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    pattern = config.get("layers_pattern") or r"[^.]*"
-    pattern = pattern if isinstance(pattern, str) else "|".join(pattern)
-    compile_pattern(pattern, file, "layers_pattern")
-    named = set()
-    for path in shapes:
-        if not matches(targets, path) or (excluded and matches(excluded, path)):
-            continue
-        layer = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) if layers else None
-        if not layers or (layer and int(layer[1]) in layers):
-            named.add(path)
+    if layers:
+        layer_of = _layers_by_pattern(config, paths, file)
+        named = {path for path in named if layer_of.get(path) in layers}
     problems = {
         "named by target_modules have no tensors": named - adapted,
         "not named by target_modules have tensors": adapted - named,

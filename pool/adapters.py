@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.fields import FLOAT32, Number, read_field
 from common.files import InputError, read_json, read_jsonl, warn, write_json, write_jsonl
-from common.tensors import LARGEST, hash_tensors, read_header, read_safetensors, write_safetensors
+from common.printable import shown
+from common.tensors import hash_tensors, read_header, read_safetensors, write_safetensors
 from model import Llama
-from pool.adapter_checks import check_shapes, check_targets, compile_pattern
+from pool.adapter_checks import by_pattern, check_shapes, check_targets
 
 PREFIX = "base_model.model."
 
@@ -40,6 +42,19 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "lora_ga_config": "LoRA-GA, which changed the base itself: convert the adapter to plain LoRA first",
+}
+RANK = Number(int, 1, 1_000_000)
+LAYER = Number(int, 0, 1_000_000)
+NEEDED = {"r": RANK, "lora_alpha": FLOAT32}  # fields that are read, and their kinds
+OPTIONAL = {
+    "use_rslora": bool,
+    "rank_pattern": {str: RANK},
+    "alpha_pattern": {str: FLOAT32},
+    "target_modules": (str, [str]),
+    "exclude_modules": (str, [str]),
+    "layers_to_transform": (LAYER, [LAYER]),
+    "layers_pattern": (str, [str]),
+    "base_model_name_or_path": str,
 }
 # Values of init_lora_weights that change the base's own weights before training starts.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -131,7 +146,7 @@ def load_adapter(
         raise InputError(f"{file}: missing")
     tensors, metadata = read_header(file) if header else read_safetensors(file)
     A, B = _split_keys(tensors, file)
-    scale = {path: _scale(config, config_file, path, len(a)) for path, a in A.items()}
+    scale = _scales(config, config_file, A)
     _check_saved_together(config, metadata, config_file)
     adapter = Adapter(name or folder.name, A, B, scale, config, folder=folder)
     if shapes is not None:
@@ -140,7 +155,7 @@ def load_adapter(
     if not (header or quiet):
         for key in sorted(config.keys() - HARMLESS - REFUSED.keys()):
             if config[key]:
-                where = f"{config_file}: unknown field {key} = {config[key]!r}"
+                where = f"{config_file}: unknown field {key} = {shown(config[key])}"
                 warn(f"{where}: ignored, a newer PEFT may mean something by it")
         if not any(s and A[path].any() and B[path].any() for path, s in scale.items()):
             why = "every lora_A, lora_B or scale is zero (saved before training?)"
@@ -167,50 +182,26 @@ def peft_folder(folder: Path | str) -> Path:
 
 def _check_config(config, file):
     def refuse(name, expected):
-        raise InputError(f"{file}: {name} is {config.get(name)!r}, expected {expected}")
+        raise InputError(f"{file}: {name} is {shown(config.get(name))}, expected {expected}")
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "'LORA'")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        kind = (int, float) if name == "lora_alpha" else int
-        if isinstance(value, bool) or not isinstance(value, kind):
-            refuse(name, "a number")
-        if not abs(value) <= LARGEST:
-            refuse(name, "a number that float32 can hold")
-    if config["r"] < 1:
-        refuse("r", "at least 1")
+    for name, kind in NEEDED.items():
+        read_field(file, config, name, kind)
+    for name, kind in OPTIONAL.items():
+        read_field(file, config, name, kind, None)
     for name, meaning in REFUSED.items():
         if config.get(name):
-            found = f"{name} is {config[name]!r}: {meaning}"
+            found = f"{name} is {shown(config[name])}: {meaning}"
             raise InputError(f"{file}: {found}: not supported, only plain LoRA is")
     if config.get("bias", "none") != "none":
         refuse("bias", "'none' (trained biases are not supported)")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
         raise InputError(
-            f"{file}: init_lora_weights is {init!r}, which changed the base itself: convert the "
+            f"{file}: init_lora_weights is {shown(init)}, which changed the base itself: convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        numbers = isinstance(pattern, dict) and _all_are((int, float), pattern.values())
-        if not numbers or not all(abs(value) <= LARGEST for value in pattern.values()):
-            refuse(name, "an object of numbers that float32 can hold")
-        for key in pattern:
-            compile_pattern(key, file, name)
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
-        kind = int if name == "layers_to_transform" else str
-        value = config.get(name)
-        if value is not None and not _all_are(kind, value if isinstance(value, list) else [value]):
-            refuse(name, f"{'text' if kind is str else 'a number'} or a list of them")
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            compile_pattern(config[name], file, name)
-
-
-def _all_are(kind, values):
-    return all(isinstance(value, kind) for value in values)
 
 
 def _scale_fields(config):
@@ -257,21 +248,17 @@ def _split_keys(tensors, file):
     return A, B
 
 
-def _pattern(patterns, path, default):
-    """PEFT's rule: a key matches whole or after a dot, first match wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _scale(config, file, path, rank):
-    r = _pattern(config.get("rank_pattern"), path, config["r"])
-    if r != rank:
-        found = f"r is {r} for {path}, its lora_A has {rank} rows"
-        raise InputError(f"{file}: {found}; expected the same number")
-    alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+def _scales(config, file, A):
+    """{path: scale}. Raises InputError where A has another rank than the config says."""
+    ranks = by_pattern(config, "rank_pattern", config["r"], A, file)
+    alphas = by_pattern(config, "alpha_pattern", config["lora_alpha"], A, file)
+    scales = {}
+    for path, r in ranks.items():
+        if r != len(A[path]):
+            found = f"r is {r} for {path}, its lora_A has {len(A[path])} rows"
+            raise InputError(f"{file}: {found}; expected the same number")
+        scales[path] = alphas[path] / (math.sqrt(r) if config.get("use_rslora") else r)
+    return scales
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:

@@ -1,13 +1,13 @@
 """Pool folders: pool.json with adapters/, or just PEFT folders; checks of what lies beside them."""
 
-import math
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.fields import read_field
 from common.files import InputError, read_json, write_json
+from common.printable import printable, shown
 from common.template import TEMPLATE, check_template
 from model import Llama
 from pool.adapters import adapter_folders
@@ -37,34 +37,47 @@ def read_pool(path: Path | str) -> PoolFolder:
         raise InputError(f"{path}: no such pool folder")
     file = path / "pool.json"
     if not file.exists():
-        folders = adapter_folders(path)
+        folders = _plain_folders(path)
         if not folders:
             missing = "neither a pool.json nor PEFT adapter folders in it"
             raise InputError(f"{path}: not a pool: {missing}")
-        return PoolFolder(path, {folder.name: folder for folder in folders})
+        return PoolFolder(path, folders)
     raw = read_json(file)
-    names = raw.get("adapters", [])
+    names = read_field(file, raw, "adapters", [str], [])
     template = raw.get("template", TEMPLATE)
     if template is not None:
         check_template(template, f"{file}")
-    if not isinstance(names, list) or not all(map(is_folder_name, names)):
-        expected = "expected a list of folder names under adapters/"
-        raise InputError(f"{file}: adapters is {names!r}, {expected}")
+    if strange := [name for name in names if not is_folder_name(name)]:
+        found = f"adapters holds {shown(strange[0])}"
+        raise InputError(f"{file}: {found}, expected names of folders under adapters/")
     if len(set(names)) < len(names):
         twice = min(name for name in names if names.count(name) > 1)
         raise InputError(f"{file}: adapters lists a name twice: {twice}")
     folders = {name: path / "adapters" / name for name in names}
-    if "adapters" not in raw:
-        folders = {folder.name: folder for folder in adapter_folders(path)}
-    base = raw.get("base")
-    if not isinstance(base, str | None):
-        raise InputError(f"{file}: base is {base!r}, expected a base's fingerprint")
-    return PoolFolder(path, folders, base, template)
+    if raw.get("adapters") is None:
+        folders = _plain_folders(path)
+    return PoolFolder(path, folders, read_field(file, raw, "base", str, None), template)
+
+
+def _plain_folders(path):
+    """{adapter: its folder} of the PEFT folders in `path`."""
+    folders = {folder.name: folder for folder in adapter_folders(path)}
+    for name in folders:
+        check_adapter_name(name, path)
+    return folders
 
 
 def is_folder_name(name: object) -> bool:
-    """Whether an adapter of this name can have a folder: a text without slashes that no dot begins."""
-    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name)
+    """Whether an adapter of this name can have a folder, and be shown: a text of at most 255
+    characters, none hidden, without slashes, that no dot begins."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name) and printable(name, 255) == name
+
+
+def check_adapter_name(name: object, where: str | Path) -> None:
+    """Raises InputError, which begins with `where`, unless is_folder_name(name)."""
+    if not is_folder_name(name):
+        expected = "a text without slashes and control characters, that no dot begins"
+        raise InputError(f"{where}: adapter name is {name!r}, expected {expected}")
 
 
 def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:
@@ -75,6 +88,7 @@ def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) ->
     is_new = bool(extra) and not is_pool(path) and (path.is_dir() or not path.exists())
     folder = PoolFolder(path, {}) if is_new else read_pool(path)
     for name, where in extra:
+        check_adapter_name(name, where)
         if name in folder.adapters:
             raise InputError(f"adapter name {name!r} twice: {folder.adapters[name]} and {where}")
         folder.adapters[name] = Path(where)
@@ -110,27 +124,6 @@ def check_base(file: Path | str, found: str, fingerprint: str, remedy: str) -> N
     if len(found) != len(fingerprint):
         known = "written before fingerprints of 128 bits, so that its base isn't known"
     raise InputError(f"{file}: {known}: {remedy}")
-
-
-def read_number(
-    file: Path | str,
-    metadata: dict[str, str],
-    name: str,
-    kind: type = int,
-    least: float = 1,
-    most: float = sys.float_info.max,
-) -> float:
-    """The number under `name` of a trained part's metadata, `kind` int or float. Raises InputError
-    where it is none, or not within `least` and `most`."""
-    try:
-        value = kind(metadata[name])
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        expected = "a whole number" if kind is int else "a number"
-        expected += f", at least {least}" + (f" and at most {most}" if most < 1e300 else ", finite")
-        raise InputError(f"{file}: {name} is {metadata[name]!r}, expected {expected}")
-    return value
 
 
 def check_pool_base(folder: PoolFolder, model: Llama) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.fields import Number, parse_number
 from common.files import InputError, warn_once
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from moe_lora import MeteoraGate, meteora_gates
-from pool.folder import check_base, read_number
+from pool.folder import check_base
 from pool.slots import Pool
 
 
@@ -75,7 +76,7 @@ class GateFile:
             found = f"{len(names)} names and {len(hashes)} hashes"
             raise InputError(f"{file}: {found}, expected as many of each: {again}")
         check_base(file, metadata.get("base", ""), base, again)
-        self.k = read_number(file, metadata, "k", most=len(names))
+        self.k = parse_number(f"{file}: k", metadata["k"], Number(int, 1, len(names)))
         named = re.fullmatch(r".*_top(\d+)", Path(file).stem)
         if named and self.k != int(named[1]):
             raise InputError(f"{file}: k is {self.k}, expected {named[1]} as its name says: {again}")

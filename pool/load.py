@@ -11,7 +11,7 @@ from common.files import InputError, warn
 from common.hub import base_name, find_folder
 from model import Llama, load_llama
 from pool.adapters import linear_shapes
-from pool.folder import PoolFolder, check_pool_base
+from pool.folder import PoolFolder, check_adapter_name, check_pool_base
 from pool.slots import Pool, alloc_B_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"  # the embedded model
@@ -91,6 +91,7 @@ def read_adapters(pairs: Iterable[str]) -> list[tuple[str, Path]]:
         name, equals, folder = pair.partition("=")
         if not (name and equals and folder):
             raise InputError(f"--adapter is {pair!r}, expected NAME=DIR")
+        check_adapter_name(name, "--adapter")
         if name in dict(named):
             raise InputError(f"adapter name {name!r} twice: {dict(named)[name]} and {folder}")
         named.append((name, folder))

@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.fields import Number, parse_number
 from common.files import InputError, warn
+from common.options import COUNT
 from common.progress import progress, track
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap
-from pool.folder import check_base, read_number
+from pool.folder import check_base
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's I
 
@@ -258,13 +260,15 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     mean = tensors["encoder.mean"]
     projection = tensors["encoder.projection"]
     h = model.config.hidden_size
-    if projection.dim() != 2 or mean.shape != projection.shape[1:] or len(mean) != h:
+    rows = projection.shape[0] if projection.dim() == 2 else 0
+    if not rows or tuple(projection.shape) != (rows, h) or tuple(mean.shape) != (h,):
         raise InputError(
             f"{file}: encoder.projection is {tuple(projection.shape)}, encoder.mean "
-            f"{tuple(mean.shape)}; expected (d, {h}) and ({h},)"
+            f"{tuple(mean.shape)}; expected (d, {h}) with d above 0, and ({h},)"
         )
-    depth = read_number(file, metadata, "depth", most=model.config.num_hidden_layers)
-    max_length = read_number(file, metadata, "max_length")
+    layers = model.config.num_hidden_layers
+    depth = parse_number(f"{file}: depth", metadata["depth"], Number(int, 1, layers))
+    max_length = parse_number(f"{file}: max_length", metadata["max_length"], COUNT)
     retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
     names = metadata["names"].split("\n") if metadata["names"] else []
     hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
+from common.devices import check_memory
+from common.fields import LARGEST
 from common.files import InputError, warn
 from common.options import nearest
 from common.progress import track
-from common.tensors import LARGEST, cast_finite, dtype_name
+from common.tensors import cast_finite, dtype_name
 from model import Llama
-from pool.adapters import Adapter, _pattern, load_adapter
+from pool.adapter_checks import by_pattern
+from pool.adapters import Adapter, load_adapter
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Pool:
         device: torch.device | str | None = None,
         alloc_B: Callable[..., torch.Tensor] | None = None,
     ):
+        what = f"{capacity} adapters of rank {rank}"
+        check_memory(what, pool_bytes(shapes, capacity, rank, dtype), device)
         self.shapes = shapes
         self.capacity = capacity
         self.rank = rank
@@ -289,11 +294,16 @@ class Pool:
         config = member.config
         A = {}
         B = {}
-        for path in member.scale:
-            r = _pattern(config.get("rank_pattern"), path, config["r"])
+        ranks = by_pattern(config, "rank_pattern", config["r"], member.scale, member.folder)
+        for path, r in ranks.items():
             A[path] = self.A[path][slot, :r].detach().clone()
             B[path] = self.B[path][slot, :, :r].detach().clone()
         return Adapter(name, A, B, member.scale, config, member.samples, member.folder)
+
+
+def pool_bytes(shapes: dict[str, tuple[int, int]], capacity: int, rank: int, dtype: torch.dtype) -> int:
+    """How many bytes a pool's A and B have."""
+    return capacity * rank * sum(o + i for o, i in shapes.values()) * dtype.itemsize
 
 
 def zeros(*size: int, **options) -> torch.Tensor:

@@ -18,9 +18,10 @@ import torch
 
 from common.files import InputError, read_json, read_jsonl, warn
 from common.options import nearest
+from common.printable import shown
 from common.template import encode_wrapped
 from common.tokenizer import Tokenizer, check_ids
-from pool.folder import is_folder_name
+from pool.folder import check_adapter_name, is_folder_name
 from pool.slots import Pool
 from tasks.metrics import METRICS
 
@@ -54,6 +55,8 @@ def load_tasks(
     names = sorted(file.parent.name for file in folder.glob("[!.]*/task.json"))
     if not names:
         raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
+    for name in names:
+        check_adapter_name(name, folder)
     for name in only or ():
         if name not in names:
             raise InputError(f"{folder}: no task {name!r}{nearest(name, names)}")
@@ -64,7 +67,7 @@ def _load_task(folder):
     metric = read_json(folder / "task.json").get("metric")
     if metric not in METRICS:
         expected = f"one of {', '.join(METRICS)}"
-        raise InputError(f"{folder / 'task.json'}: metric is {metric!r}, expected {expected}")
+        raise InputError(f"{folder / 'task.json'}: metric is {shown(metric)}, expected {expected}")
     train = read_jsonl(folder / "train.jsonl", ("prompt", "response"))
     test = read_jsonl(folder / "test.jsonl", ("prompt", "response"))
     return Task(folder.name, metric, train, test)
@@ -180,12 +183,7 @@ def pick(examples: dict[str, list[Example]], step: int, args) -> list[Example]:
 
 
 def some_tasks(names: Iterable[str], share: float, seed: int) -> list[str]:
-    """A random share of the task names, at least two, sorted; the same for the same seed.
-
-    Raises InputError where `share` is no share.
-    """
-    if not 0 < share <= 1:
-        raise InputError(f"--share is {share}, expected more than 0 and at most 1")
+    """A random share of the task names, at least two, sorted; the same for the same seed."""
     names = sorted(names)
     count = min(len(names), max(2, round(share * len(names))))
     return sorted(random.Random(f"{seed}/share").sample(names, count))

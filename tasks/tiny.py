@@ -8,6 +8,11 @@ with a large Llama. For the same reason held-out inputs are in the corpus: the t
 adapter carries its task over to inputs that it was not trained on.
 """
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
+    from common.signals import end_at_once
+
+    end_at_once()
+
 import hashlib
 import random
 import re
@@ -15,9 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
-from common.files import InputError, run_script, write_json, write_jsonl, write_text
-from common.options import parse_args
+from common.endings import run_script
+from common.fields import Number
+from common.files import InputError, write_json, write_jsonl, write_text
+from common.options import Seed, Whole, check_bounds, parse_args
 from tasks.functions import TASKS
 from tasks.world import WORDS
 
@@ -27,10 +35,10 @@ class TinyTasksConfig:
     """Options of `python -m tasks.tiny`."""
 
     out: str  # folder that gets one task folder a task, and corpus.txt
-    train: int = 1000  # most training examples a task (a finite task may have fewer prompts)
-    test: int = 100  # most held-out examples a task (a finite task has each held-out input once)
-    documents: int = 150000  # documents of pretraining text
-    seed: int = 0  # same seed, same files
+    train: Whole = 1000  # most training examples a task (a finite task may have fewer prompts)
+    test: Whole = 100  # most held-out examples a task (a finite task has each held-out input once)
+    documents: Annotated[int, Number(int, 0, 100_000_000)] = 150000  # documents of pretraining text
+    seed: Seed = 0  # same seed, same files
 
 
 def held_out(name: str, x: str) -> bool:
@@ -177,9 +185,7 @@ def write(
 
     The same seed gives the same bytes.
     """
-    for field, count in (("train", train), ("test", test), ("documents", documents)):
-        if count < 0:
-            raise InputError(f"{field}: expected 0 or more, found {count}")
+    check_bounds(TinyTasksConfig(str(out), train, test, documents, seed))
     for name, task in TASKS.items():
         folder = Path(out) / name
         write_jsonl(folder / "train.jsonl", examples(name, "train", train, seed))

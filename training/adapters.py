@@ -12,27 +12,29 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from common.devices import DTYPES
+from common.devices import DTYPES, check_memory
+from common.fields import Number
 from common.files import InputError, warn
 from common.hub import base_name
 from common.locks import alone
-from common.options import Count, Whole
+from common.options import Above0, Count, Rank, Share, Whole
 from common.template import TEMPLATE, TemplateOptions, asked_template
 from model import Llama
 from moe_lora import KnownAdapterGate, attach, detach
 from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
 from pool.folder import PoolFolder, is_pool, read_pool, write_pool
 from pool.load import compile_blocks
-from pool.slots import Pool, alloc_B_of
+from pool.slots import Pool, alloc_B_of, pool_bytes
 from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
 from training.adapters_help import Examples, first_examples, own_losses
+from training.checkpoint import Checkpoint
 from training.inputs import data_of, load_frozen
-from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.loop import Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,13 +49,13 @@ class AdaptersRun(TemplateOptions, Run):
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
     joint: str = ""  # train one adapter instead: on all data as it is, or evenly on all tasks
     name: str = ""  # what the joint adapter is called, default lora_f or lora_b
-    r: Count = 8  # rank
-    alpha: float = 16.0  # scale is alpha / r
-    dropout: float = 0.1  # LoRA dropout
-    composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
-    late_start: float = 0.0  # share of examples whose adapter starts at a random token, as with gates
+    r: Rank = 8  # rank
+    alpha: Above0 = 16.0  # scale is alpha / r
+    dropout: Annotated[float, Number(float, 0, 0.98)] = 0.1  # LoRA dropout
+    composite: Share = 0.0  # share of examples that are put into composites (up to --max_length)
+    late_start: Share = 0.0  # share of examples whose adapter starts at a random token, as with gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
-    max_length: int = 512  # longer examples are left out; at most the model's context
+    max_length: Count = 512  # longer examples are left out; at most the model's context
     samples: Whole = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
 
@@ -93,8 +95,11 @@ def _train_adapters(tasks, folder, run, args, sampling):
         rows = [row for task in learners for row in task.train]
         learners = [Task(name, "", rows, [])]
         examples = sampling[args.joint](examples, name)
+    like = model.head_weight
+    size = 4 * pool_bytes(targets, len(learners), args.r, torch.float32)  # gradients, AdamW's two moments
+    check_memory(f"--r {args.r}: {len(learners)} adapters and what trains them", size, like.device)
     adapters = [new_adapter(task, targets, args) for task in learners]
-    pool = Pool.of(adapters, targets, device=model.head_weight.device, alloc_B=alloc_B_of(model))
+    pool = Pool.of(adapters, targets, device=like.device, alloc_B=alloc_B_of(model))
     gate = KnownAdapterGate()
     attach(model, pool, gate, dropout=args.dropout)
     model.train()
@@ -149,17 +154,11 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError(f"--name is {args.name!r}, expected {expected}")
     if args.joint and args.late_start:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
-    if not 0 <= args.dropout < 0.99:
-        raise InputError(f"--dropout is {args.dropout}, expected 0 or more and less than 0.99")
     for target in args.target:
         if not target.endswith(LINEARS):
             raise InputError(f"--target {target}: no such Linear, expected some of {', '.join(LINEARS)}")
     if args.optimizer == "muon":
         raise InputError("--optimizer muon is for gates and bases: adapters are trained by adamw")
-    if not 0 <= args.late_start <= 1:
-        raise InputError(f"--late_start is {args.late_start}, expected 0 to 1")
-    if not math.isfinite(args.alpha) or args.alpha <= 0:
-        raise InputError(f"--alpha is {args.alpha}, expected a number above 0")
     asked_template(args)
 
 

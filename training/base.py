@@ -10,21 +10,23 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.devices import find_device
+from common.devices import check_memory, find_device
 from common.files import InputError, read_text, write_bytes, write_json
+from common.llama_folder import LAYERS, without_init
 from common.locks import alone
-from common.options import Count, NotNegative
+from common.options import BatchSize, Count, NotNegative
 from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
 from pool.load import compile_blocks, make_fast
-from training.loop import Checkpoint, Run, finished, fit
+from training.checkpoint import Checkpoint
+from training.loop import Run, finished, fit
 
 SYMBOLS = ("[", "[/", "]", "\n")
 FILES = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
@@ -40,14 +42,14 @@ class BaseRun(Run):
     vocab_size: Count = 2048  # size of the sentencepiece vocabulary
     hidden_size: Count = 384  # width
     intermediate_size: Count = 512  # width of the MLP
-    num_hidden_layers: Count = 4  # blocks
+    num_hidden_layers: Annotated[int, LAYERS] = 4  # blocks
     num_attention_heads: Count = 12  # query heads
     num_key_value_heads: Count = 6  # key and value heads
     max_position_embeddings: Count = 1024  # context
     block_size: Count = 1024  # tokens in a training window
     symbol: list[str] = field(default_factory=lambda: list(SYMBOLS))  # always one token; repeatable
     steps: Count = 3500  # optimizer steps
-    batch_size: Count = 4  # windows a step
+    batch_size: BatchSize = 4  # windows a step
     micro_tokens: Count = 4096  # tokens in one forward; a larger step accumulates gradients
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for matrices, AdamW for the rest
     lr: NotNegative = 5e-3  # peak learning rate
@@ -150,8 +152,9 @@ def _train_base(text, folder, run, args):
     checkpoint.finish(folder, [folder / name for name in FILES])
 
 
-def check_heads(args: BaseRun) -> None:
-    """Raises InputError where heads don't divide the width into even parts."""
+def check_sizes(args: BaseRun) -> None:
+    """Raises InputError where heads don't divide the width into even parts, and where the machine has
+    too little memory for the model."""
     heads = args.num_attention_heads
     kv_heads = args.num_key_value_heads
     if args.hidden_size % (2 * heads) or heads % kv_heads:
@@ -159,17 +162,29 @@ def check_heads(args: BaseRun) -> None:
             f"--num_attention_heads is {heads}, expected hidden_size {args.hidden_size} to be an even "
             f"multiple of it, and it to be a multiple of num_key_value_heads {kv_heads}"
         )
+    with torch.device("meta"), without_init():
+        model = Llama(llama_config(args, args.vocab_size))
+    size = 4 * sum(param.numel() * param.itemsize for param in model.parameters())
+    what = f"--hidden_size {args.hidden_size} and the other sizes: the weights and what trains them"
+    check_memory(what, size, find_device(args.device))
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_key_value_heads", "max_position_embeddings")
 
 
+def llama_config(args: BaseRun, vocab_size: int) -> LlamaConfig:
+    """The model that the options ask for."""
+    sizes = {name: getattr(args, name) for name in SIZES}
+    head_dim = args.hidden_size // args.num_attention_heads
+    return LlamaConfig(vocab_size, **sizes, head_dim=head_dim, rms_norm_eps=1e-5, tie_word_embeddings=True)
+
+
 def base_config(args: BaseRun, tokenizer: Tokenizer) -> tuple[LlamaConfig, dict]:
     """(LlamaConfig, the config.json that says the same)."""
-    sizes = {name: getattr(args, name) for name in SIZES}
+    config = llama_config(args, len(tokenizer))
+    sizes = {name: getattr(config, name) for name in SIZES}
     sizes |= {"vocab_size": len(tokenizer), "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-    config = LlamaConfig(**sizes, head_dim=args.hidden_size // args.num_attention_heads)
     raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     raw |= {"rope_theta": 10000.0, **sizes}
     raw |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

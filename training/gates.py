@@ -14,7 +14,7 @@ import torch
 from common.devices import DTYPES
 from common.files import InputError
 from common.locks import alone
-from common.options import Above0, Count, NotNegative
+from common.options import Above0, BatchSize, Count, NotNegative, Share, ShareAbove0
 from common.tokenizer import Tokenizer
 from model import Llama
 from pool.adapters import adapter_files, save_adapter
@@ -25,8 +25,9 @@ from tasks.composites import check_composite, compose
 from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pick, some_tasks, tokenize
 from training.adapters import pool_params, trained
 from training.adapters_help import check_adapters_help
+from training.checkpoint import Checkpoint
 from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
-from training.loop import Checkpoint, Run, compile_for, finished, fit, required
+from training.loop import Run, compile_for, finished, fit, required
 from training.losses import lm_losses
 
 
@@ -34,16 +35,16 @@ from training.losses import lm_losses
 class GatesRun(PoolOptions, Run):
     """Options of `train.py gates`."""
 
-    share: float = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
+    share: ShareAbove0 = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # kind of gate; each is a file of methods/
-    top_k: int = 2  # adapters a token uses (meteora, moe)
+    top_k: Count = 2  # adapters a token uses (meteora, moe)
     gate_temperature: Above0 = 1.0  # temperature of the softmax over the k
     lm_weight: NotNegative = 1.0  # weight of the LM loss, which gives top-1 gates no gradient
     adapters_too: str = ""  # also train the adapters, as MeteoRA's script does, and write this pool
     adapter_lr: NotNegative = 1e-4  # peak learning rate of the adapters
-    composite: float = 0.0  # share of examples that are put into composites (up to --max_length)
-    max_length: int = 512  # longer examples are left out; at most the model's context
-    batch_size: Count = 16  # examples a step, of all tasks in turn
+    composite: Share = 0.0  # share of examples that are put into composites (up to --max_length)
+    max_length: Count = 512  # longer examples are left out; at most the model's context
+    batch_size: BatchSize = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 7e-3  # peak learning rate
     clip: NotNegative = 0.3  # largest gradient norm, 0 = no clipping
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved gates and adapters

@@ -1,12 +1,11 @@
 """How trainers with a frozen base begin: the base, its tokenizer, the adapters of a pool, the data."""
 
 import hashlib
-import sys
 from dataclasses import dataclass, field
 
 import torch
 
-from common.files import InputError
+from common.files import InputError, say
 from common.hub import find_folder
 from common.template import TemplateOptions, asked_template, choose_template
 from common.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ def settle_template(known: PoolFolder, args, tokenizer: Tokenizer, default: str 
         file = known.path / "pool.json"
         raise InputError(f"{file}: template is {known.template!r}, this run's {asked!r}")
     known.template, source = choose_template(asked, known.template, tokenizer, default)
-    print(f"template: {known.template!r} ({source})", file=sys.stderr)
+    say(f"template: {known.template!r} ({source})")
 
 
 def keep_template(known: PoolFolder, model: Llama) -> None:

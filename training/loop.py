@@ -7,25 +7,21 @@ was given (options, base, adapters, data) is in its config.json: other input is 
 """
 
 import contextlib
-import csv
-import io
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from common.files import MARK, InputError, read_json, read_text, warn, write_json, write_text
-from common.options import Count, NotNegative, Seed
+from common.files import InputError, say, warn, write_text
+from common.options import BatchSize, Count, NotNegative, Seed, Share
 from common.progress import progress
-from common.tensors import read_metadata, read_safetensors, write_safetensors
+from common.signals import Terminated
 from model import Llama
 from pool.load import compile_blocks
 from tasks.folders import Example
+from training.checkpoint import Checkpoint, Optimizers, Params
 
 
 @dataclass
@@ -34,10 +30,10 @@ class Run:
 
     model: str  # folder or hub name ORG/NAME[@REVISION]
     steps: Count = 300  # optimizer steps
-    batch_size: Count = 8  # examples a step: of each adapter (adapters), in all (gates), windows
+    batch_size: BatchSize = 8  # examples a step: of each adapter (adapters), in all (gates), windows
     micro_tokens: Count = 4096  # tokens in one forward; a larger step accumulates gradients
     lr: NotNegative = 1e-3  # peak learning rate
-    warmup: NotNegative = 0.05  # share of the steps in which lr rises; then a cosine to a tenth
+    warmup: Share = 0.05  # share of the steps in which lr rises; then a cosine to a tenth
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: evens out a matrix's directions
     weight_decay: NotNegative = 0.0  # the optimizer's weight decay
     clip: NotNegative = 1.0  # largest gradient norm, 0 = no clipping
@@ -57,9 +53,9 @@ def required(args, name: str) -> str:
     return getattr(args, name)
 
 
-def finished(checkpoint: "Checkpoint") -> None:
+def finished(checkpoint: Checkpoint) -> None:
     """Says that there is nothing left to do."""
-    print(f"{checkpoint.folder}: finished already", file=sys.stderr)
+    say(f"{checkpoint.folder}: finished already")
 
 
 def compile_for(model: Llama, args: Run, examples: list[Example]) -> None:
@@ -85,133 +81,6 @@ def learning_rate(step: int, args: Run) -> float:
 def clip_norm(params: list[torch.Tensor], limit: float) -> float:
     """Scales all gradients so that their joint norm is at most `limit`; returns the norm before."""
     return float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
-
-
-NOT_THE_RUN = ("resume", "save_every", "tensorboard", "device")  # may differ on resuming
-Params = dict[str, torch.Tensor]  # {name: trained tensor}
-Optimizers = list[torch.optim.Optimizer]
-
-
-class Checkpoint:
-    """RUN/checkpoint.safetensors: step, trained tensors, optimizer state, RNG.
-
-    config.json and log.csv lie beside it. A finished run leaves config.json with "finished": true
-    and "wrote", the files that it made, and no checkpoint.
-    """
-
-    def __init__(self, folder: Path | str, args: Run, bound: dict[str, str] | None = None):
-        """`bound` {what: hash} of base, adapters and data: with the options they say which run it is.
-
-        Raises InputError where an unfinished run or, on resuming, one of other input is here.
-        """
-        self.folder = Path(folder)
-        self.file = self.folder / "checkpoint.safetensors"
-        self.config = {k: v for k, v in asdict(args).items() if k not in NOT_THE_RUN}
-        self.config["bound"] = bound or {}
-        self.step = 0
-        self.finished = False
-        self.rows = []
-        if self.file.exists() and not MARK.items() <= read_metadata(self.file).items():
-            raise InputError(f"{self.file}: not a checkpoint that train.py made: move it elsewhere")
-        file = self.folder / "config.json"
-        if file.exists():
-            known = read_json(file)
-            if known.get("finished") or self.file.exists():  # else there is nothing to lose
-                self._check_known(known, args.resume)
-
-    def _check_known(self, known, resume):
-        """A run is here already: resume it, or refuse to overwrite it."""
-        finished = known.pop("finished", False)
-        wrote = known.pop("wrote", [])
-        if finished:  # killed before finish() could remove it
-            self.file.unlink(missing_ok=True)
-        if not resume and not finished:
-            message = "an unfinished run is here: go on with --resume, or remove the folder"
-            raise InputError(f"{self.folder}: {message}")
-        if not resume:
-            return warn(f"{self.folder}: a finished run is here: training again replaces what it wrote")
-        if differ := differences(known, self.config):
-            file = self.folder / "config.json"
-            found = "; ".join(differ)
-            raise InputError(f"{file}: can't resume with other options or data: {found}")
-        gone = [name for name in wrote if not (self.folder / name).exists()]
-        if gone:
-            file = os.path.normpath(self.folder / gone[0])
-            warn(f"{file}: a finished run wrote it, and it is gone: training again")
-        self.finished = finished and not gone
-
-    def write_config(self, finished: bool = False, wrote: Iterable[Path] = ()) -> None:
-        """Writes RUN/config.json."""
-        files = sorted(os.path.relpath(file, self.folder) for file in wrote)
-        write_json(self.folder / "config.json", self.config | {"finished": finished, "wrote": files})
-
-    def load(self, params: Params, optimizers: Optimizers) -> None:
-        """Restores the run's state, if there is one, into `params` and `optimizers`."""
-        if not self.file.exists():
-            return
-        tensors, metadata = read_safetensors(self.file)
-        self.step = int(metadata["step"])
-        by_param = {}  # {name of a parameter: {"param" or a part of its optimizer state: tensor}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            by_param.setdefault(name, {})[kind] = tensor
-        for name, param in params.items():
-            param.data.copy_(by_param[name].pop("param"))
-        for name, param, state in states(params, optimizers):
-            state[param] = {}
-            for kind, tensor in by_param[name].items():
-                place = "cpu" if kind == "step" else param.device  # where torch has them
-                state[param][kind] = tensor.to(place, copy=True)
-        torch.set_rng_state(tensors["rng"].clone())
-        if "cuda_rng" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda_rng"].clone())
-        if (self.folder / "log.csv").exists():
-            rows = list(csv.reader(io.StringIO(read_text(self.folder / "log.csv"))))
-            for row in rows[1:]:
-                if row and row[0].isdigit() and int(row[0]) <= self.step:
-                    self.rows.append(row)
-
-    def save(self, step: int, params: Params, optimizers: Optimizers) -> None:
-        """Writes RUN/checkpoint.safetensors after `step` steps."""
-        tensors = {"rng": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
-            tensors["cuda_rng"] = torch.cuda.get_rng_state()
-        for name, param in params.items():
-            tensors[f"param.{name}"] = param.data
-        for name, param, state in states(params, optimizers):
-            for kind, value in state[param].items():
-                tensors[f"{kind}.{name}"] = value
-        write_safetensors(self.file, tensors, MARK | {"step": str(step)})
-
-    def finish(self, written: Path | str, files: Iterable[Path]) -> None:
-        """Marks the run as finished with `files`, and says that it wrote them, as `written`."""
-        self.write_config(finished=True, wrote=files)
-        self.file.unlink(missing_ok=True)
-        print(f"wrote {written}", file=sys.stderr)
-
-
-def differences(was: dict, now: dict) -> list[str]:
-    """What differs between two runs' options, and between the hashes of what they are bound to."""
-    found = []
-    for name in sorted((was.keys() | now.keys()) - {"bound"}):
-        if was.get(name) != now.get(name):
-            found.append(f"{name} was {was.get(name)!r}, now {now.get(name)!r}")
-    was = was.get("bound", {})
-    now = now["bound"]
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            how = "is new" if name not in was else "is gone" if name not in now else "has changed"
-            found.append(f"{name} {how}")
-    return found
-
-
-def states(params: Params, optimizers: Optimizers) -> Iterator[tuple]:
-    """(name, parameter, state of its optimizer) of each parameter."""
-    names = {param: name for name, param in params.items()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                yield names[param], param, optimizer.state
 
 
 def make_optimizers(params: Params, args: Run, rates: dict[str, float]) -> Optimizers:
@@ -291,10 +160,10 @@ def fit(
 
 @contextlib.contextmanager
 def _say_how_to_resume(checkpoint):
-    """On Ctrl-C, where --resume goes on."""
+    """On Ctrl-C and SIGTERM, where --resume goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         none_yet = "the start: there is no checkpoint yet"
         where = "the last checkpoint" if checkpoint.file.exists() else none_yet
         warn(f"stopped; --resume goes on from {where}")

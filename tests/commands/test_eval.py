@@ -15,7 +15,8 @@ import torch
 from sacrebleu import corpus_bleu
 
 import eval as evaluation
-from common.files import run_script, write_json, write_jsonl
+from common.endings import run_script
+from common.files import write_json, write_jsonl
 from common.locks import alone
 from common.template import TEMPLATE
 from common.tensors import read_safetensors, write_safetensors

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import generate
-from common.files import InputError, run_script
+from common.endings import run_script
+from common.files import InputError
 from common.llama_folder import read_config
 from common.template import TEMPLATE
 from common.tensors import write_safetensors
@@ -413,7 +414,8 @@ def run(monkeypatch, capsys):
 def test_every_answer_is_a_line_of_its_own(capsys):
     """Answers that end with a line break would stand apart by empty lines, those that don't run
     into one another."""
-    printer = Printer(["a", "b", "c"], [[], [], []], routing=False)
+    printer = Printer(3, routing=False)
+    printer.begin([[], [], []])
     for row, texts in enumerate((["mi", "ce\n"], ["oxen"], ["", "geese\n", ""])):
         for j, text in enumerate(texts, 1):
             printer.push(Token(row, 5, text, [], "eos" if j == len(texts) else None))

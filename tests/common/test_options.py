@@ -101,10 +101,10 @@ def test_values(argv, name, value):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--steps", "many"], ["--steps", "int", "'many'"]),
-        (["--steps", "2.5"], ["--steps", "int", "'2.5'"]),
-        (["--lr", "fast"], ["--lr", "float", "'fast'"]),
-        (["--limit", "x"], ["--limit", "int", "'x'"]),
+        (["--steps", "many"], ["--steps", "whole number", "'many'"]),
+        (["--steps", "2.5"], ["--steps", "whole number", "'2.5'"]),
+        (["--lr", "fast"], ["--lr", "a number", "'fast'"]),
+        (["--limit", "x"], ["--limit", "whole number", "'x'"]),
         (["--end", "top"], ["--end", "'top'", "left", "right"]),
         (["--bits", "12"], ["--bits", "12", "16"]),
         (["--model"], ["--model", "expected one argument"]),

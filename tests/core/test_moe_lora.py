@@ -323,7 +323,7 @@ def test_gate_files_that_do_not_fit(shapes, pool, tmp_path):
     first, *_ = tensors
     spoilt = [
         (tensors, {}, "not a gate file"),
-        (tensors, metadata | {"k": "two"}, "k is 'two', expected a whole number, at least 1 and at most 5"),
+        (tensors, metadata | {"k": "two"}, "k is 'two', expected a whole number from 1 to 5"),
         (tensors, metadata | {"hashes": metadata["hashes"].rpartition("\n")[0]}, "5 names and 4 hashes"),
         (
             {key: y for key, y in tensors.items() if key != first},
