@@ -36,7 +36,7 @@ class LimitedError(Exception):
     """A call that failed or was stopped. The message is short, and says why."""
 
 
-def call_limited(function: Callable, *arguments: Any, seconds: int = 5) -> Any:
+def call_limited(function: Callable, *arguments: Any, seconds: int = 2) -> Any:
     """function(*arguments), in the helper process, with at most `seconds` of CPU time.
 
     `function` is at the top level of a module of ours; arguments and result are JSON values. Raises

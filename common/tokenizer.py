@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
-from common.fields import check, read_field
+from common.fields import read_field
 from common.files import InputError, check_text, read_json, read_known, read_text
 from common.printable import shown
 from common.tokenizer_json import open_tokenizer_json
@@ -47,11 +47,13 @@ class Tokenizer:
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        adds_bos = self._flag("add_bos_token") if "add_bos_token" in self.config else self.backend.adds_bos
-        self.adds_bos = bool(adds_bos) and self.bos_id is not None
+        adds_bos = self._flag("add_bos_token")
+        adds_bos = self.backend.adds_bos if adds_bos is None else adds_bos
+        self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
 
     def _flag(self, name):
+        """True, false or, where the config says nothing, None."""
         return read_field(self.config_file, self.config, name, bool, None)
 
     def _special(self, name):
@@ -94,9 +96,9 @@ class Tokenizer:
             fields = entry if isinstance(entry, dict) else {}
             if not isinstance(fields.get("name"), str) or not isinstance(fields.get("template"), str):
                 raise InputError(f"{self.config_file}: chat_template is {shown(found)}, expected a text")
+            check_text(fields["template"], f"{self.config_file}: chat_template")
             if fields["template"]:
-                where = f"{self.config_file}: chat_template"
-                templates[fields["name"]] = check(where, fields["template"], str)
+                templates[fields["name"]] = fields["template"]
         return templates
 
     def chat(self, messages: list[dict[str, Any]], tools: list[dict] | None = None,

@@ -209,7 +209,7 @@ class LimitedTokenizerJson:
 
     def _ask(self, method, *arguments):
         try:
-            return call_limited(_answer, str(self.file), method, arguments, seconds=20)
+            return call_limited(_answer, str(self.file), method, arguments, seconds=10)
         except LimitedError as error:
             raise InputError(f"{self.file}: the tokenizers library fails: {error}") from None
 
