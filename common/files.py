@@ -174,10 +174,11 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError as error:
-        if partial:
-            with contextlib.suppress(OSError):
-                partial.unlink()
         raise InputError(f"{path}: {error.strerror or error}") from None
+    finally:
+        if partial:
+            with contextlib.suppress(OSError):  # it is gone, if all went well: it was renamed
+                partial.unlink()
 
 
 def _open_partial(path):
@@ -206,7 +207,8 @@ def open_no_link(path: str, flags: int) -> int:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """write_bytes of `text` as UTF-8."""
+    """write_bytes of `text` as UTF-8. Raises InputError for half a surrogate pair, which is no text."""
+    check_text(text, f"{path}")
     write_bytes(path, text.encode("utf-8"))
 
 

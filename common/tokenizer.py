@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
+from common.fields import read_field
 from common.files import InputError, check_text, read_json, read_known, read_text
 from common.printable import shown
 from common.tokenizer_json import open_tokenizer_json
@@ -53,10 +54,7 @@ class Tokenizer:
 
     def _flag(self, name):
         """True, false or, where the config says nothing, None."""
-        value = self.config.get(name)
-        if not isinstance(value, (bool, type(None))):
-            raise InputError(f"{self.config_file}: {name} is {shown(value)}, expected true or false")
-        return value
+        return read_field(self.config_file, self.config, name, bool, None)
 
     def _special(self, name):
         token = self.special_tokens.get(name)
