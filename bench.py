@@ -134,22 +134,19 @@ class TrainBench(ModelBench):
 
 
 def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
-    """One Linear with its adapters: every backend, by itself and in a compiled block.
-
-    Also how far auto's choice is from the best of them.
-    """
+    """One Linear with its adapters: every backend, by itself and in a compiled block; also how far
+    auto's choice is from the best of them."""
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
-    if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
+    e_sizes, n_sizes, k_sizes = (numbers(f"--{name}", getattr(args, name)) for name in "enk")
+    if min(k_sizes) > max(e_sizes):
         raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
     if any(len(width) != 2 for width in widths):
         raise InputError(f"--width is {args.width!r}, expected pairs of in and out features as 576x1536")
-    sizes = [numbers("--e", args.e), numbers("--n", args.n), numbers("--k", args.k)]
-    rows = max(sizes[1]) + max(sizes[0]) * args.r
     for i, o in widths:
-        size = (i * o + rows * (i + o)) * DTYPES[args.dtype].itemsize
-        check_memory(f"--width {i}x{o} with the largest --e and --n", size, args.device)
+        size = i * o + (max(n_sizes) + max(e_sizes) * args.r) * (i + o)  # of W, x, y, A and B
+        check_memory(f"--width {i}x{o}", size * DTYPES[args.dtype].itemsize, args.device)
     table = []
-    for (i, o), e, n, k in product(widths, *sizes):
+    for (i, o), e, n, k in product(widths, e_sizes, n_sizes, k_sizes):
         if k <= e:
             table.append({"i": i, "o": o, "e": e, "n": n, "k": k, **layer_row(args, i, o, e, n, k)})
             print(json.dumps(table[-1]), file=sys.stderr)
