@@ -69,7 +69,7 @@ class _Helper:
 
     def _start(self):
         paths = json.dumps([*map(str, sys.path), str(Path(__file__).parent.parent)])
-        line = [sys.executable, "-c", START, paths]
+        line = [sys.executable, "-IB", "-c", START, paths]  # -I: no json.py of the current folder
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # In a session of its own it doesn't get the terminal's Ctrl-C; it ends when its stdin does.
         self.process = subprocess.Popen(line, **pipes, start_new_session=True)

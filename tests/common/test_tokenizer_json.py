@@ -77,6 +77,8 @@ CHANGES = {
     "a sequence of them": ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES, {"type": "Nmt"}]}),
     "sequences in one another": ("normalizer", {"type": "Sequence", "normalizers": [
         {"type": "Sequence", "normalizers": []}]}),
+    "two lists": ("normalizer", {"type": "Sequence", "a": [], "normalizers": [{"type": "Nmt"}]}),
+    "no list": ("normalizer", {"type": "Sequence", "normalizers": None}),
     "an unknown field": ("decoder", BYTES | {"more": 1}),
     "no object": ("decoder", ["ByteLevel"]),
     "a type that is none": ("decoder", {"type": ["ByteLevel"]}),
