@@ -522,9 +522,9 @@ def test_what_is_for_meteora_alone_is_refused(kind, option, small_model, tmp_pat
     ("args", "words"),
     [
         (["--kind=mixtral"], "kind"), (["--fit=all"], "fit"), (["--l2=-1"], "--l2 is -1"),
-        (["--beta=nan"], "--beta is nan"), (["--lr=inf"], "--lr is inf"),
+        (["--beta=nan"], "--beta is 'nan'"), (["--lr=inf"], "--lr is 'inf'"),
         (["--composite=2"], "--composite is 2"), (["--composite=0.5", "--fit=own"], "--composite goes with"),
-        (["--adapter_lr=nan"], "--adapter_lr is nan"), (["--top_k=0"], "--top_k is 0, expected 1 to 2"),
+        (["--adapter_lr=nan"], "--adapter_lr is 'nan'"), (["--top_k=0"], "--top_k is 0, expected a whole number from 1"),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatch, capsys):
@@ -786,7 +786,7 @@ def test_lorahub_goes_on_where_it_was_stopped(small_model, tmp_path, monkeypatch
     ("more", "words"),
     [
         ({"steps": 0}, "--steps is 0, expected a whole number from 1"), ({"shots": 0}, "--shots is 0"),
-        ({"l1": -1.0}, "--l1 is -1"), ({"l1": math.nan}, "--l1 is nan"),
+        ({"l1": -1.0}, "--l1 is -1"), ({"l1": math.nan}, "--l1 is 'nan'"),
         ({"max_length": 3}, "at most 3 tokens"),
         ({"only": ["animal"]}, "'animal', did you mean animals"), ({"pool": ""}, "--pool is missing"),
         ({"tasks": ""}, "--tasks is missing"),
