@@ -31,7 +31,7 @@ from common.devices import DTYPES, check_memory, find_device
 from common.endings import run_script
 from common.files import InputError
 from common.hub import find_folder
-from common.options import BatchSize, Count, Rank, Seed, Whole, numbers, parse_command
+from common.options import BatchSize, Count, Counts, Rank, Seed, Whole, numbers, parse_command
 from common.printable import printable
 from common.tables import markdown
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
@@ -76,10 +76,10 @@ class Bench:
 class LayerBench(Bench):
     """Options of `bench.py layer`."""
 
-    n: str = "1,4,32,256,1024"  # tokens
+    n: Counts = "1,4,32,256,1024"  # tokens
     width: str = "576x1536,2048x2048,4096x4096,4096x14336"  # in and out features of the Linear
-    e: str = "4,28,128"  # adapters in the pool
-    k: str = "1,2,4"  # adapters a token uses
+    e: Counts = "4,28,128"  # adapters in the pool
+    k: Counts = "1,2,4"  # adapters a token uses
 
 
 @dataclass
@@ -96,7 +96,7 @@ class RoutedBench(ModelBench):
 
     pool: str = ""  # pool folder with meteora_topK gates; default: random adapters and even gates
     tasks: str = ""  # task folders whose prompts are used; default: random tokens
-    e: str = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
+    e: Counts = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
     gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
 
 
@@ -108,7 +108,7 @@ class DecodeBench(RoutedBench):
     tokens: Count = 16  # tokens decoded in a repetition
     batch_size: BatchSize = 8  # requests decoded together, beside one by itself
     requests: Whole = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
-    union: str = "12,28,48"  # how many adapters those have together; several are a row each
+    union: Counts = "12,28,48"  # how many adapters those have together; several are a row each
 
 
 @dataclass
@@ -134,24 +134,19 @@ class TrainBench(ModelBench):
 
 
 def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
-    """One Linear with its adapters: every backend, by itself and in a compiled block.
-
-    Also how far auto's choice is from the best of them.
-    """
+    """One Linear with its adapters: every backend, by itself and in a compiled block; also how far
+    auto's choice is from the best of them."""
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
-    if min(numbers("--k", args.k)) > max(numbers("--e", args.e)):
-        expected = f"adapters that a token uses of the {args.e} of --e"
-        raise InputError(f"--k is {args.k!r}, expected {expected}")
+    e_sizes, n_sizes, k_sizes = (numbers(f"--{name}", getattr(args, name)) for name in "enk")
+    if min(k_sizes) > max(e_sizes):
+        raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
     if any(len(width) != 2 for width in widths):
-        expected = "pairs of in and out features as 576x1536"
-        raise InputError(f"--width is {args.width!r}, expected {expected}")
-    sizes = [numbers("--e", args.e), numbers("--n", args.n), numbers("--k", args.k)]
-    itemsize = DTYPES[args.dtype].itemsize
-    for (i, o), e, n in product(widths, *sizes[:2]):
-        size = (i * o + n * (i + o) + e * args.r * (i + o)) * itemsize
-        check_memory(f"--width {i}x{o} with --e {e}, --r {args.r} and --n {n}", size, args.device)
+        raise InputError(f"--width is {args.width!r}, expected pairs of in and out features as 576x1536")
+    for i, o in widths:
+        size = i * o + (max(n_sizes) + max(e_sizes) * args.r) * (i + o)  # of W, x, y, A and B
+        check_memory(f"--width {i}x{o}", size * DTYPES[args.dtype].itemsize, args.device)
     table = []
-    for (i, o), e, n, k in product(widths, *sizes):
+    for (i, o), e, n, k in product(widths, e_sizes, n_sizes, k_sizes):
         if k <= e:
             table.append({"i": i, "o": o, "e": e, "n": n, "k": k, **layer_row(args, i, o, e, n, k)})
             print(json.dumps(table[-1]), file=sys.stderr)
@@ -330,11 +325,9 @@ COMMANDS = {
 def main() -> None:
     """The command: measures, and prints what show() shows."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    about = "Time the operation, decoding, prefill or training."
-    command, args = parse_command(options, description=about)
+    command, args = parse_command(options, description="Time the operation, decoding, prefill or training.")
     if args.threads > os.cpu_count():
-        expected = f"at most {os.cpu_count()}, the cores"
-        raise InputError(f"--threads is {args.threads}, expected {expected}")
+        raise InputError(f"--threads is {args.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(args.threads or os.cpu_count())
     args.device = find_device(args.device)
     if getattr(args, "gguf", ""):

@@ -21,13 +21,14 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes second
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from common.endings import run_script
 from common.files import MARK, InputError, say, write_json, write_jsonl, write_text
 from common.locks import alone
-from common.options import ABOVE_0, Above0, Count, Seed, Whole, numbers, parse_args
+from common.options import ABOVE_0, Above0, Count, Counts, NewTokens, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
 from evaluation.accuracy import gate_accuracy, retrieval
@@ -50,6 +51,8 @@ from tasks.composites import Composite, composites
 from tasks.folders import Task
 from tasks.metrics import score, score_meteora, signature
 
+Temperatures = Annotated[str, ABOVE_0]
+
 
 @dataclass
 class Options(TemplateOptions):
@@ -61,9 +64,9 @@ class Options(TemplateOptions):
     tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter
-    composite: str = ""  # questions in a composite prompt, as 3,5,10: two columns each
+    composite: Counts = ""  # questions in a composite prompt, as 3,5,10: two columns each
     composites: Count = 200  # composite prompts of each size
-    composite_temperature: str = "1"  # gate temperature there; 1,5,15: the best on validation
+    composite_temperature: Temperatures = "1"  # gate temperature there; 1,5,15: the best on validation
     ood: bool = False  # each task without its own adapter: how well the others do
     unseen: bool = False  # only tasks that router and retriever never saw; gates lack them, too
     retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
@@ -71,7 +74,7 @@ class Options(TemplateOptions):
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
     limit: Whole = 0  # examples a task, 0 = all
-    max_new_tokens: Count = 64  # tokens an answer may have
+    max_new_tokens: NewTokens = 64  # tokens an answer may have
     batch_size: Count = 16  # prompts decoded together
     meteora_metrics: bool = False  # score as MeteoRA's released code did (metrics.score_meteora)
     dtype: str = "auto"  # the weights' dtype, auto = the file's

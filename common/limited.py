@@ -36,7 +36,7 @@ class LimitedError(Exception):
     """A call that failed or was stopped. The message is short, and says why."""
 
 
-def call_limited(function: Callable, *arguments: Any, seconds: int = 5) -> Any:
+def call_limited(function: Callable, *arguments: Any, seconds: int = 2) -> Any:
     """function(*arguments), in the helper process, with at most `seconds` of CPU time.
 
     `function` is at the top level of a module of ours; arguments and result are JSON values. Raises
@@ -69,7 +69,7 @@ class _Helper:
 
     def _start(self):
         paths = json.dumps([*map(str, sys.path), str(Path(__file__).parent.parent)])
-        line = [sys.executable, "-c", START, paths]
+        line = [sys.executable, "-IB", "-c", START, paths]  # -I: no json.py of the current folder
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # In a session of its own it doesn't get the terminal's Ctrl-C; it ends when its stdin does.
         self.process = subprocess.Popen(line, **pipes, start_new_session=True)

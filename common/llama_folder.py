@@ -82,12 +82,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         refuse("hidden_act", "'silu'")
     fields = {name: read(name, number) for name, number in SIZES.items()}
     heads = fields["num_attention_heads"]
-    fields["num_key_value_heads"] = read("num_key_value_heads", WIDTH, heads)
-    if heads % fields["num_key_value_heads"]:
-        refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     if raw.get("head_dim") is None and fields["hidden_size"] % heads:
         divisor = f"a divisor of hidden_size {fields['hidden_size']}"
         refuse("num_attention_heads", f"{divisor}, or a head_dim field")
+    fields["num_key_value_heads"] = read("num_key_value_heads", WIDTH, heads)
+    if heads % fields["num_key_value_heads"]:
+        refuse("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     fields["head_dim"] = read("head_dim", WIDTH, fields["hidden_size"] // heads)
     if fields["head_dim"] % 2:
         expected = "a positive even number (rotary pairs)"

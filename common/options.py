@@ -29,6 +29,7 @@ COUNT = Number(int, 1, 1_000_000)
 ABOVE_0 = Number(float, 1e-6, 1e6)
 Count = typing.Annotated[int, COUNT]
 Whole = typing.Annotated[int, Number(int, 0, 1_000_000)]
+NewTokens = typing.Annotated[int, Number(int, 1, 10**12)]  # the context ends an answer before
 BatchSize = typing.Annotated[int, Number(int, 1, 65_536)]
 Rank = typing.Annotated[int, Number(int, 1, 65_536)]
 NotNegative = typing.Annotated[float, Number(float, 0, 1e6)]
@@ -37,12 +38,13 @@ Above0Or0 = typing.Annotated[float, Number(float, 1e-6, 1e6, or_0=True)]
 Share = typing.Annotated[float, Number(float, 1e-6, 1, or_0=True)]
 ShareAbove0 = typing.Annotated[float, Number(float, 1e-9, 1)]
 Seed = typing.Annotated[int, Number(int, 0, 2**63 - 1)]
+Counts = typing.Annotated[str, COUNT]  # a text that holds numbers: "1,2,4"
 # The bounds of an option whose type is a plain int or float.
 BOUNDS = {int: Number(int, -(2**63), 2**63 - 1), float: FLOAT32}
 
 
 def numbers_of(cls: type) -> dict[str, Number]:
-    """{field: its bounds} of the fields of an options dataclass that are numbers."""
+    """{field: its bounds} of the fields of an options dataclass that are numbers, or lists of some."""
     found = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         kinds = {hint, *typing.get_args(hint)}  # of int | None: both
@@ -57,8 +59,11 @@ def check_bounds(args: Any) -> None:
     """Raises InputError for an option outside the bounds beside its field: for options that came
     from Python, as parse_args checks its own."""
     for name, number in numbers_of(type(args)).items():
-        if getattr(args, name) is not None:
-            check(f"--{name}", getattr(args, name), number)
+        value = getattr(args, name)
+        if isinstance(value, str):
+            _parse_list(f"--{name}", value, number)
+        elif value is not None:
+            check(f"--{name}", value, number)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -74,6 +79,13 @@ def numbers(option: str, text: str, number: Number = COUNT, comma: str = ",") ->
     except InputError:
         expected = f"{number.many} with {comma!r} between them"
         raise InputError(f"{option} is {shown(text)}, expected {expected}") from None
+
+
+def _parse_list(option, text, number):
+    """The text as it is, where it holds numbers or nothing."""
+    if text:
+        numbers(option, text, number)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,11 +135,11 @@ def build_parser(
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
         text = help_texts.get(field.name, "")
-        shown = "" if default in (None, [], "", MISSING) else f" (default: {default})"
+        unasked = "" if default in (None, [], "", MISSING) else f" (default: {default})"
         options = {
             "dest": field.name,
             "default": default,
-            "help": (text + shown).replace("%", "%%"),
+            "help": (text + unasked).replace("%", "%%"),
             "required": default is MISSING,
         }
         if field.name in (choices or {}):
@@ -141,7 +153,8 @@ def build_parser(
         else:
             options |= {"metavar": kind.__name__.upper()}
         if number := bounds.get(field.name):
-            options["type"] = partial(parse_number, _option_name(field), number=number)
+            parse = _parse_list if kind is str else parse_number
+            options["type"] = partial(parse, _option_name(field), number=number)
         parser.add_argument(_option_name(field), **options)
     return parser
 
@@ -153,12 +166,10 @@ def parse_args(
     description: str | None = None,
     choices: dict[str, Collection[str]] | None = None,
 ) -> Any:
-    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2."""
+    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2; a
+    number that is none, or out of its bounds, raises InputError."""
     parser = build_parser(cls, prog, description, choices)
-    try:
-        known, unknown = parser.parse_known_args(argv)
-    except InputError as error:  # of parse_number
-        parser.error(str(error))
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
         if not unknown[0].startswith("-"):
             parser.error(f"unknown argument {unknown[0]!r}: every option begins with --")

@@ -10,21 +10,32 @@ from collections.abc import Collection, Iterator
 
 from tqdm import tqdm
 
+from common.printable import printable
+
 BEGIN = 2  # seconds without a bar
 FIRST = 5  # seconds to the first line
 EVERY = 10  # seconds between lines
 
 
-def progress(what: str, total: int, done: int = 0) -> "tqdm | Lines":
+class Bar(tqdm):
+    """A bar whose texts may be any: a task's name, a file's."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """The text at the end of the bar."""
+        super().set_postfix_str(printable(s), refresh)
+
+
+def progress(what: str, total: int, done: int = 0) -> "Bar | Lines":
     """Shows how much of `total` is done, `done` at the start, and the time that is left.
 
     It goes into a `with`. In it update(n) counts n more, and set_postfix_str(text, refresh=False)
     adds a text. A bar within another one's step goes when it ends; its lines in a log
     stay.
     """
+    what = printable(what)
     if sys.stderr.isatty():
         shown = {"file": sys.stderr, "mininterval": 1, "delay": BEGIN, "leave": None}
-        return tqdm(desc=what, total=total, initial=done, **shown)
+        return Bar(desc=what, total=total, initial=done, **shown)
     return Lines(what, total, done)
 
 
@@ -60,7 +71,7 @@ class Lines:
 
     def set_postfix_str(self, text: str, refresh: bool = False) -> None:
         """The text at the end of the next lines."""
-        self.text = text
+        self.text = printable(text)
 
     def update(self, n: int = 1) -> None:
         """Counts n more; prints a line if one is due."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.added_tokens import AddedToken, AddedTokens, read_added_tokens
+from common.fields import read_field
 from common.files import InputError, check_text, read_json, read_known, read_text
 from common.printable import shown
 from common.tokenizer_json import open_tokenizer_json
@@ -37,7 +38,7 @@ class Tokenizer:
         added = read_added_tokens(folder, self.config)
         if (folder / "tokenizer.json").exists():
             self.backend = open_tokenizer_json(folder, added)
-        elif (folder / "tokenizer.model").exists():
+        elif (folder / "tokenizer.model").is_file():
             # Folders without the field legacy are older than it: their models were trained that way.
             legacy = self._flag("legacy") is not False
             self.backend = _SentencePiece(folder / "tokenizer.model", added, legacy)
@@ -46,15 +47,14 @@ class Tokenizer:
         self.special_tokens = self.backend.usual_tokens() | added.names  # {"eos_token": "</s>"}
         self.bos_id = self._special("bos_token")
         self.eos_id = self._special("eos_token")
-        adds_bos = self._flag("add_bos_token") if "add_bos_token" in self.config else self.backend.adds_bos
-        self.adds_bos = bool(adds_bos) and self.bos_id is not None
+        adds_bos = self._flag("add_bos_token")
+        adds_bos = self.backend.adds_bos if adds_bos is None else adds_bos
+        self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_templates = self._read_chat_templates(folder)
 
     def _flag(self, name):
-        value = self.config.get(name)
-        if not isinstance(value, (bool, type(None))):
-            raise InputError(f"{self.config_file}: {name} is {shown(value)}, expected true or false")
-        return value
+        """True, false or, where the config says nothing, None."""
+        return read_field(self.config_file, self.config, name, bool, None)
 
     def _special(self, name):
         token = self.special_tokens.get(name)
@@ -82,7 +82,7 @@ class Tokenizer:
         """{name: template}; the usual one is "default", some folders have a "tool_use". An empty
         template is none."""
         files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
-        if (folder / "chat_template.jinja").exists():
+        if (folder / "chat_template.jinja").is_file():
             files["default"] = folder / "chat_template.jinja"
         if files:
             texts = {name: read_text(file) for name, file in files.items()}
@@ -96,6 +96,7 @@ class Tokenizer:
             fields = entry if isinstance(entry, dict) else {}
             if not isinstance(fields.get("name"), str) or not isinstance(fields.get("template"), str):
                 raise InputError(f"{self.config_file}: chat_template is {shown(found)}, expected a text")
+            check_text(fields["template"], f"{self.config_file}: chat_template")
             if fields["template"]:
                 templates[fields["name"]] = fields["template"]
         return templates

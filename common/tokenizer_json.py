@@ -81,8 +81,11 @@ def is_plain(fields: dict[str, Any], added: AddedTokens) -> bool:
 
 def _are_known_parts(kind, part):
     parts = [] if part is None else [part]
-    if isinstance(part, dict) and part.get("type") == "Sequence":
-        parts = next((value for value in part.values() if isinstance(value, list)), parts)
+    name = {"pre_tokenizer": "pretokenizers", "post_processor": "processors"}.get(kind, f"{kind}s")
+    if isinstance(part, dict) and isinstance(part.get(name), list):
+        if part != {"type": "Sequence", name: part[name]}:
+            return False
+        parts = part[name]
     templates = [part for part in parts if kind == "post_processor" and _is_template(part)]
     others = [part for part in parts if part not in templates]
     return len(templates) <= 1 and all(_is_known_part(PARTS[kind], part) for part in others)
@@ -209,7 +212,7 @@ class LimitedTokenizerJson:
 
     def _ask(self, method, *arguments):
         try:
-            return call_limited(_answer, str(self.file), method, arguments, seconds=20)
+            return call_limited(_answer, str(self.file), method, arguments, seconds=10)
         except LimitedError as error:
             raise InputError(f"{self.file}: the tokenizers library fails: {error}") from None
 

@@ -6,14 +6,14 @@ import torch
 
 from common.fields import check
 from common.files import InputError
-from common.options import ABOVE_0, COUNT, Above0Or0, Count, Seed, ShareAbove0, Whole, check_bounds
+from common.options import ABOVE_0, COUNT, Above0Or0, NewTokens, Seed, ShareAbove0, Whole, check_bounds
 
 
 @dataclass
 class Sampling:
     """How tokens are chosen and when they end; temperature 0 is greedy."""
 
-    max_new_tokens: Count = 64  # tokens to generate at most
+    max_new_tokens: NewTokens = 64  # tokens to generate at most
     temperature: Above0Or0 = 0.0  # the sampler's temperature, 0 = greedy
     sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
     top_p: ShareAbove0 = 1.0  # sample among the likeliest tokens that hold this much probability

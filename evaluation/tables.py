@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from common.printable import printable
 from common.tables import markdown
 
 
@@ -36,7 +37,7 @@ def table(results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = 
             gates = result["gates"]
             share = f"{gates['right']:.1f} % of {gates['tokens']} response tokens"
             first = f"q, k, v of layer 0: {gates['first_qkv']:.1f} %"
-            lines.append(f"\n{method}: gates' first choice right on {share} ({first})")
+            lines.append(f"\n{printable(method)}: gates' first choice right on {share} ({first})")
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common.devices import DTYPES
+from common.devices import DTYPES, check_memory
 from common.files import InputError
 from common.options import numbers
 from common.template import TEMPLATE, choose_template
@@ -28,7 +28,7 @@ from pool.adapters import Adapter, linear_shapes, load_adapter, peft_config
 from pool.folder import read_pool
 from pool.gate_files import load_gates
 from pool.load import TINY, compile_blocks, load_base, make_fast
-from pool.slots import Pool, alloc_B_of
+from pool.slots import Pool, alloc_B_of, pool_bytes
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
 from training.gates import gates_step
@@ -61,6 +61,7 @@ def random_adapters(args, e: int, shapes: Shapes) -> list[Adapter]:
     """e adapters of rank r on all Linears."""
     generator = seeded(args)
     dtype = DTYPES[args.dtype]
+    check_memory(f"{e} adapters of rank {args.r}", pool_bytes(shapes, e, args.r, dtype))
     targets = sorted({path.rpartition(".")[2] for path in shapes})
     config = peft_config(args.r, 2 * args.r, 0.0, targets, "")
     adapters = []

@@ -56,12 +56,12 @@ def by_pattern(config: dict, name: str, default: float, paths: Iterable[str], fi
 def _named_by(config, name, paths, file):
     """Those of `paths` that target_modules or exclude_modules names."""
     names = config.get(name) or []
-    if isinstance(names, str) and names.lower() == "all-linear":
+    if name == "target_modules" and isinstance(names, str) and names.lower() == "all-linear":
         return set(paths)
     if isinstance(names, str):
         [matches] = match_patterns([names], "target", paths, f"{file}: {name}")
         return {path for path, match in zip(paths, matches, strict=True) if match}
-    ends = tuple(f".{name}" for name in names)
+    ends = tuple(f".{end}" for end in names)
     return {path for path in paths if f".{path}".endswith(ends)}
 
 
@@ -73,7 +73,7 @@ def _layers_by_pattern(config, paths, file):
     for matches in match_patterns(patterns, "layers", paths, f"{file}: layers_pattern"):
         for path, match in zip(paths, matches, strict=True):
             if match:
-                layers.setdefault(path, _layer(match))
+                layers.setdefault(path, _layer(match))  # a Llama's path holds one number
     return layers
 
 

@@ -49,7 +49,7 @@ def read_pool(path: Path | str) -> PoolFolder:
         check_template(template, f"{file}")
     if strange := [name for name in names if not is_folder_name(name)]:
         found = f"adapters holds {shown(strange[0])}"
-        raise InputError(f"{file}: {found}, expected names of folders under adapters/")
+        raise InputError(f"{file}: {found}, expected folder names under adapters/")
     if len(set(names)) < len(names):
         twice = min(name for name in names if names.count(name) > 1)
         raise InputError(f"{file}: adapters lists a name twice: {twice}")

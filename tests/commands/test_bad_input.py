@@ -326,7 +326,15 @@ TOKENIZER_CONFIG = {
     "bad json": ('{\n"add_bos_token": yes}', ["line 2"]),
     "bos a number": ({"bos_token": 1}, ["bos_token", "1"]),
     "template a number": ({"chat_template": 1}, ["chat_template", "1"]),
+    "add_bos_token a text": ({"add_bos_token": "no"}, ["add_bos_token", "'no'", "true or false"]),
 }
+TEMPLATES = {
+    "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+                "{% endfor %}{% endfor %}{% endfor %}", ["takes more than 2 seconds"]),
+    "huge": ("{{ messages[0].content * 10**9 }}", ["needs more than 1 GiB of memory"]),
+    "refusing": ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
+    "bad": ("{% for %}", ["chat template"]),
+}  # fmt: skip
 
 
 def tokenizer_config(kit, change, words):
@@ -336,6 +344,17 @@ def tokenizer_config(kit, change, words):
         folder / "tokenizer_config.json",
         *words,
     ]
+
+
+def chat_template(kit, template, words):
+    folder = kit.a_model(tokenizer_config__json=json.dumps({"chat_template": template}))
+    return generate(folder, "--chat"), ["chat template: ", *words]
+
+
+@table("template", TEMPLATES, chat_template)
+def test_chat_templates(outcomes, row):
+    """Without it a downloaded template takes all of the machine's time or memory."""
+    refused(outcomes, row)
 
 
 @table("config", {n: ("config__json", *row) for n, row in BASE_CONFIG.items()}, base_file)
@@ -385,6 +404,9 @@ def test_folders(outcomes, row):
     refused(outcomes, row)
 
 
+WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+PANICS = WORDS | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+ABORTS = WORDS | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}
 TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\nJA== 3\n"
 TOKENIZERS = {
     "tiktoken": ("tokenizer__model", TIKTOKEN, ["tiktoken", "Llama 3", "tokenizer.json"]),
@@ -393,6 +415,10 @@ TOKENIZERS = {
     "pointer": ("tokenizer__model", POINTER, ["Git LFS pointer"]),
     "bad json": ("tokenizer__json", '{\n"model":', ["line 2"]),
     "another json": ("tokenizer__json", '{"version": "1.0"}', []),
+    "panic": ("tokenizer__json", json.dumps(PANICS), ["tokenizers library fails", "must be non-zero"]),
+    "abort": ("tokenizer__json", json.dumps(ABORTS), ["tokenizers library fails", "1 GiB of memory"]),
+    "pieces no text": ("tokenizer__model", lambda: tokenizer_bytes().replace("▁".encode(), b"\xff\xff\xff"),
+                       ["sentencepiece", "utf-8"]),
     "too many pieces": ("tokenizer__model", lambda: tokenizer_bytes(347),
                         ["token id 34", "331", "wrong tokenizer"]),
 }  # fmt: skip
@@ -400,7 +426,7 @@ TOKENIZERS = {
 
 def a_tokenizer(kit, name, data, words):
     folder = kit.a_model(**{name: data() if callable(data) else data})
-    if callable(data):  # a character of the last pieces, whose ids only the larger vocabulary has
+    if "wrong tokenizer" in words:  # a character of the last pieces, whose ids only the larger vocabulary has
         return generate(folder, prompt="zyxwvutsrqponmlkjihgfedcba"), words
     return generate(folder), [folder / name.replace("__", "."), *words]
 
@@ -423,7 +449,7 @@ def adapter_config(kit, fields, words):
 ADAPTER_CONFIG = {
     "peft_type": ({"peft_type": "LOHA"}, ["peft_type", "LOHA", "LORA"]),
     "r differs": ({"r": 5}, ["r is 5", "lora_A has 2"]),
-    "r 0": ({"r": 0}, ["r is 0", "at least 1"]),
+    "r 0": ({"r": 0}, ["r is 0", "from 1 to"]),
     "r a fraction": ({"r": 2.5}, ["r is 2.5", "number"]),
     "alpha a text": ({"lora_alpha": "16"}, ["lora_alpha", "'16'", "a number"]),
     "alpha missing": ({"lora_alpha": None}, ["lora_alpha", "None"]),
@@ -438,6 +464,8 @@ ADAPTER_CONFIG = {
     ),
     "targets a number": ({"target_modules": 5}, ["target_modules", "5"]),
     "targets a bad regex": ({"target_modules": "(q_proj"}, ["target_modules", "pattern"]),
+    "targets endless": ({"target_modules": "(.*)*="}, ["target_modules", "(.*)*=", "takes more than"]),
+    "flags inside": ({"rank_pattern": {"(?i)q": 3}}, ["rank_pattern", "(?i)q", "bad pattern"]),
     "layers_to_transform": ({"layers_to_transform": [0, 1]}, ["target_modules", "layers.2"]),
     "layers a text": ({"layers_to_transform": "all"}, ["layers_to_transform", "all"]),
     "fan_in_fan_out": ({"fan_in_fan_out": True}, ["fan_in_fan_out", "Conv1D"]),
@@ -558,6 +586,7 @@ POOL_JSON = {
     "bad json": ('{\n"adapters": [\n"a",]}', ["line 3"]),
     "no list": ('{"adapters": "spelling"}', ["adapters", "'spelling'"]),
     "outside": ('{"adapters": ["../spelling"]}', ["../spelling", "folder names"]),
+    "hidden": ('{"adapters": ["a\\u0007b"]}', ["['a\\x07b']", "folder names"]),
     "twice": ('{"adapters": ["spelling", "spelling"]}', ["twice", "spelling"]),
     "template": ('{"adapters": ["spelling"], "template": "hello"}', ["template", "hello", "{prompt}"]),
 }
@@ -694,6 +723,13 @@ OPTIONS = {
     "device without its package": (["--device", "hpu"], ["hpu"]),
     "prompt not utf-8": (["--prompt", b"caf\xe9"], ["prompt", "UTF-8"]),
     "html below a file": (["--html", Path(__file__) / "page.html"], [Path(__file__)]),
+    "html in no folder": (["--html", "no/folder/page.html"], ["no/folder/page.html: can't be written: there is"]),
+    "svg in no folder": (["--svg", "no/folder/a.svg"], ["no/folder/a.svg: can't be written: there is no folder"]),
+    "adapter name hidden": (["--adapter", "a\x1b[2Jb=x"], ["adapter name is 'a\\x1b[2Jb', expected"]),
+    "adapter name bidi": (["--adapter", "a\u202eb=x"], ["adapter name is 'a\\u202eb', expected"]),
+    "adapter name of a path": (["--adapter", "../b=x"], ["adapter name is '../b', expected"]),
+    "adapter name long": (["--adapter", f"{'n' * 256}=x"], ["adapter name is 'nnn"]),
+    "adapter path long": (["--adapter", f"n={'d' * 300}"], ["File name too long"]),
 }  # fmt: skip
 
 
@@ -701,8 +737,7 @@ OPTIONS = {
 def test_options(outcomes, row):
     """Without it a value that no sampler can use is a NaN, an endless loop or a traceback from
     inside torch."""
-    done, words = outcomes[row].result()
-    assert_refused(done, *words)  # --html fails after the answer: that is on standard output, not lost
+    refused(outcomes, row)
 
 
 def html_a_folder(kit):
@@ -715,7 +750,21 @@ def long_prompt(kit, *more):
     return generate(kit.model, *more, prompt="the quick brown fox " * 40), []
 
 
+def prompts_file(kit, text):
+    file = kit.folder("prompts.jsonl")
+    file.parent.mkdir()
+    file.write_text(text)
+    return ["generate.py", "--model", kit.model, "--prompts", file]
+
+
 PROMPTS = {
+    "no row": (lambda kit: (prompts_file(kit, "\n"), ["prompts.jsonl: holds no prompt"]),),
+    "bad row": (
+        lambda kit: (
+            prompts_file(kit, '{"prompt": "a"}\n{"prompt"\n'),
+            ["prompts.jsonl:2: bad JSON at column 10: "],
+        ),
+    ),
     "stdin not utf-8": (
         lambda kit: (generate(kit.model, prompt="-"), ["standard input", "UTF-8"], b"caf\xe9"),
     ),
@@ -746,8 +795,7 @@ def test_prompts(outcomes, row):
 @table("late", {"html a folder": (html_a_folder,)}, lambda kit, build: build(kit))
 def test_written_over_a_folder(outcomes, row):
     """Without it the line names a temporary file that the user never heard of."""
-    done, words = outcomes[row].result()
-    assert_refused(done, *words)
+    refused(outcomes, row)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -803,10 +851,10 @@ TRAINING = {
     "target": training("--target", "w_proj", words=["--target", "w_proj", "q_proj"]),
     "rank": training("--r", "0", words=["--r", "0"]),
     "alpha": training("--alpha", "nan", words=["--alpha", "nan"]),
-    "late": training("--late_start", 1.5, words=["--late_start", "1.5", "0 to 1"]),
+    "late": training("--late_start", 1.5, words=["--late_start", "1.5", "to 1"]),
     "late and joint": training("--late_start", 0.5, "--joint", "lora_b", words=["--late_start", "--joint"]),
     "composite of one": training("--composite", 0.1, words=["--composite 0.1", "8 examples", "--batch_size"]),
-    "composite": training("--composite", -0.5, words=["--composite", "-0.5", "0 to 1"]),
+    "composite": training("--composite", -0.5, words=["--composite", "-0.5", "to 1"]),
     "muon for adapters": training("--optimizer", "muon", words=["--optimizer muon", "adamw"]),
     "samples": training("--samples", "-1", words=["--samples", "-1"]),
     "device": training("--device", "toaster", words=["device", "toaster"]),

@@ -98,7 +98,7 @@ def test_bad_combinations(export, tmp_path):
         ([*mix, "--list"], "leave out --list"),
         ([*mix, "--html", "page.html"], "leave out --html"),
         ([*mix, "--export_rank", 3, "--export_merged"], "--export_rank", "--export_merged"),
-        ([*mix, "--export_rank", -3], "export_rank", "at least 0"),
+        ([*mix, "--export_rank", -3], "export_rank", "from 0 to"),
         ([*mix, "--export_merged", "--dtype", "float32"], "--dtype"),
         ([*mix, "--exclude", "ant"], "ant is excluded"),
         (["--mix", "ant"], "'ant'", "NAME=WEIGHT"),

@@ -1,7 +1,10 @@
 """Chat templates see what transformers shows them, and render to the same text."""
 
+from datetime import date
+
 import pytest
 
+from common.chat import render
 from common.files import InputError
 from common.tokenizer import Tokenizer
 from helpers_templates import BLOCKS, TEMPLATES
@@ -158,7 +161,60 @@ def test_a_message_that_the_template_changes_is_not_continued(tmp_path, template
         ours.chat(TURNS, continue_final_message=True)
 
 
-@pytest.mark.parametrize("template", [1, {"a": "b"}, ["x"], [{"name": "default"}]])
+HOSTILE = {
+    "loops in loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+                       "{% endfor %}{% endfor %}{% endfor %}", "takes more than 2 seconds"),
+    "a long text": ("{{ messages[0].content * 10**9 }}", "needs more than 1 GiB of memory"),
+    "a longer text": ("{{ 'a' * 10**20 }}", "index-sized"),
+    "text of many parts": ("{% for a in range(99999) %}{{ lipsum }}{{ 'a' * 1000 }}{% endfor %}",
+                           "gives more than 10,000,000 characters"),
+    "a wide number": ("{{ '%1000000000d' % 1 }}", "needs more than 1 GiB of memory"),
+    "a wide format": ("{{ '{:>1000000000}'.format(1) }}", "needs more than 1 GiB of memory"),
+    "indented": ("{{ messages | tojson(indent=10**9) }}", "needs more than 1 GiB of memory"),
+    "doubled": ("{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+                "needs more than 1 GiB of memory"),
+    "a macro in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "a circle": ("{% set n = namespace() %}{% set n.a = n %}{{ n | tojson }}", "JSON"),
+    "deep brackets": ("{{ " + "[" * 90_000 + " }}", "recursion"),
+    "a long digit": ("{{ 10 ** 5000 }}", "4300 digits"),
+    "a long refusal": ("{{ raise_exception('no ' * 10**6) }}", "no no no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_without_end_is_one_line(tmp_path, kind):
+    """A downloaded checkpoint would take all of the machine's time or memory before it answers."""
+    template, words = HOSTILE[kind]
+    with pytest.raises(InputError, match="^chat template: ") as caught:
+        render(template, TURNS)
+    assert words in str(caught.value) and len(str(caught.value)) < 1100
+    assert render("{{ messages[0].role }}", TURNS) == "user"
+
+
+def test_values_that_are_no_json_are_refused():
+    """A caller's own objects can't be sent to the process that renders: which one it was?"""
+    with pytest.raises(InputError, match="chat template: not a JSON value: .* date is not"):
+        render("{{ today }}", TURNS, today=date(2026, 1, 2))
+
+
+@pytest.mark.parametrize("content", [None, [], [{"type": "image"}], ["text"], 5])
+def test_a_final_message_without_text_is_not_continued(content):
+    """A message of the caller's own making is a traceback."""
+    with pytest.raises(InputError, match="final message has no text"):
+        render("{{ messages }}", [{"role": "assistant", "content": content}], continue_final=True)
+
+
+def test_an_empty_template_is_none(tmp_path):
+    """The model would be asked nothing at all."""
+    folder = write_tokenizer(tmp_path / "t", "llama2", chat_template="")
+    assert Tokenizer(folder).chat_templates == {}
+    (folder / "chat_template.jinja").write_text("")
+    assert Tokenizer(folder).chat_templates == {}
+
+
+@pytest.mark.parametrize(
+    "template", [1, {"a": "b"}, ["x"], [{"name": "default"}], [{"template": "x"}], "\ud800"]
+)
 def test_a_template_of_another_form_is_refused(tmp_path, template):
     """A hand-edited config is a traceback, or a chat without a template."""
     folder = write_tokenizer(tmp_path / "t", "llama2", chat_template=template)

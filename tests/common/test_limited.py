@@ -100,7 +100,7 @@ def test_a_forked_process_gets_one_of_its_own():
 SCRIPT = """
 import sys
 import helpers_limited as calls
-from common.files import run_script
+from common.endings import run_script
 from common.limited import call_limited
 
 def main():

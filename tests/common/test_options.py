@@ -1,11 +1,13 @@
 """The command line made from a dataclass: names, types, help and refusals."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
-from common.options import build_parser, nearest, parse_args, parse_command
+from common.fields import Number
+from common.files import InputError
+from common.options import build_parser, check_bounds, nearest, numbers, parse_args, parse_command
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Options(Common):
     bits: Literal[8, 16] = 16  # width
     name: str | None = None  # of the run
     limit: int | None = None  # of examples
+    rate: Annotated[float, Number(float, 0.5, 2)] = 1.0  # with bounds of its own
 
 
 @dataclass
@@ -101,10 +104,6 @@ def test_values(argv, name, value):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--steps", "many"], ["--steps", "whole number", "'many'"]),
-        (["--steps", "2.5"], ["--steps", "whole number", "'2.5'"]),
-        (["--lr", "fast"], ["--lr", "a number", "'fast'"]),
-        (["--limit", "x"], ["--limit", "whole number", "'x'"]),
         (["--end", "top"], ["--end", "'top'", "left", "right"]),
         (["--bits", "12"], ["--bits", "12", "16"]),
         (["--model"], ["--model", "expected one argument"]),
@@ -125,6 +124,45 @@ def test_refusals(capsys, argv, words):
     for word in words:
         assert word in line
     assert "list_" not in line
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "says"),
+    [
+        ("--steps", "many", "--steps is 'many', expected a whole number from "),
+        ("--steps", "2.5", "--steps is '2.5', expected a whole number from "),
+        ("--steps", "²", "--steps is '²', expected a whole number from "),
+        ("--steps", "1_000", "--steps is '1_000', expected a whole number from "),
+        ("--steps", str(2**63), f"--steps is {2**63}, expected a whole number from .* to 9,223,372"),
+        ("--steps", "9" * 5000, "--steps is '999.*9', expected a whole number from "),
+        ("--limit", "x", "--limit is 'x', expected a whole number from "),
+        ("--lr", "fast", "--lr is 'fast', expected a number that float32 can hold"),
+        ("--lr", "nan", "--lr is 'nan', expected a number that float32 can hold"),
+        ("--lr", "1e40", "--lr is 1e40, expected a number that float32 can hold"),
+        ("--rate", "0.4", "--rate is 0.4, expected a number from 0.5 to 2"),
+        ("--rate", "1e400", "--rate is 1e400, expected a number from 0.5 to 2"),
+    ],
+)
+def test_numbers_out_of_bounds(option, text, says):
+    """Without it a number that nothing can use is a traceback, an endless loop or a full memory far
+    from the command line."""
+    with pytest.raises(InputError, match=f"^{says}"):
+        parse_args(Options, [option, text])
+    with pytest.raises(InputError, match="--rate is nan, expected a number from 0.5 to 2"):
+        check_bounds(Options(rate=float("nan")))
+    check_bounds(Options())
+
+
+def test_lists_of_numbers():
+    """Without it `--composite 3,²` or `--e 1,1e9` is a traceback in the middle of a table."""
+    assert numbers("--e", "1, 2,4") == [1, 2, 4]
+    assert numbers("--width", "5x7", comma="x") == [5, 7]
+    assert numbers("--t", "0.5,2", Number(float, 0.1, 9)) == [0.5, 2.0]
+    for bad in ("", "1,,2", "0", "1,²", "1,1_0", "1e9", "9" * 5000, "1000001", "nan"):
+        with pytest.raises(
+            InputError, match="^--e is '.*', expected whole numbers from 1 to 1,000,000 with ','"
+        ):
+            numbers("--e", bad)
 
 
 def test_required(capsys):

@@ -1,11 +1,12 @@
 """Text from outside on its way to a terminal."""
 
+import json
 import unicodedata
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.printable import printable, shown
+from common.printable import JOINERS, in_lines, json_line, printable, shown
 
 ANY = st.text(st.characters(exclude_categories=()))  # halves of surrogate pairs, too
 
@@ -25,6 +26,26 @@ def test_any_text(text, most):
     assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in line)
     if text.isascii() and text.isprintable() and len(text) <= most:
         assert line == text
+
+
+@given(ANY)
+def test_any_text_in_lines(text):
+    """Without it an answer loses its lines, or a model's escape sequence is obeyed."""
+    lines = in_lines(text)
+    assert lines.count("\n") == text.count("\n") and lines.count("\t") == text.count("\t")
+    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in lines if c not in "\n\t")
+
+
+@given(st.dictionaries(st.text(), st.text() | st.lists(st.floats(allow_nan=False))))
+def test_json_is_the_same_value_and_hurts_no_terminal(value):
+    """Without it `generate.py --json` writes DEL, C1 and marks that reorder text as they are; or a
+    program reads another text than the model wrote, or, where the output is Latin-1, no JSON."""
+    for encoding in ("utf-8", "latin-1"):
+        line = json_line(value, encoding)
+        assert json.loads(line.encode(encoding) if encoding == "utf-8" else line.encode("ascii")) == value
+        hidden = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+        assert not any(unicodedata.category(c) in hidden for c in line if c not in JOINERS)
+    assert json_line("é\x7f\u202e\U000e0041") == '"é\\u007f\\u202e\\udb40\\udc41"'
 
 
 def test_long_values_lose_their_middle():

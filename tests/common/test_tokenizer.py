@@ -95,6 +95,9 @@ def test_the_config_decides_about_bos(tmp_path, kind):
         write_tokenizer(tmp_path / "on", kind, add_bos_token=True, bos_token={"content": token})
     )
     assert added.encode("the fox") == [without.bos_id, *without.encode("the fox")]
+    null = Tokenizer(write_tokenizer(tmp_path / "null", kind, add_bos_token=None, bos_token=token))
+    bare = Tokenizer(write_tokenizer(tmp_path / "bare", kind, bos_token=token))
+    assert null.encode("the fox") == bare.encode("the fox")  # as in transformers
 
 
 def test_special_tokens_have_their_ids(tokenizers, tmp_path):

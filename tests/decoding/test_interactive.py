@@ -2,12 +2,9 @@
 
 import errno
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +13,9 @@ from common import history
 from generate import load, stream
 from helpers_commands import ENVIRONMENT, ROOT, command
 from helpers_models import write_adapters, write_llama
+from helpers_terminal import OUTPUT, Terminal
 from model import load_llama
 from pictures.heat_map import heat_map
-
-OUTPUT = 60  # seconds to wait for it
 
 
 @pytest.fixture(scope="module")
@@ -62,37 +58,6 @@ def test_mistakes_end_no_loop(small_model, folders):
 
 
 # On a terminal ------------------------------------------------------------------------------------
-
-
-class Terminal:
-    """A program whose standard streams are a terminal of 80 columns."""
-
-    def __init__(self, state, *args):
-        self.leader, follower = pty.openpty()
-        environment = ENVIRONMENT | {"XDG_STATE_HOME": str(state), "TERM": "dumb", "COLUMNS": "80"}
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, args)], **streams, env=environment, start_new_session=True
-        )
-        os.close(follower)
-        self.seen = ""
-
-    def wait_for(self, text):
-        """All that was shown since the last call, which ends where `text` does."""
-        end = time.monotonic() + OUTPUT
-        while text not in self.seen:
-            assert time.monotonic() < end and select.select([self.leader], [], [], OUTPUT)[0], self.seen
-            self.seen += os.read(self.leader, 4096).decode(errors="replace")
-        before, _, self.seen = self.seen.partition(text)
-        return before + text
-
-    def type(self, text):
-        os.write(self.leader, text.encode())
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.leader)
 
 
 def interactive(state, model, *args):

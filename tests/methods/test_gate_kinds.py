@@ -785,7 +785,7 @@ def test_lorahub_goes_on_where_it_was_stopped(small_model, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"steps": 0}, "--steps is 0, expected at least 1"), ({"shots": 0}, "--shots is 0"),
+        ({"steps": 0}, "--steps is 0, expected a whole number from 1"), ({"shots": 0}, "--shots is 0"),
         ({"l1": -1.0}, "--l1 is -1"), ({"l1": math.nan}, "--l1 is nan"),
         ({"max_length": 3}, "at most 3 tokens"),
         ({"only": ["animal"]}, "'animal', did you mean animals"), ({"pool": ""}, "--pool is missing"),

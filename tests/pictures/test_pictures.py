@@ -1,7 +1,9 @@
 """Routing in colour: the heaviest adapter's, nothing of the text lost."""
 
+import io
 import math
 import re
+import sys
 import unicodedata
 from xml.etree import ElementTree
 
@@ -10,16 +12,67 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decoding.loop import Token
 from pictures.heat_map import SHADES, heat_map
 from pictures.palette import COLOURS, GREY, STYLES, Palette
 from pictures.svg import svg_picture
-from pictures.terminal import legend, paint
+from pictures.terminal import Printer, legend, paint
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 colours = st.sampled_from([None, *COLOURS])
 mixtures = st.lists(
     st.tuples(st.sampled_from("abcdefg"), st.floats(0, 1)), max_size=4, unique_by=lambda pair: pair[0]
 )
+
+
+EVERY = "".join(map(chr, range(0x3000))) + "\U000e0041\ud800\udfff\ufdd0\ufffe\uffff\u3000"
+
+
+def test_a_picture_of_any_text_is_xml():
+    """XML 1.0 forbids most control characters, even as references: one of them in an answer, and a
+    browser shows an error where the picture should be."""
+    trace = [(EVERY[j : j + 7], [[f"a{EVERY[j : j + 3]}", 1.0]]) for j in range(0, len(EVERY), 7)]
+    drawn = svg_picture(trace, trace)
+    shown = "".join(text for text in ElementTree.fromstring(drawn.encode()).itertext())
+    assert "\\x1b" in shown and "\\u202e" in shown and "\\ufffe" in shown and "\\ud800" in shown
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in shown if c != "\n")
+
+
+def test_what_a_terminal_gets_of_a_trace():
+    """Without it the heat map of /route or a legend carries out what a model or a name says."""
+    some = EVERY[:0xB0] + EVERY[0x2000:0x2070] + EVERY[0x3000:]
+    trace = [(some[j : j + 7], [[f"a{some[j : j + 3]}", 1.0]]) for j in range(0, len(some), 7)]
+    palette = Palette()
+    for _, adapters in trace:
+        palette.colour(adapters)
+    for shown in (heat_map(trace, trace), ESCAPE.sub("", legend(palette))):
+        assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in shown if c != "\n")
+        assert "\u202e" not in shown
+
+
+class Screen(io.StringIO):
+    """A standard output that is a terminal, or none."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("routing", [True, False])
+def test_an_answer_is_exact_only_in_a_pipe(terminal, routing, monkeypatch):
+    """Without it a model that says an escape sequence clears the screen; or a program that reads the
+    answers gets another text than the model wrote."""
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    said = "a\tb\r\x1b[2J\u202e\n"
+    with Printer(1, routing) as printer:
+        printer.begin([[(said, [["one", 1.0]])]])
+        printer.push(Token(0, 5, said, [["one", 1.0]], "eos"))
+    exact = not (terminal or routing)
+    want = said if exact else "a\tb\\r\\x1b[2J\\u202e\n"
+    shown = screen.getvalue() if exact else ESCAPE.sub("", screen.getvalue())
+    assert shown == (want if not routing else 2 * want + "■ one 100%\n")
 
 
 def test_a_token_has_the_colour_of_its_heaviest_adapter():

@@ -117,9 +117,14 @@ CONFIGS = {
     "first_layer": {"layers_to_transform": 0, "layers_pattern": "layers"},
     "layers_pattern": {"layers_to_transform": [1], "layers_pattern": ["layers"]},
     "two_layers_patterns": {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    "layers_pattern_group": {"layers_to_transform": [1], "layers_pattern": "(h|layers)"},
     "exclude": {"exclude_modules": ["k_proj", "layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"]},
     "exclude_regex": {"exclude_modules": r".*layers\.[02]\.mlp.*"},
     "regex": {"target_modules": r".*layers\.[02]\..*(q|up|down)_proj"},
+    "unsloth": {
+        "target_modules": r"(?:.*?(?:vision|model).*?(?:layers).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|down_proj)))"
+    },
     "one_module": {"target_modules": [UP]},
     "all_linear": {"target_modules": "all-linear"},
     "float_alpha": {"lora_alpha": 0.7},
@@ -418,6 +423,11 @@ def test_another_mathematics_is_refused_by_name(spoil, shapes, name):
         ({"target_modules": None}, ["target_modules"]),
         ({"target_modules": 5}, ["target_modules", "5"]),
         ({"target_modules": "(q_proj"}, ["target_modules", "pattern"]),
+        ({"target_modules": r"(?:.*.*)*="}, ["target_modules", "(?:.*.*)*=", "takes more than 2 seconds"]),
+        ({"rank_pattern": {"(?i)q_proj": 3}}, ["rank_pattern", "(?i)q_proj", "flags"]),
+        ({"alpha_pattern": {"a{99999999999}": 3}}, ["alpha_pattern", "a{99999999999}", "too large"]),
+        ({"exclude_modules": "*"}, ["exclude_modules", "'*'", "nothing to repeat"]),
+        ({"layers_to_transform": [1], "layers_pattern": ["h", "("]}, ["layers_pattern", "'('"]),
         ({"target_modules": ["q_proj"]}, ["18 modules", "target_modules", "have tensors"]),
         ({"target_modules": [p for p in SEVEN if p != "up_proj"]}, ["3 modules", "have tensors", "up_proj"]),
         ({"exclude_modules": ["q_proj"]}, ["3 modules", "have tensors", "q_proj"]),
