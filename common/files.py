@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from common.printable import printable
 
 MESSAGE = 1000  # characters of a message, at most
+LARGEST_STREAM = 2**30  # bytes that are read of a pipe or a device, which may have no end
 MARK = {"made_by": "nanomole"}  # in what may be removed or replaced later: nothing else is
 
 
@@ -63,13 +65,26 @@ def foreign_format(head: bytes) -> str | None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The file's bytes. Raises InputError where it is missing, a folder or not readable."""
+    """The file's bytes. Raises InputError where it is missing, a folder or not readable, and for a
+    pipe or device of more than LARGEST_STREAM bytes."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
+            data = file.read(LARGEST_STREAM + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:  # a NUL, or half a surrogate pair
         raise InputError(f"{path}: no file can have this name: {error}") from None
+    if len(data) > LARGEST_STREAM:
+        raise InputError(f"{path}: no file, and has more than {LARGEST_STREAM:,} bytes")
+    return data
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises InputError for a pipe or a device: reading from a pipe may wait forever."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path}: is a pipe or a device, expected a file")
 
 
 def read_known(path: str | Path) -> bytes:
@@ -103,6 +118,7 @@ def parse_json(text: str, where: str | Path, is_line: bool = False) -> Any:
 
 def read_json(path: str | Path) -> dict:
     """The JSON object of a file. Raises InputError with path and line."""
+    check_regular(path)
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common.files import InputError, foreign_format, parse_json, write_bytes
+from common.files import InputError, check_regular, foreign_format, parse_json, write_bytes
 
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 def _check_header(path):
     """Raises InputError unless the file has as many bytes as its safetensors header promises."""
+    check_regular(path)
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
