@@ -98,7 +98,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         fields[name] = read(name, bool, False)
     fields["rope"] = _read_rope(raw, file)
     if fields["rope"]["rope_type"] == "dynamic" and fields["head_dim"] < 4:
-        refuse("head_dim", "at least 4 with rope 'dynamic', which divides by head_dim - 2")
+        expected = "at least 4 with rope 'dynamic', which divides by head_dim - 2"
+        raise InputError(f"{file}: head_dim is {fields['head_dim']}, expected {expected}")
     fields["eos_token_ids"] = _read_eos(raw, file)
     _check_variants(raw, fields, file)
     return fields

@@ -172,8 +172,7 @@ class _SentencePiece:
             tokens[token.content] = token
         self.shown = {self.ids[text]: text for text, token in tokens.items() if not token.special}
         self.special = {*self.ids.values()} - self.shown.keys()
-        # An added token may take the whitespace around it along: it is known by the rest, too.
-        self.cut = {text.strip(): index for text, index in self.ids.items()} | self.ids
+        self.tokens = tokens
         longest_first = sorted(tokens, key=len, reverse=True)
         pattern = "|".join(_pattern(tokens[text]) for text in longest_first)
         self.around = re.compile(f"({pattern})")
@@ -193,10 +192,18 @@ class _SentencePiece:
         sentencepiece puts a space in front of what it gets ("what" becomes "▁what"). A Llama was
         trained with it after each special token (`legacy`) or at the start of the text alone.
         """
+        parts = self.around.split(text)  # text, token, text, ..., token, text
+        # White space isn't part of the pattern: a long run would be tried from each of its characters.
+        for place in range(1, len(parts), 2):
+            token = self.tokens[parts[place]]
+            if token.lstrip:
+                parts[place - 1] = parts[place - 1].rstrip()
+            if token.rstrip:
+                parts[place + 1] = parts[place + 1].lstrip()
         ids = []
-        for place, part in enumerate(self.around.split(text)):
-            if place % 2:  # what the pattern found
-                ids.append(self.cut[part] if part in self.cut else self.cut[part.strip()])
+        for place, part in enumerate(parts):
+            if place % 2:  # a token
+                ids.append(self.ids[part])
             elif part:
                 pieces = self.pieces if self.legacy or place == 0 else self.inside
                 ids += pieces.encode(part)
@@ -234,9 +241,7 @@ class _SentencePiece:
 def _pattern(token):
     """The regular expression that finds an added token."""
     pattern = re.escape(token.content)
-    if token.single_word:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
-    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+    return rf"(?<!\w){pattern}(?!\w)" if token.single_word else pattern
 
 
 class TextStream:

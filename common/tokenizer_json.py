@@ -178,16 +178,19 @@ class TokenizerJson:
     def __len__(self):
         return self.fast.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, without the special tokens that a post-processor adds."""
         return self.fast.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, special tokens left out."""
         return self.fast.decode(ids, skip_special_tokens=True)
 
-    def token_id(self, token):
+    def token_id(self, token: str) -> int | None:
+        """The id of a token's text, None where there is none."""
         return self.fast.token_to_id(token)
 
-    def usual_tokens(self):
+    def usual_tokens(self) -> dict[str, str]:
         """{name: text} for a folder that names none: the post-processor's BOS, and usual texts."""
         found = {}
         for name, texts in USUAL.items():
@@ -198,7 +201,7 @@ class TokenizerJson:
             found["bos_token"] = self.fast.id_to_token(self.first)
         return found
 
-    def summary(self):
+    def summary(self) -> tuple[int, bool, dict[str, str]]:
         """What LimitedTokenizerJson needs to know."""
         return len(self), self.adds_bos, self.usual_tokens()
 
@@ -219,16 +222,20 @@ class LimitedTokenizerJson:
     def __len__(self):
         return self.size
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, without the special tokens that a post-processor adds."""
         return self._ask("encode", text)
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, special tokens left out."""
         return self._ask("decode", ids)
 
-    def token_id(self, token):
+    def token_id(self, token: str) -> int | None:
+        """The id of a token's text, None where there is none."""
         return self._ask("token_id", token)
 
-    def usual_tokens(self):
+    def usual_tokens(self) -> dict[str, str]:
+        """As TokenizerJson's."""
         return self.usual
 
 

@@ -88,7 +88,9 @@ def check_targets(config: dict, adapted: Set[str], file: Path, shapes: Shapes) -
     layers = [layers] if isinstance(layers, int) else layers
     if layers:
         layer_of = _layers_by_pattern(config, paths, file)
-        named = {path for path in named if layer_of.get(path) in layers}
+        targets = config["target_modules"]
+        whole = targets if isinstance(targets, list) else []  # as in PEFT, a whole path needs no layer
+        named = {path for path in named if path in whole or layer_of.get(path) in layers}
     problems = {
         "named by target_modules have no tensors": named - adapted,
         "not named by target_modules have tensors": adapted - named,

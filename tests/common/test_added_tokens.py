@@ -37,6 +37,7 @@ STRIP = {
     333: token("<both>", special=False, lstrip=True, rstrip=True),
     334: token("word", special=False, single_word=True),
 }
+WHITE = {335: token("\n "), 336: token(" gap"), 337: token("  ")}
 SOURCES = {
     "added_tokens_decoder": {
         "added_tokens_decoder": PIECES | CHATML | TOOLS,
@@ -110,10 +111,11 @@ def both(folder):
 def mixed(tmp_path_factory):
     """Both tokenizers of a folder with special, shown and stripping tokens."""
     folder = tmp_path_factory.mktemp("mixed") / "t"
-    return both(folder_with(folder, legacy=False, added_tokens_decoder=PIECES | STRIP))
+    return both(folder_with(folder, legacy=False, added_tokens_decoder=PIECES | STRIP | WHITE))
 
 
-WORDS = [*(entry["content"] for entry in (PIECES | STRIP).values()), "the", "fox", " ", "\n", "日", "_"]
+ADDED = [entry["content"] for entry in (PIECES | STRIP | WHITE).values()]
+WORDS = [*ADDED, "the", "fox", " ", "\n", "日", "_"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -126,6 +128,16 @@ def test_any_text_with_added_tokens(mixed, words):
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text, start=False) == ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", ["{}the", "<left>{}", "{}<left>the", "the<right>{}", "<both>{}<both>"])
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_a_long_run_of_white_space(tmp_path, space, text):
+    """Without it a token that takes the white space before it along is looked for at each character
+    of the run, through the whole rest of it: this text takes minutes."""
+    ours, theirs = both(folder_with(tmp_path / "t", legacy=False, added_tokens_decoder=PIECES | STRIP))
+    text = "fox" + text.format(space * 300_007)
+    assert ours.encode(text, start=False) == theirs.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

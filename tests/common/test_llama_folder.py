@@ -140,6 +140,35 @@ def test_another_rope_is_refused_by_name(tmp_path, case, field):
     )
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 7.0, "original_max_position_embeddings": 37}
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.0, 1.0), (3.0, 3.0), (3, 3)])
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_the_factors_of_llama3_in_their_order(tmp_path, field, low, high):
+    """Without it the slow rotations are those that aren't stretched, where transformers stretches
+    them; with equal factors 0 / 0 may make every answer NaN."""
+    rope = LLAMA3 | {"low_freq_factor": low, "high_freq_factor": high}
+    with pytest.raises(InputError) as caught:
+        write_llama(tmp_path / "m", **{field: rope})
+    where = f"{tmp_path / 'm' / 'config.json'}: rope 'llama3'"
+    said = f"low_freq_factor is {low:g}, expected less than high_freq_factor {high:g}"
+    assert str(caught.value) == f"{where}: {said}"
+
+
+@pytest.mark.parametrize("sizes", [{"head_dim": 2}, {"head_dim": None, "hidden_size": 4}])
+def test_dynamic_rope_needs_two_pairs(tmp_path, sizes):
+    """Without it the first forward ends in a ZeroDivisionError: the exponent is d / (d - 2), whether
+    config.json gives the d or it follows from the other sizes."""
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"type": "dynamic", "factor": 2.0}
+    with pytest.raises(
+        InputError, match="config.json: head_dim is 2, expected at least 4 with rope 'dynamic'"
+    ):
+        write_llama(tmp_path / "m", rope_scaling=rope, **sizes)
+    load_llama(write_llama(tmp_path / "linear", rope_scaling=rope | {"type": "linear"}, **sizes))(IDS)
+
+
 # The index ------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,12 @@ CONFIGS = {
     "layers_pattern": {"layers_to_transform": [1], "layers_pattern": ["layers"]},
     "two_layers_patterns": {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
     "layers_pattern_group": {"layers_to_transform": [1], "layers_pattern": "(h|layers)"},
+    "whole_path_elsewhere": {"target_modules": ["q_proj", UP], "layers_to_transform": 2},
+    "whole_path_excluded": {
+        "target_modules": ["q_proj", UP, "model.layers.0.mlp.down_proj"],
+        "exclude_modules": ["model.layers.0.mlp.down_proj"],
+        "layers_to_transform": 2,
+    },
     "exclude": {"exclude_modules": ["k_proj", "layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"]},
     "exclude_regex": {"exclude_modules": r".*layers\.[02]\.mlp.*"},
     "regex": {"target_modules": r".*layers\.[02]\..*(q|up|down)_proj"},

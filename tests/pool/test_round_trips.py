@@ -164,8 +164,7 @@ def peft_configs(draw):
         "rank_pattern": draw(patterns(RANKS)),
         "alpha_pattern": draw(patterns(ALPHAS)),
     }
-    targets = config["target_modules"]
-    if isinstance(targets, list) and "model.layers.0.mlp.down_proj" not in targets and draw(st.booleans()):
+    if isinstance(config["target_modules"], list) and draw(st.booleans()):
         layers = st.integers(0, 2)
         config["layers_to_transform"] = draw(layers | st.lists(layers, max_size=3, unique=True))
         if draw(st.booleans()):
