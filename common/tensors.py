@@ -33,7 +33,9 @@ def _check_header(path):
             if size < 8 or begin > size:
                 raise InputError(f"{path}: truncated: {found}, its header alone promises {begin}")
             if begin > LARGEST_HEADER:
-                raise InputError(f"{path}: its header has {begin} bytes, expected at most {LARGEST_HEADER}")
+                raise InputError(
+                    f"{path}: its header has {begin - 8} bytes, expected at most {LARGEST_HEADER}"
+                )
             file.seek(8)
             text = file.read(begin - 8).decode("utf-8", "replace")
     except OSError as error:

@@ -1,6 +1,7 @@
 """Pool folders: pool.json with adapters/, or just PEFT folders; checks of what lies beside them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,7 @@ def read_pool(path: Path | str) -> PoolFolder:
     if strange := [name for name in names if not is_folder_name(name)]:
         found = f"adapters holds {shown(strange[0])}"
         raise InputError(f"{file}: {found}, expected folder names under adapters/")
-    if len(set(names)) < len(names):
-        twice = min(name for name in names if names.count(name) > 1)
-        raise InputError(f"{file}: adapters lists a name twice: {twice}")
+    check_twice(file, names)
     folders = {name: path / "adapters" / name for name in names}
     if raw.get("adapters") is None:
         folders = _plain_folders(path)
@@ -78,6 +77,13 @@ def check_adapter_name(name: object, where: str | Path) -> None:
     if not is_folder_name(name):
         expected = "a text without slashes and control characters, that no dot begins"
         raise InputError(f"{where}: adapter name is {name!r}, expected {expected}")
+
+
+def check_twice(file: Path | str, names: list[str]) -> None:
+    """Raises InputError where a file names an adapter twice: one of the two would be lost unseen."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{file}: names an adapter twice: {min(twice)}")
 
 
 def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:

@@ -14,7 +14,7 @@ from common.fields import Number, parse_number
 from common.files import InputError, warn_once
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from moe_lora import MeteoraGate, meteora_gates
-from pool.folder import check_base
+from pool.folder import check_base, check_twice
 from pool.slots import Pool
 
 
@@ -75,6 +75,7 @@ class GateFile:
         if len(names) != len(hashes):
             found = f"{len(names)} names and {len(hashes)} hashes"
             raise InputError(f"{file}: {found}, expected as many of each: {again}")
+        check_twice(file, names)
         check_base(file, metadata.get("base", ""), base, again)
         self.k = parse_number(f"{file}: k", metadata["k"], Number(int, 1, len(names)))
         named = re.fullmatch(r".*_top(\d+)", Path(file).stem)

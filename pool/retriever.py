@@ -29,7 +29,7 @@ from common.tensors import cast_finite, read_safetensors, write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import swap
-from pool.folder import check_base
+from pool.folder import check_base, check_twice
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's I
 
@@ -272,6 +272,7 @@ def load_retriever(file: Path | str, model: Llama, tokenizer: Tokenizer) -> tupl
     retriever = Retriever(LlamaEncoder(model, tokenizer, depth, mean, projection, max_length))
     names = metadata["names"].split("\n") if metadata["names"] else []
     hashes = metadata["hashes"].split("\n") if metadata["hashes"] else []
+    check_twice(file, names)
     vectors = tensors["adapters"]
     if not len(names) == len(hashes) == len(vectors):
         found = f"{len(names)} names, {len(hashes)} hashes, {len(vectors)} vectors"

@@ -149,8 +149,8 @@ class Pool:
         names = list(dict.fromkeys(names))
         for name in names:
             self.member(name)
-        if len(names) > self.capacity:
-            count = len(names)
+        count = len(names) + len([n for n in self.resident if n not in names and not self._on_disk(n)])
+        if count > self.capacity:
             found = f"{count} adapters are needed at once, {self.capacity} fit"
             raise InputError(f"{found}: --resident {count}")
         for name in names:
@@ -224,11 +224,16 @@ class Pool:
         self.scale.update(more.scale)
 
     def _free_slot(self):
-        """A slot without an adapter; where there is none, the adapter needed longest ago leaves."""
+        """A slot without an adapter; where there is none, one that is on disk leaves, of these the one
+        that was needed longest ago."""
         free = set(range(self.capacity)) - {member.slot for member in self.members.values()}
         if not free:
-            free = {self._empty(self.resident[0])}
+            free = {self._empty(next(filter(self._on_disk, self.resident)))}
         return min(free)
+
+    def _on_disk(self, name):
+        """Whether an adapter can leave its slot: what was computed in memory would be lost."""
+        return self.members[name].adapter.folder is not None
 
     def _check_values(self, adapter):
         """Raises InputError unless A, B and scale * B are finite in the pool's dtype, and scale * B so

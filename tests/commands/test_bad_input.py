@@ -320,12 +320,36 @@ BASE_CONFIG = {
     "bad json": ('{\n  "model_type": "llama",\n  "hidden_size" 44}', ["line 3"]),
     "a list": ("[1]", ["object", "list"]),
     "not utf-8": (b'{"model_type": "\xff"}', ["UTF-8", "16"]),
+    "size 10**30": ({"hidden_size": 10**30}, ["hidden_size is 1000", "from 1 to 1,000,000"]),
+    "layers 10**6": ({"num_hidden_layers": 10**6}, ["num_hidden_layers is 1000000", "from 1 to 1,000"]),
+    "size true": ({"vocab_size": True}, ["vocab_size is True", "a whole number"]),
+    "memory": (
+        {"num_hidden_layers": 1000, "intermediate_size": 10**7},
+        ["sizes need", "GiB", "this machine has"],
+    ),
+    "theta 10**400": ({"rope_theta": 10**400}, ["rope_theta is 1000", "expected a number from"]),
+    "eps nan": ({"rms_norm_eps": float("nan")}, ["rms_norm_eps is nan", "expected a number from"]),
+    "dynamic of pairs": (
+        {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2}},
+        ["head_dim is 2", "at least 4"],
+    ),
+    "llama3 factors": (
+        {
+            "rope_scaling": LLAMA3
+            | {"low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 37}
+        },
+        ["low_freq_factor is 4", "high_freq_factor 4"],
+    ),
+    "eos 1e308": ({"eos_token_id": 1e308}, ["eos_token_id is 1e+308", "a whole number"]),
+    "eos -1": ({"eos_token_id": [2, -1]}, ["eos_token_id is [2, -1]", "a list of whole numbers"]),
     "long number": ('{"vocab_size": ' + "1" * 5000 + "}", ["config.json"]),
 }
 TOKENIZER_CONFIG = {
     "bad json": ('{\n"add_bos_token": yes}', ["line 2"]),
     "bos a number": ({"bos_token": 1}, ["bos_token", "1"]),
     "template a number": ({"chat_template": 1}, ["chat_template", "1"]),
+    "template half a pair": ({"chat_template": "\ud800"}, ["chat_template", "half a surrogate pair"]),
+    "bos half a pair": ({"bos_token": "\ud800"}, ["bos_token", "half a surrogate pair"]),
     "add_bos_token a text": ({"add_bos_token": "no"}, ["add_bos_token", "'no'", "true or false"]),
 }
 TEMPLATES = {
@@ -453,6 +477,15 @@ ADAPTER_CONFIG = {
     "r a fraction": ({"r": 2.5}, ["r is 2.5", "number"]),
     "alpha a text": ({"lora_alpha": "16"}, ["lora_alpha", "'16'", "a number"]),
     "alpha missing": ({"lora_alpha": None}, ["lora_alpha", "None"]),
+    "alpha 10**400": ({"lora_alpha": 10**400}, ["lora_alpha is 1000", "float32"]),
+    "r true": ({"r": True}, ["r is True", "a whole number"]),
+    "r 10**30": ({"r": 10**30}, ["r is 1000", "from 1 to"]),
+    "base a number": ({"base_model_name_or_path": 5}, ["base_model_name_or_path is 5", "a text"]),
+    "base half a pair": (
+        {"base_model_name_or_path": "\ud800"},
+        ["base_model_name_or_path", "half a surrogate"],
+    ),
+    "rslora a text": ({"use_rslora": "no"}, ["use_rslora is 'no'", "true or false"]),
     "alpha nan": ({"lora_alpha": float("nan")}, ["lora_alpha", "nan"]),
     "rank_pattern": ({"rank_pattern": {"q_proj": 3}}, ["q_proj", "r is 3", "lora_A has 2"]),
     "rank_pattern text": ({"rank_pattern": {"q_proj": "2"}}, ["rank_pattern", "numbers"]),
@@ -586,8 +619,11 @@ POOL_JSON = {
     "bad json": ('{\n"adapters": [\n"a",]}', ["line 3"]),
     "no list": ('{"adapters": "spelling"}', ["adapters", "'spelling'"]),
     "outside": ('{"adapters": ["../spelling"]}', ["../spelling", "folder names"]),
-    "hidden": ('{"adapters": ["a\\u0007b"]}', ["['a\\x07b']", "folder names"]),
+    "hidden": ('{"adapters": ["a\\u0007b"]}', ["'a\\x07b'", "folder names"]),
     "twice": ('{"adapters": ["spelling", "spelling"]}', ["twice", "spelling"]),
+    "a number": ('{"adapters": [5]}', ["adapters is [5]", "a list of texts"]),
+    "base a number": ('{"adapters": ["spelling"], "base": 5}', ["base is 5", "a text"]),
+    "half a pair": ('{"adapters": ["\\ud800"]}', ["adapters", "half a surrogate pair"]),
     "template": ('{"adapters": ["spelling"], "template": "hello"}', ["template", "hello", "{prompt}"]),
 }
 
@@ -707,6 +743,13 @@ OPTIONS = {
     "not a number": (["--top_k", "two"], ["--top_k", "'two'"]),
     "not a choice": (["--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
     "unknown": (["--temprature", "1"], ["--temprature", "--temperature"]),
+    "top_p tiny": (["--top_p", "1e-46"], ["--top_p is 1e-46", "from 1e-09 to 1"]),
+    "temperature tiny": (["--temperature", "1e-300"], ["--temperature is 1e-300", "0 or a number from"]),
+    "seed 2**64": (["--seed", str(2**64)], [f"--seed is {2**64}", "a whole number"]),
+    "a power": (["--retrieve", "²"], ["--retrieve is '²'", "a whole number"]),
+    "5,000 digits": (["--resident", "9" * 5000], ["--resident is '999", "a whole number"]),
+    "mix 1e400": (["--mix", "a=1e400"], ["the weight of a is 1e400", "float32"]),
+    "method of 5,000 digits": (["--method", "meteora_top" + "1" * 5000], ["no method 'meteora_top1"]),
     "seed": (["--seed", "1" + "0" * 30, "--temperature", "1"], ["--seed"]),
     "raw and chat": (["--raw", "--chat"], ["--raw", "--chat"]),
     "chat without a template": (["--chat"], ["chat template"]),
@@ -851,6 +894,9 @@ TRAINING = {
     "target": training("--target", "w_proj", words=["--target", "w_proj", "q_proj"]),
     "rank": training("--r", "0", words=["--r", "0"]),
     "alpha": training("--alpha", "nan", words=["--alpha", "nan"]),
+    "alpha 1e308": training("--alpha", "1e308", words=["--alpha is 1e308", "1,000,000"]),
+    "rank 10**8": training("--r", 10**8, words=["--r is 100000000", "from 1 to 65,536"]),
+    "batch 10**30": training("--batch_size", 10**30, words=["--batch_size is 1000", "from 1 to 65,536"]),
     "late": training("--late_start", 1.5, words=["--late_start", "1.5", "to 1"]),
     "late and joint": training("--late_start", 0.5, "--joint", "lora_b", words=["--late_start", "--joint"]),
     "composite of one": training("--composite", 0.1, words=["--composite 0.1", "8 examples", "--batch_size"]),

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from typing import get_type_hints
 
 import pytest
 
-from common.options import build_parser
+from common.files import InputError
+from common.options import BOUNDS, build_parser, numbers_of, parse_args
 from helpers_commands import ROOT, command
 from methods.batch import method_names
 
@@ -227,6 +229,29 @@ def test_help_explains_every_option(line):
         option = f"--{field.name.rstrip('_')}"
         assert {option, f"{option},"} & set(done.stdout.split())
         assert re.sub(r"\s+", "", text) in shown, field.name
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
+def test_every_number_has_bounds_of_its_own(line):
+    """Without it an option of 10**30 or of -1 fails far from the command line, hangs or fills the
+    memory."""
+    module = import_module(line[0].removesuffix(".py").replace("/", "."))
+    cls = module.COMMANDS[line[1]][0] if len(line) > 1 else module.__dict__[COMMANDS[line]]
+    kinds = get_type_hints(cls)
+    bounds = numbers_of(cls)
+    for field in fields(cls):
+        if kinds[field.name] in (int, float, int | None, float | None):
+            assert bounds[field.name] not in BOUNDS.values(), f"{cls.__name__}.{field.name} has no bounds"
+            for text in ("1" + "0" * 30, "1e400", "nan", "-inf", "²", "1" * 5000, "-1"):
+                with pytest.raises(InputError, match=f"^--{field.name} is .*, expected "):
+                    parse_args(cls, [f"--{field.name}={text}"])
+        elif (
+            isinstance(kinds[field.name], type)
+            and issubclass(kinds[field.name], str)
+            and field.name in bounds
+        ):
+            with pytest.raises(InputError, match=f"^--{field.name} is .*, expected numbers|whole numbers"):
+                parse_args(cls, [f"--{field.name}=1,1e400"])
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

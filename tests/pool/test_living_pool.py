@@ -96,6 +96,21 @@ def test_add_and_remove_in_a_limited_pool(folders, shapes, tmp_path):
     assert pool.add(new) is not None
 
 
+def test_an_adapter_that_is_nowhere_on_disk_stays(folders, shapes):
+    """Without it an adapter that was computed in memory leaves its slot for another and is lost."""
+    pool = Pool.load(folders, shapes, resident=3)
+    pool.remove(pool.resident[0])
+    new = random_adapter("new", shapes, 3, seed=77)
+    slot = pool.add(new)
+    for names in (NAMES[1:3], NAMES[5:7]):
+        pool.need(names)
+        assert set(pool.resident) == {"new", *names} and pool.slot("new") == slot
+    before = pool.resident
+    with pytest.raises(InputError, match="4 adapters are needed at once, 3 fit: --resident 4"):
+        pool.need(NAMES[1:4])
+    assert pool.resident == before
+
+
 def test_every_answer_is_that_of_a_pool_that_holds_all(small_model, folders):
     """Whatever was evicted in between: a stale slot, matrix or candidate would answer for another
     adapter."""

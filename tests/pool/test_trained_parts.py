@@ -195,6 +195,15 @@ WRONG = {
     "k a power": (GATE, {"k": "²"}, "k is '²'"),
     "gates of before": (GATE, {"base": ""}, "written before.*train.py gates --top_k 2"),
     "gates of another base": (GATE, {"base": "f" * 32}, "trained on base ffffffffffff.*gates --top_k 2"),
+    "a name twice": (GATE, {"names": "ant\nbee\nant"}, "names an adapter twice: ant"),
+    "k of 5,000 digits": (GATE, {"k": "1" * 5000}, "k is '111.*1', expected a whole number from 1 to 3"),
+    "k of another script": (GATE, {"k": "٣"}, "k is '٣', expected a whole number from 1 to 3"),
+    "divisor 1e40": (
+        "router.safetensors",
+        {"divisor": "1e40"},
+        "divisor is 1e40, expected a number from 1e-06",
+    ),
+    "scaled 2": ("router.safetensors", {"scaled": "2"}, "scaled is 2, expected a whole number from 0 to 1"),
     "a hash too few": (GATE, {"hashes": "0"}, "3 names and 1 hashes"),
     "smear of another base": ("gates/smear.safetensors", {"base": "f" * 32}, "trained on .*--kind smear"),
     "router of before": ("router.safetensors", {"base": "f" * 64}, "written before.*train.py router"),
@@ -214,6 +223,7 @@ RETRIEVER = {
     "depth 0": ({"depth": "0"}, "depth is 0"),
     "depth beyond": ({"depth": "4"}, "depth is 4"),
     "depth a fraction": ({"depth": "1.5"}, "depth is '1.5'"),
+    "max_length too large": ({"max_length": "1" + "0" * 30}, "max_length is 1000.*, expected a whole number"),
     "max_length 0": ({"max_length": "0"}, "max_length is 0"),
     "of before": ({"base": "f" * 64}, "written before.*train.py retriever"),
     "of another base": ({"base": "f" * 32}, "trained on base ffffffffffff.*train.py retriever"),
@@ -241,6 +251,17 @@ def test_a_retrievers_metadata(small_model, parts, retriever_file, wrong, says):
         retriever_of(load_mole(small_model, parts))
 
 
+@pytest.mark.parametrize(
+    "projection", [torch.zeros(0, 44), torch.zeros(44), torch.zeros(3, 2), torch.tensor(1.0)]
+)
+def test_a_projection_of_another_shape(small_model, parts, retriever_file, projection):
+    """Without rows all scores are 0, and whichever adapters come first are retrieved."""
+    tensors, metadata = read_safetensors(retriever_file)
+    write_safetensors(retriever_file, tensors | {"encoder.projection": projection}, metadata)
+    with pytest.raises(InputError, match=r"encoder.projection is \(.*expected \(d, 44\) with d above 0"):
+        retriever_of(load_mole(small_model, parts))
+
+
 def test_a_router_of_scalars(small_model, parts):
     """A shape of nothing is a wrong shape, not an IndexError."""
     tensors, metadata = read_safetensors(parts / "router.safetensors")
@@ -257,6 +278,8 @@ def test_a_router_of_scalars(small_model, parts):
         ({"fox": {"ant": float("-inf")}}, "fox: the weight of ant is -inf"),
         ({"fox": {"ant": 10**400}}, "fox: the weight of ant is 1000"),
         ({"fox": {"ant": "1"}}, "fox: the weight of ant is '1'"),
+        ({"fox": {"ant": None}}, "fox: the weight of ant is None, expected a number that float32 can hold"),
+        ({"fox": {"ant": True}}, "fox: the weight of ant is True"),
         ({"fox": {"eel": 1.0}}, "fox: expected a weight for some of its adapters"),
         ({"fox": [1.0]}, "weights is .*expected an object of objects"),
         ([1.0], "weights is .*, expected an object of objects"),
