@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 import xml.etree.ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fuzz.plan import ANY, MUST, ORACLE, Plan
@@ -15,9 +16,7 @@ BAD = ("traceback", "hang", "escape", "silent", "crash", "untidy")
 LINE = 2000  # characters of a line on stderr at most
 BESIDE = ("warning:", "method:", "template:", "retrieved:", "{", "base:", "wrote ", "error:")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-MARKS = set(
-    "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)  # they reorder or break a line
+MARKS = {chr(code) for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}  # reorder or break lines
 
 
 @dataclass
@@ -47,9 +46,8 @@ def answer(plan: Plan, done: Done) -> list:
     for pattern in plan.results:
         for file in sorted(plan.folder.glob(pattern)):
             found = file.read_bytes() if file.is_file() else b""
-            hashes.append(
-                [str(file.relative_to(plan.folder)), hashlib.sha256(_steady(file, found)).hexdigest()]
-            )
+            digest = hashlib.sha256(_steady(file, found)).hexdigest()
+            hashes.append([str(file.relative_to(plan.folder)), digest])
     return [said, hashes]
 
 
@@ -68,7 +66,7 @@ def ids_of(row: dict) -> list:
     return [[token["id"] for token in row[name]] for name in ("prompt_tokens", "tokens")]
 
 
-def judge(plan: Plan, done: Done, undamaged, oracle) -> Verdict:
+def judge(plan: Plan, done: Done, undamaged: Callable, oracle: Callable) -> Verdict:
     """`undamaged()` gives the answer without the damage, `oracle(plan)` that of transformers or, as
     a text, why it has none."""
     if bad := _ended_badly(plan, done):

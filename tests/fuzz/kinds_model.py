@@ -41,7 +41,7 @@ def generation_config(rng, folder):
 
 @kind("weights header", "hf")
 def weights_header(rng, folder):
-    return Plan(GENERATE, damage_header(rng, folder / "hf" / "model.safetensors"), ORACLE)
+    return Plan(GENERATE, damage_header(rng, folder / "hf" / "model.safetensors")[0], ORACLE)
 
 
 @kind("weights tensors", "hf")
@@ -71,7 +71,7 @@ def shards(rng, folder):
     if draw < 0.7:
         return Plan(SHARDS, replace_file(rng, shard), MUST)
     if draw < 0.85:
-        return Plan(SHARDS, damage_header(rng, shard), ORACLE)
+        return Plan(SHARDS, damage_header(rng, shard)[0], ORACLE)
     return Plan(SHARDS, damage_tensor(rng, shard)[0], ORACLE)
 
 
@@ -273,7 +273,7 @@ def adapter_tensors(rng, folder):
     file = folder / "bee" / "adapter_model.safetensors"
     draw = rng.random()
     if draw < 0.4:
-        return Plan(BEE, damage_header(rng, file), ORACLE)
+        return Plan(BEE, damage_header(rng, file)[0], ORACLE)
     if draw < 0.8:
         return Plan(BEE, damage_tensor(rng, file)[0], ORACLE)
     if draw < 0.9:

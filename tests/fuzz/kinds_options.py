@@ -7,7 +7,7 @@ import bench
 import eval
 import generate
 import train
-from fuzz.plan import ANY, MUST, Plan, kind
+from fuzz.plan import ANY, MUST, TRAIN_BASE, Plan, kind
 from fuzz.values import HOSTILE, NEVER, NUMBER_TEXTS, PATTERNS
 
 LONG = "d/" * 3000 + "x"
@@ -20,10 +20,8 @@ WORK = {"steps", "composites", "prompts", "write_samples"}  # of which 2**31 is 
 BEYOND = {("alpha", "1e308"), ("top_p", "1e-46"), ("batch_size", str(10**30)), ("r", str(10**30))}
 
 POOLED = "--model small --pool pool"
-SMALL_BASE = "--vocab_size 300 --hidden_size 24 --intermediate_size 36 --num_hidden_layers 1 "
-SMALL_BASE += "--num_attention_heads 4 --num_key_value_heads 2 --block_size 13 --steps 1 --no-compile"
 TRAINERS = {
-    "base": f"--model new --text text.txt {SMALL_BASE}",
+    "base": " ".join(TRAIN_BASE[2:]),
     "adapters": "--model small --pool new --tasks questions --steps 1",
     "gates": f"{POOLED} --tasks questions --steps 1 --batch_size 3",
     "lorahub": f"{POOLED} --tasks questions --steps 1",

@@ -6,65 +6,63 @@ right, of all else only the undamaged one.
 """
 
 import json
-import os
 import unicodedata
 
 from fuzz.files import damage_bytes, damage_json_file, damage_jsonl_file, replace_file
-from fuzz.plan import ANY, MUST, POOL, SAME, Plan, kind
+from fuzz.plan import ANY, LIST, MUST, POOL, SAME, Plan, kind
 from fuzz.tensors import damage_header, damage_metadata, damage_tensor
-from fuzz.values import HOSTILE, json_value
+from fuzz.values import FOLDER_NAMES, HOSTILE, dump, json_value
 
-GATES = {"meteora_top1": "meteora_top1", "meteora_top2": "meteora_top2", "soft": "soft", "smear": "smear"}
-GATES |= {"loraflow": "loraflow", "moe_top3": "moe_top3"}
-# Metadata of which another text, within bounds, is another part that is as good.
-FREE = {"k", "depth", "max_length", "divisor", "scaled", "prior", "names", "hashes"}
+GATES = ["meteora_top1", "meteora_top2", "soft", "smear", "loraflow", "moe_top3"]
+# Metadata of which another text, within bounds, makes another part that is as good.
+FREE = {"gates": {"k"}, "retriever": {"depth", "max_length", "names", "hashes"}}
+FREE["router"] = {"divisor", "scaled", "prior"}
+# Damages of a pool.json after which it says something else, rightly: another template, all defaults.
+OTHER_POOL = ("template", "whole", "JSON object", "missing", "link")
 
 
 @kind("pool.json", "small", "pool")
 def pool_json(rng, folder):
     file = folder / "pool" / "pool.json"
     done = damage_json_file(rng, file)
-    free = (
-        "template" in done or "whole" in done or "JSON object" in done or "missing" in done or "link" in done
-    )
+    free = any(word in done for word in OTHER_POOL)
     return Plan([*POOL, "--method", "meteora_top2"], done, ANY if free else SAME)
 
 
 @kind("gates", "small", "pool")
 def gates(rng, folder):
-    method = rng.choice(sorted(GATES))
-    return part(rng, folder / "pool" / "gates" / f"{GATES[method]}.safetensors", method)
+    method = rng.choice(GATES)
+    return part(rng, folder / "pool" / "gates" / f"{method}.safetensors", method, FREE["gates"])
 
 
 @kind("retriever", "small", "pool")
 def retriever(rng, folder):
     method = rng.choice(["selection", "mixture", "fusion", "ramole"])
-    return part(rng, folder / "pool" / "retriever.safetensors", method)
+    return part(rng, folder / "pool" / "retriever.safetensors", method, FREE["retriever"])
 
 
 @kind("router", "small", "pool")
 def router(rng, folder):
-    return part(rng, folder / "pool" / "router.safetensors", "ramole")
+    return part(rng, folder / "pool" / "router.safetensors", "ramole", FREE["router"])
 
 
-def part(rng, file, method):
-    """Damage of a safetensors file of the pool."""
+def part(rng, file, method, free_keys):
+    """Damage of a safetensors file of the pool, whose metadata may have other `free_keys`."""
     argv = [*POOL, "--method", method]
     draw = rng.random()
     if draw < 0.35:
         done, key, _ = damage_metadata(rng, file)
-        return Plan(argv, f"{file.name}: {done}", ANY if key in FREE else SAME)
-    if draw < 0.6:
-        done = damage_header(rng, file)
-        free = any(word in done for word in ("offsets", "metadata", "swapped", "dtype", "shape"))
-        return Plan(argv, f"{file.name}: {done}", ANY if free else SAME)
-    if draw < 0.85:
-        done, only_values = damage_tensor(rng, file)
-        free = only_values or "dtype" in done or "one row" in done or "no rows" in done
-        return Plan(argv, f"{file.name}: {done}", ANY if free else SAME)
-    if draw < 0.93:
-        return Plan(argv, replace_file(rng, file), MUST)
-    return Plan(argv, damage_bytes(rng, file, rng.choice([8, 300, None])), ANY)
+        free = key in free_keys
+    elif draw < 0.85:
+        done, free = rng.choice([damage_header, damage_tensor])(rng, file)
+    elif draw < 0.93:
+        done = replace_file(rng, file)
+        # A retriever that isn't there, or a link to nothing, is done without, with a warning.
+        optional = file.stem == "retriever" and ("missing" in done or "link" in done)
+        return Plan(argv, done, ANY if optional else MUST)
+    else:
+        done, free = damage_bytes(rng, file, rng.choice([8, 300, None])), True
+    return Plan(argv, f"{file.name}: {done}", ANY if free else SAME)
 
 
 @kind("lorahub.json", "small", "pool")
@@ -76,8 +74,6 @@ def lorahub(rng, folder):
     weights = raw["weights"]["fox"]
     name, new = rng.choice([*weights, "gnu", "\x1b[31m"]), json_value(rng)
     weights[name] = new
-    from fuzz.values import dump
-
     file.write_text(dump(raw))
     return Plan([*POOL, "--method", "lorahub:fox"], f"weight of {name!r} is {str(new)[:80]!r}", ANY)
 
@@ -94,10 +90,8 @@ def baselines(rng, folder):
 @kind("adapters of a pool", "small", "pool")
 def pool_adapters(rng, folder):
     adapter = folder / "pool" / "adapters" / rng.choice(["ant", "bee", "cat"])
-    method = rng.choice(
-        ["meteora_top2", "ramole", "mixture", "average_ba", "ties_ba", "arrow", "logo", "adapter:bee"]
-    )
-    argv = [*POOL, "--method", method]
+    methods = ["meteora_top2", "ramole", "mixture", "average_ba", "ties_ba", "arrow", "logo", "adapter:bee"]
+    argv = [*POOL, "--method", rng.choice(methods)]
     if rng.random() < 0.5:
         return Plan(argv, damage_json_file(rng, adapter / "adapter_config.json"), SAME)
     return part_of_adapter(rng, argv, adapter)
@@ -106,20 +100,17 @@ def pool_adapters(rng, folder):
 def part_of_adapter(rng, argv, adapter):
     """Damage of the tensors of one of this project's adapters."""
     file = adapter / "adapter_model.safetensors"
-    draw = rng.random()
-    if draw < 0.4:
-        return Plan(argv, f"{adapter.name}: {damage_tensor(rng, file)[0]}", ANY)
-    if draw < 0.7:
-        return Plan(argv, f"{adapter.name}: {damage_header(rng, file)}", ANY)
-    return Plan(argv, f"{adapter.name}: {damage_metadata(rng, file)[0]}", SAME)
+    if rng.random() < 0.3:
+        done, free = damage_metadata(rng, file)[0], False
+    else:
+        done, free = rng.choice([damage_header, damage_tensor])(rng, file)
+    return Plan(argv, f"{adapter.name}: {done}", ANY if free else SAME)
 
 
 @kind("samples.jsonl", "small", "pool")
 def samples(rng, folder):
     file = folder / "pool" / "adapters" / "ant" / "samples.jsonl"
-    argv = rng.choice(
-        [[*POOL, "--method", "selection"], ["generate.py", "--model", "small", "--pool", "pool", "--list"]]
-    )
+    argv = rng.choice([[*POOL, "--method", "selection"], LIST])
     return Plan(argv, damage_jsonl_file(rng, file), ANY)
 
 
@@ -133,15 +124,14 @@ def printed(rng, folder):
     name = rng.choice(["base_model_name_or_path", "task_type", said, "revision"])
     (adapter / "adapter_config.json").write_text(json.dumps(config | {name: said}))
     shown = [*POOL[:-1], "--routing", "--svg", "a.svg", "--html", "a.html"]
-    argv = rng.choice([["generate.py", "--model", "small", "--pool", "pool", "--list"], shown])
+    argv = rng.choice([LIST, shown])
     return Plan(argv, f"sample and {name!r} are {said!r}", ANY, colours=argv is shown)
 
 
 @kind("names of adapters", "small", "pool")
 def names(rng, folder):
     """PEFT folders of any name, beside those of a pool without pool.json."""
-    known = [name for name in HOSTILE if name and "/" not in name and "\x00" not in name and name != "\ud800"]
-    name = rng.choice([name for name in known if len(os.fsencode(name)) < 250])
+    name = rng.choice(FOLDER_NAMES)
     pool = folder / "peft"
     pool.mkdir()
     (folder / "pool" / "adapters" / "ant").rename(pool / "ant")
@@ -152,9 +142,8 @@ def names(rng, folder):
     ways += [[*shown[:-1], "--json"], [*shown, "--svg", "a.svg", "--html", "a.html"]]
     argv = rng.choice(ways)
     hidden = any(unicodedata.category(character) == "Cc" for character in name)
-    return Plan(
-        argv, f"an adapter's folder is {name!r}", MUST if hidden else ANY, colours="--routing" in argv
-    )
+    expect = MUST if hidden else ANY
+    return Plan(argv, f"an adapter's folder is {name!r}", expect, colours="--routing" in argv)
 
 
 @kind("other files of a pool", "small", "pool")

@@ -15,6 +15,7 @@ import json, os, resource, signal, sys
 import torch, transformers
 from peft import PeftModel
 FLOATS = {"rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
+UNUSED = {"bos_token_id", "pad_token_id"}
 transformers.logging.set_verbosity_error()
 
 def encode(tokenizer, prompt, chat):
@@ -25,9 +26,9 @@ def encode(tokenizer, prompt, chat):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def with_floats(value):
-    # transformers insists on 1.0 where 1 is as good a number
+    # transformers insists on 1.0 where 1 is as good a number, and on the types of what isn't used
     return {name: float(x) if name in FLOATS and type(x) is int else with_floats(x) if type(x) is dict else x
-            for name, x in value.items()}
+            for name, x in value.items() if name not in UNUSED}
 
 def write_floats(model):
     try:

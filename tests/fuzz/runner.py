@@ -43,11 +43,11 @@ class Runner:
         self.oracle.close()
 
 
-def failures(runner: Runner, kind: str, seed: int, turns: int) -> str:
-    """Runs the first `turns` cases of a kind; what failed, how to run it alone, and its damage, or ""."""
+def failures(runner: Runner, kind: str, seed: int, cases: int) -> str:
+    """Runs those of the first `cases` that are of a kind. Returns what failed, how to run it alone,
+    and its damage; "" where nothing did."""
     lines = []
-    for turn in range(turns):
-        number = NAMES.index(kind) + turn * len(NAMES)
+    for number in range(NAMES.index(kind), cases, len(NAMES)):
         plan, _, verdict = runner.case(seed, number)
         if verdict.what in BAD:
             lines += describe(seed, plan, verdict)

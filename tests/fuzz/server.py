@@ -21,7 +21,7 @@ READ = 1 << 20  # bytes of the output that are looked at
 
 # Runs in the root that is tested, with its folder first on sys.path.
 SERVER = """
-import json, os, resource, runpy, signal, sys, time, traceback
+import gc, json, os, resource, runpy, signal, sys, time, traceback
 root, scripts, cpu, wall, memory, output = json.loads(sys.argv[1])
 sys.path[0] = root
 sys.modules |= dict.fromkeys(("transformers", "peft", "huggingface_hub", "sentence_transformers"))
@@ -31,6 +31,7 @@ if scripts:
         torch.nn.Linear(2, 3), torch.nn.Embedding(5, 7)  # the first time imports sympy: a second
 for script in scripts:  # imports the modules of the program; nothing runs, as none is __main__
     runpy.run_path(f"{root}/{script}", run_name="warm")
+gc.freeze()  # what is imported stays shared with the forked processes
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 
 def limit():

@@ -37,8 +37,9 @@ def sort_metadata(file: Path) -> None:
     file.write_bytes(join(json.dumps(header), body))
 
 
-def damage_header(rng: random.Random, file: Path) -> str:
-    """Damages the file's header so that it may no longer fit its tensors; says how."""
+def damage_header(rng: random.Random, file: Path) -> tuple[str, bool]:
+    """Damages the file's header so that it may no longer fit its tensors. (In words how; whether that
+    may make a whole file of other content.)"""
     header, body = split(file.read_bytes())
     names = [name for name in header if name != "__metadata__"]
     name = rng.choice(names)
@@ -47,11 +48,11 @@ def damage_header(rng: random.Random, file: Path) -> str:
         data = file.read_bytes()
         n = rng.choice([0, 1, 2**63, 2**64 - 1, 10**9, len(data), int.from_bytes(data[:8], "little") - 1])
         file.write_bytes(n.to_bytes(8, "little") + data[8:])
-        return f"header length {n}"
+        return f"header length {n}", False
     if kind == "json":
         written, done = damage_json(rng, header)
         file.write_bytes(join(written, body))
-        return f"header: {done}"
+        return f"header: {done}", "swapped" in done or "__metadata__" in done
     entry = header[name]
     if kind == "dtype":
         entry["dtype"] = done = rng.choice(DTYPES)
@@ -70,12 +71,12 @@ def damage_header(rng: random.Random, file: Path) -> str:
         done = ""
         header["@twice@"] = header[rng.choice(names)]
     file.write_bytes(join(json.dumps(header).replace("@twice@", name), body))
-    return f"header: {kind} of {name} {done!r}"
+    return f"header: {kind} of {name} {done!r}", False
 
 
 def damage_tensor(rng: random.Random, file: Path) -> tuple[str, bool]:
     """Writes a valid file in which a tensor has another name, shape, dtype or values, is missing or
-    is one too many. (In words what was done, whether only values changed.)"""
+    is one too many. (In words how; whether that makes a whole file of other content.)"""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -110,7 +111,7 @@ def damage_tensor(rng: random.Random, file: Path) -> tuple[str, bool]:
         tensors = {}
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, file, metadata)
     sort_metadata(file)
-    return f"{kind} of {name} {done}", kind in ("value", "swap")
+    return f"{kind} of {name} {done}", kind in ("value", "swap", "dtype")
 
 
 def _reshaped(rng, tensor):

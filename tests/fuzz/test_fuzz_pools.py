@@ -15,11 +15,11 @@ KINDS = kinds_of("kinds_pool", "kinds_runs")
 def test_damage(kind, runner):
     """Without it a damaged file or a strange option ends in a traceback, hangs, takes over the
     terminal, or silently changes answers."""
-    assert failures(runner, kind, seed=0, turns=5) == ""
+    assert failures(runner, kind, seed=0, cases=200) == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_damage(kind, runner):
     """The same of other cases, ten times as many."""
-    assert failures(runner, kind, seed=1, turns=45) == ""
+    assert failures(runner, kind, seed=1, cases=2000) == ""

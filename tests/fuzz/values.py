@@ -32,6 +32,7 @@ HOSTILE = [
     "%s%n{0}{prompt}",
     "",
 ]  # fmt: skip (no path that a file could be written to outside of the case's folder)
+FOLDER_NAMES = [name for name in HOSTILE if name and not set(name) & set("/\x00\ud800") and len(name) < 250]
 HUGE = "y" * 10_000_000
 
 NUMBERS = [0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-46, 1e40, 1e308, -1e308, 2**31, 2**53 + 1, 2**63, 2**64, 10**30]
