@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.printable import printable
+from common.printable import printable, shown
 
 MESSAGE = 1000  # characters of a message, at most
 LARGEST_STREAM = 2**30  # bytes that are read of a pipe or a device, which may have no end
@@ -104,11 +104,12 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def parse_json(text: str, where: str | Path, is_line: bool = False) -> Any:
+def parse_json(text: str, where: str | Path, is_line: bool = False, once: bool = False) -> Any:
     """JSON text -> value. Raises InputError naming `where`, line and column; the column alone where
-    `where` names the line already, as the text is one line of a file."""
+    `where` names the line already, as the text is one line of a file. With `once` an object that has
+    a name twice is refused; else, as in other programs, the last value counts."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_doubles if once else None)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if is_line else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{where}: bad JSON at {place}: {error.msg}") from None
@@ -116,10 +117,20 @@ def parse_json(text: str, where: str | Path, is_line: bool = False) -> Any:
         raise InputError(f"{where}: bad JSON: {error}") from None
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object of a file. Raises InputError with path and line."""
+def _without_doubles(pairs):
+    """The dict of an object's pairs."""
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"lists a name twice: {shown(name)}")
+        found[name] = value
+    return found
+
+
+def read_json(path: str | Path, once: bool = False) -> dict:
+    """The JSON object of a file; see parse_json. Raises InputError with path and line."""
     check_regular(path)
-    value = parse_json(read_text(path), path)
+    value = parse_json(read_text(path), path, once=once)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

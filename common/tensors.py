@@ -40,7 +40,7 @@ def _check_header(path):
             text = file.read(begin - 8).decode("utf-8", "replace")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    header = parse_json(text, f"{path} (header)")
+    header = parse_json(text, f"{path} (header)", once=True)
     promised = begin
     try:
         header.pop("__metadata__", None)

@@ -7,6 +7,7 @@ from common.files import InputError
 from common.tensors import read_metadata
 from methods.batch import find_method
 from methods.session import Mole
+from pool.folder import check_twice
 from tasks import tiny as tiny_tasks
 from tasks.folders import Task, load_tasks
 
@@ -33,7 +34,7 @@ def hidden_from(mole: Mole, method: str, name: str, args) -> tuple[str, ...]:
 
 def seen_tasks(mole: Mole) -> set[str]:
     """The tasks that the pool's router and retriever were trained on. Raises InputError where the
-    pool has neither."""
+    pool has neither, and where one of them lists a task twice."""
     files = []
     if mole.folder:
         folder = mole.folder.path
@@ -43,7 +44,9 @@ def seen_tasks(mole: Mole) -> set[str]:
         raise InputError("--unseen: the pool has neither router.safetensors nor retriever.safetensors")
     seen = set()
     for file in files:
-        seen.update(read_metadata(file).get("tasks", "").split("\n"))
+        tasks = read_metadata(file).get("tasks", "").split("\n")
+        check_twice(file, tasks)
+        seen.update(tasks)
     return seen
 
 

@@ -77,8 +77,8 @@ def lorahub_search(loss, e: int, steps=40, seed=0, l1=0.05, bound=1.5) -> tuple[
 def read_searched(file: Path) -> dict:
     """A lorahub.json: {"adapters": {name: hash}, "weights": {task: {adapter: weight}}, "data": {task:
     hash}, ...}. Raises InputError where a weight is no number, or that of an adapter it doesn't
-    know."""
-    found = read_json(file)
+    know, and for a name that is there twice."""
+    found = read_json(file, once=True)
     try:
         adapters = read_field(file, found, "adapters", {str: str})
         read_field(file, found, "data", {str: str}, {})

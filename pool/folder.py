@@ -80,10 +80,10 @@ def check_adapter_name(name: object, where: str | Path) -> None:
 
 
 def check_twice(file: Path | str, names: list[str]) -> None:
-    """Raises InputError where a file names an adapter twice: one of the two would be lost unseen."""
+    """Raises InputError where a file lists a name twice: one of the two would be lost unseen."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{file}: names an adapter twice: {min(twice)}")
+        raise InputError(f"{file}: lists a name twice: {shown(min(twice))}")
 
 
 def open_pool(path: Path | str, extra: Iterable[tuple[str, Path | str]] = ()) -> PoolFolder:

@@ -8,6 +8,7 @@ import torch
 from common.files import InputError, read_json, write_json
 from common.options import check_bounds
 from common.tensors import read_safetensors, write_safetensors
+from evaluation.choose import seen_tasks
 from helpers_models import load_mole, random_adapter, write_adapters
 from methods.batch import set_methods
 from methods.ramole import RouterRun
@@ -195,7 +196,7 @@ WRONG = {
     "k a power": (GATE, {"k": "²"}, "k is '²'"),
     "gates of before": (GATE, {"base": ""}, "written before.*train.py gates --top_k 2"),
     "gates of another base": (GATE, {"base": "f" * 32}, "trained on base ffffffffffff.*gates --top_k 2"),
-    "a name twice": (GATE, {"names": "ant\nbee\nant"}, "names an adapter twice: ant"),
+    "a name twice": (GATE, {"names": "ant\nbee\nant"}, "lists a name twice: 'ant'"),
     "k of 5,000 digits": (GATE, {"k": "1" * 5000}, "k is '111.*1', expected a whole number from 1 to 3"),
     "k of another script": (GATE, {"k": "٣"}, "k is '٣', expected a whole number from 1 to 3"),
     "divisor 1e40": (
@@ -225,6 +226,7 @@ RETRIEVER = {
     "depth a fraction": ({"depth": "1.5"}, "depth is '1.5'"),
     "max_length too large": ({"max_length": "1" + "0" * 30}, "max_length is 1000.*, expected a whole number"),
     "max_length 0": ({"max_length": "0"}, "max_length is 0"),
+    "a name twice": ({"names": "ant\nbee\nant"}, "lists a name twice: 'ant'"),
     "of before": ({"base": "f" * 64}, "written before.*train.py retriever"),
     "of another base": ({"base": "f" * 32}, "trained on base ffffffffffff.*train.py retriever"),
 }
@@ -293,6 +295,32 @@ def test_lorahub_weights(small_model, parts, pool_with_every_part, weights, says
     write_json(parts / "baselines" / "lorahub.json", raw | {"weights": weights})
     with pytest.raises(InputError, match=f"lorahub.json: {says}.*train.py lorahub searches again"):
         use(small_model, parts, "lorahub:fox")
+
+
+@pytest.mark.parametrize("double", ['"ant": 0.5', '"ant": null'])
+def test_lorahub_weighs_an_adapter_twice(small_model, parts, pool_with_every_part, double):
+    """Without it the last of the two weights counts, and nobody is told of the first."""
+    (parts / "baselines").unlink()
+    text = (pool_with_every_part / "baselines" / "lorahub.json").read_text()
+    before, after = text.split('"weights"')
+    (parts / "baselines").mkdir()
+    file = parts / "baselines" / "lorahub.json"
+    file.write_text(before + '"weights"' + after.replace('"ant":', f'{double}, "ant":', 1))
+    with pytest.raises(InputError, match=f"^{file}: bad JSON: lists a name twice: 'ant'$"):
+        use(small_model, parts, "lorahub:fox")
+
+
+@pytest.mark.parametrize("name", ["router.safetensors", "retriever.safetensors"])
+def test_a_task_that_was_seen_twice(small_model, parts, retriever_file, name):
+    """Without it a list of tasks that was put together by hand, with one task for another, hides the
+    wrong tasks from --unseen."""
+    tensors, metadata = read_safetensors(parts / name)
+    mole = load_mole(small_model, parts)
+    write_safetensors(parts / name, tensors, metadata | {"tasks": "ant\nbee"})
+    assert {"ant", "bee"} <= seen_tasks(mole)
+    write_safetensors(parts / name, tensors, metadata | {"tasks": "ant\nbee\nant"})
+    with pytest.raises(InputError, match=f"^{parts / name}: lists a name twice: 'ant'$"):
+        seen_tasks(mole)
 
 
 def test_a_pool_of_before(small_model, parts, capsys):
