@@ -794,7 +794,7 @@ def test_a_folder_of_peft_folders_is_a_pool(model, tmp_path):
         ({"adapters": ["../../secret"]}, "adapters"),
         ({"adapters": "ant"}, "adapters"),
         ({"adapters": [3]}, "adapters"),
-        ({"adapters": ["ant", "bee", "ant"]}, "twice: ant"),
+        ({"adapters": ["ant", "bee", "ant"]}, "twice: 'ant'"),
         ({"adapters": ["ant"], "template": "no place for it"}, "template"),
         ({"adapters": ["ant"], "template": 3}, "template"),
     ],
