@@ -524,7 +524,7 @@ def test_what_is_for_meteora_alone_is_refused(kind, option, small_model, tmp_pat
         (["--kind=mixtral"], "kind"), (["--fit=all"], "fit"), (["--l2=-1"], "--l2 is -1"),
         (["--beta=nan"], "--beta is 'nan'"), (["--lr=inf"], "--lr is 'inf'"),
         (["--composite=2"], "--composite is 2"), (["--composite=0.5", "--fit=own"], "--composite goes with"),
-        (["--adapter_lr=nan"], "--adapter_lr is 'nan'"), (["--top_k=0"], "--top_k is 0, expected a whole number from 1"),
+        (["--adapter_lr=nan"], "--adapter_lr is 'nan'"), (["--top_k=0"], "--top_k is 0, expected a whole number"),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line(args, words, small_model, tmp_path, monkeypatch, capsys):
