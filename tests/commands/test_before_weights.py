@@ -66,7 +66,7 @@ GENERATE = {
     f"{ASK} --prompts {{home}}/nowhere": "nowhere: No such file",
     f"{ASK} --prompts {{home}}/prompts.jsonl": "no method 'meteorra'",
     f"{ASK} --html {{home}}/pool": "pool: is a directory",
-    f"{ASK} --html {THIS}/page.html": "is no folder that you may write to",
+    f"{ASK} --html {THIS}/page.html": "there is no folder",
     f"{ASK} --svg {{home}}/pool": "pool: is a directory",
     f"{ASK} --svg {{home}}/p --html {{home}}/../{{home.name}}/p": "p, expected two files",
     f"{ASK} --method meteorra": "did you mean meteora",
