@@ -130,3 +130,27 @@ def _reshaped(rng, tensor):
     }
     how = rng.choice(sorted(shapes))
     return shapes[how], how
+
+
+def damage_metadata(rng: random.Random, file: Path) -> tuple[str, str, object]:
+    """Damages the file's metadata alone: (in words how, the key, its new value, None: removed)."""
+    header, body = split(file.read_bytes())
+    metadata = header.setdefault("__metadata__", {})
+    key = rng.choice(sorted(metadata) or ["format"])
+    kind = rng.choice(["text", "text", "number", "number", "json", "remove", "lines", "all"])
+    if kind == "all":
+        header["__metadata__"] = new = json_value(rng)
+        key = "all"
+    elif kind == "remove":
+        metadata.pop(key, None)
+        new = None
+    else:
+        new = {"text": text(rng)[:100_000], "json": json_value(rng), "number": rng.choice(NUMBER_TEXTS)}.get(
+            kind
+        )
+        if kind == "lines":
+            lines = str(metadata.get(key, "")).split("\n")
+            new = "\n".join(rng.choice([lines[::-1], lines[:-1], [*lines, lines[0]], [*lines, "\x1b[2J"]]))
+        metadata[key] = new
+    file.write_bytes(join(dump(header), body))
+    return f"metadata {key} is {str(new)[:80]!r}", key, new
