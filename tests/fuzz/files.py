@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import zipfile
@@ -27,11 +28,11 @@ INSTEAD = {
 }  # fmt: skip
 
 
-def replace_file(rng: random.Random, file: Path) -> str:
-    """Another thing where the file was; says what."""
-    kind = rng.choice(
-        [*INSTEAD, "directory", "dangling link", "link to itself", "missing", "unreadable link"]
-    )
+def replace_file(rng: random.Random, file: Path, named: bool = False) -> str:
+    """Another thing where the file was; says what. A file that is `named` on the command line may be
+    a pipe, for whose writer the program rightly waits: there it isn't tried."""
+    others = ["directory", "dangling link", "link to itself", "missing", "unreadable link", "device"]
+    kind = rng.choice([*INSTEAD, *others, *([] if named else ["pipe"])])
     file.unlink()
     if kind in INSTEAD:
         file.write_bytes(INSTEAD[kind])
@@ -43,6 +44,10 @@ def replace_file(rng: random.Random, file: Path) -> str:
         file.symlink_to(file.name)
     elif kind == "unreadable link":
         file.symlink_to("/proc/self/mem")
+    elif kind == "device":
+        file.symlink_to("/dev/null")
+    elif kind == "pipe":
+        os.mkfifo(file)
     return f"{file.name} is {kind}"
 
 
@@ -87,12 +92,12 @@ def damage_json_file(rng: random.Random, file: Path) -> str:
     return f"{file.name}: {done}"
 
 
-def damage_jsonl_file(rng: random.Random, file: Path) -> str:
-    """damage_json_file of one line of a file."""
+def damage_jsonl_file(rng: random.Random, file: Path, named: bool = False) -> str:
+    """damage_json_file of one line of a file; `named` as in replace_file()."""
     lines = file.read_text().splitlines()
     draw = rng.random()
     if draw < 0.1:
-        return replace_file(rng, file)
+        return replace_file(rng, file, named)
     if draw < 0.25:
         return damage_bytes(rng, file)
     at = rng.randrange(len(lines))

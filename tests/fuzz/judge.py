@@ -14,7 +14,7 @@ from fuzz.server import Done
 GOOD = ("refused", "same", "right", "other")  # other: an answer where any will do
 BAD = ("traceback", "hang", "escape", "silent", "crash", "untidy")
 LINE = 2000  # characters of a line on stderr at most
-BESIDE = ("warning:", "method:", "template:", "retrieved:", "{", "base:", "wrote ", "error:")
+BESIDE = ("warning:", "method:", "template:", "retrieved:", "base:", "wrote ", "error:")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MARKS = {chr(code) for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}  # reorder or break lines
 
@@ -107,7 +107,7 @@ def _ended_badly(plan, done):
     if found := controls(plain) + controls(done.stderr, marks=True):
         line = next(line for line in said.split("\n") if set(line) & set(found))
         return Verdict("escape", f"{found!r} in {line[:200]!r}")
-    lines = done.stderr.split("\n")
+    lines = [line for line in done.stderr.split("\n") if not line.startswith("{")]  # options, as JSON
     if any(len(line) > LINE for line in lines):
         return Verdict("untidy", f"a line of {max(map(len, lines))} characters: {max(lines, key=len)[:200]}")
     if done.code not in (0, 2):

@@ -193,7 +193,7 @@ ENDLESS = {
     "a long list": "{{ [0] * 10**9 }}",
     "tojson's indent": "{{ messages | tojson(indent=10**9) }}",
     "doubling": "{% set n = namespace(t='ab') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "format": "{{ '%99999999999d' % 1 }}",
     "center": "{{ 'a' | center(10**11) }}",
     "text beyond the context": "{{ 'a b ' * 5000000 }}",

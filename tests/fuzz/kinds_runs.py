@@ -48,7 +48,7 @@ def task_names(rng, folder):
 
 @kind("a file of examples", "small", "pool")
 def lines(rng, folder):
-    done = damage_jsonl_file(rng, folder / "lines.jsonl")
+    done = damage_jsonl_file(rng, folder / "lines.jsonl", named=True)
     commands = [[*EVAL, "--tasks", "lines.jsonl", "--out", "out"]]
     commands.append(["train.py", "gates", *TRAIN, "--tasks", "lines.jsonl", "--pool", "pool"])
     commands.append(["train.py", "retriever", "--model", "small", "--tasks", "lines.jsonl", "--pool", "pool",
@@ -58,14 +58,16 @@ def lines(rng, folder):
 
 @kind("prompts", "small", "pool")
 def prompts(rng, folder):
-    done = damage_jsonl_file(rng, folder / "prompts.jsonl")
-    argv = ["generate.py", "--model", "small", "--pool", "pool", "--prompts", "prompts.jsonl", *POOL[-5:]]
+    file = folder / "prompts.jsonl"
     if rng.random() < 0.5:
-        new = json_value(rng)
+        done = damage_jsonl_file(rng, file, named=True)
+    else:
         field = rng.choice(["prompt", "method", "stop", "method", "stop"])
-        row = {"prompt": "hi", field: rng.choice([new, text(rng), [text(rng)], rng.choice(HOSTILE)])}
-        (folder / "prompts.jsonl").write_text(dump(row) + "\n")
+        row = {"prompt": "hi"}
+        row[field] = rng.choice([json_value(rng), text(rng), [text(rng)], rng.choice(HOSTILE)])
+        file.write_text(dump(row) + "\n")
         done = f"prompts.jsonl: {field} is {str(row[field])[:80]!r}"
+    argv = ["generate.py", "--model", "small", "--pool", "pool", "--prompts", "prompts.jsonl", *POOL[-5:]]
     return Plan(argv, done, ANY)
 
 
@@ -77,9 +79,9 @@ def init_samples(rng, folder):
     file = folder / name
     if name.endswith("txt"):
         file.write_text("the ant\nquick\n")
-        done = rng.choice([damage_bytes, replace_file])(rng, file)
+        done = damage_bytes(rng, file) if rng.random() < 0.5 else replace_file(rng, file, named=True)
     else:
-        done = damage_jsonl_file(rng, file)
+        done = damage_jsonl_file(rng, file, named=True)
     argv = ["generate.py", "--model", "small", "--pool", "peft", "--init", "--samples", f"ant={name}"]
     return Plan(argv, done, ANY)
 
@@ -88,7 +90,7 @@ def init_samples(rng, folder):
 def base_text(rng, folder):
     file = folder / "text.txt"
     if rng.random() < 0.5:
-        done = replace_file(rng, file)
+        done = replace_file(rng, file, named=True)
     else:
         much = ["a b\n" * 99, "\n" * 500, " " * 999, "\x00" * 999, "x"]
         new = rng.choice([text(rng), rng.choice(HOSTILE) * 50, *much])

@@ -31,12 +31,18 @@ def with_floats(value):
             for name, x in value.items() if name not in UNUSED}
 
 def write_floats(model):
-    try:
-        value = json.load(open(f"{model}/config.json"))
-    except Exception:
-        return  # let transformers say what is wrong
-    if type(value) is dict:
+    value = read_json(f"{model}/config.json")
+    if "eos_token_id" in read_json(f"{model}/generation_config.json"):
+        value.pop("eos_token_id", None)  # isn't used
+    if value:
         json.dump(with_floats(value), open(f"{model}/config.json", "w"))
+
+def read_json(file):
+    try:
+        value = json.load(open(file))
+    except Exception:
+        return {}  # let transformers say what is wrong
+    return value if type(value) is dict else {}
 
 @torch.no_grad()
 def answer(model, adapter, prompt, chat, n):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fuzz.values import HOSTILE, NUMBER_TEXTS, damage_json, dump, json_value, text
+from fuzz.values import HOSTILE, NUMBER_TEXTS, UTF8, damage_json, dump, json_value, text
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "f32", "", "X" * 300]
 CASTS = [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
@@ -87,7 +87,7 @@ def damage_tensor(rng: random.Random, file: Path) -> tuple[str, bool]:
     if kind == "missing":
         del tensors[name]
     elif kind == "extra":
-        done = rng.choice([name + ".x", text(rng)[:300], "model.layers.9.mlp.up_proj.weight"])
+        done = rng.choice([name + ".x", rng.choice(UTF8), "model.layers.9.mlp.up_proj.weight"])
         tensors[done] = torch.ones(rng.choice([(), (2,), (3, 5)]))
     elif kind == "name":
         done = rng.choice(
@@ -111,22 +111,25 @@ def damage_tensor(rng: random.Random, file: Path) -> tuple[str, bool]:
         tensors = {}
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, file, metadata)
     sort_metadata(file)
-    return f"{kind} of {name} {done}", kind in ("value", "swap", "dtype")
+    return f"{kind} of {name} {done}", kind in ("value", "swap", "dtype") or done == "transposed"
 
 
 def _reshaped(rng, tensor):
+    """(The tensor in another shape, in words how.)"""
+    if tensor.dim() == 0:
+        return tensor.repeat(3), "three instead of one"
     shapes = {
-        "transposed": lambda: tensor.t() if tensor.dim() == 2 else tensor.reshape(-1, 1),
-        "flat": lambda: tensor.reshape(-1),
-        "one row less": lambda: tensor[:-1],
-        "one row more": lambda: torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor.reshape(1),
-        "no rows": lambda: tensor[:0],
-        "scalar": lambda: tensor.reshape(-1)[0] if tensor.numel() else tensor,
-        "one dimension more": lambda: tensor[None],
-        "half the columns": lambda: tensor[..., ::2] if tensor.dim() else tensor,
+        "transposed": tensor.t() if tensor.dim() == 2 else tensor[:, None],
+        "flat": tensor.reshape(-1),
+        "one row less": tensor[:-1],
+        "one row more": torch.cat([tensor, tensor[:1]]),
+        "no rows": tensor[:0],
+        "one number": tensor.sum(),
+        "one dimension more": tensor[None],
+        "half the columns": tensor[..., ::2],
     }
     how = rng.choice(sorted(shapes))
-    return shapes[how](), how
+    return shapes[how], how
 
 
 def damage_metadata(rng: random.Random, file: Path) -> tuple[str, str, object]:

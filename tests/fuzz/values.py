@@ -32,6 +32,7 @@ HOSTILE = [
     "%s%n{0}{prompt}",
     "",
 ]  # fmt: skip (no path that a file could be written to outside of the case's folder)
+UTF8 = [value for value in HOSTILE if not set(value) & set("\ud800\udcff")]
 FOLDER_NAMES = [name for name in HOSTILE if name and not set(name) & set("/\x00\ud800") and len(name) < 250]
 HUGE = "y" * 10_000_000
 
