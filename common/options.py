@@ -57,13 +57,13 @@ def numbers_of(cls: type) -> dict[str, Number]:
 
 def check_bounds(args: Any) -> None:
     """Raises InputError for an option outside the bounds beside its field: for options that came
-    from Python, as parse_args checks its own."""
+    from Python, as parse_args checks its own. numpy's numbers become Python's."""
     for name, number in numbers_of(type(args)).items():
         value = getattr(args, name)
         if isinstance(value, str):
             _parse_list(f"--{name}", value, number)
         elif value is not None:
-            check(f"--{name}", value, number)
+            setattr(args, name, check(f"--{name}", value, number))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
