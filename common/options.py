@@ -166,8 +166,8 @@ def parse_args(
     description: str | None = None,
     choices: dict[str, Collection[str]] | None = None,
 ) -> Any:
-    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2; a
-    number that is none, or out of its bounds, raises InputError."""
+    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2. Raises
+    InputError where an option's value is no number, or a number out of its bounds."""
     parser = build_parser(cls, prog, description, choices)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
