@@ -31,7 +31,9 @@ def memory_of(device: str | torch.device) -> int:
 def check_memory(what: str, size: int, device: str | torch.device | None = None) -> None:
     """Raises InputError, before anything is allocated, where `what` needs `size` bytes and the
     device has fewer; None is the CPU."""
-    has = memory_of(device or "cpu")
+    device = torch.device(device or "cpu")
+    has = memory_of(device)
     if size > has:
-        gib = f"{size / 2**30:,.1f} GiB of memory, this machine has {has / 2**30:,.1f}"
+        whose = "this GPU" if device.type == "cuda" else "this machine"
+        gib = f"{size / 2**30:,.1f} GiB of memory, {whose} has {has / 2**30:,.1f}"
         raise InputError(f"{what} need {gib}")

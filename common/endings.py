@@ -30,7 +30,7 @@ def run_script(main: Callable[[], None]) -> None:
     before = raise_once()
     try:
         status = _status_of(main)
-        restore(before)
+        restore(before)  # here, where a signal that comes in this moment is still caught
     except KeyboardInterrupt:
         restore(before)
         status = _stopped_by(signal.SIGINT)

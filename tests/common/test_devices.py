@@ -28,6 +28,14 @@ def test_the_machines_memory():
         check_memory("x", memory_of("cpu") + 1)
 
 
+def test_a_gpus_memory(monkeypatch):
+    """Without it the line gives a GPU's memory as the machine's."""
+    monkeypatch.setattr(devices, "memory_of", lambda device: 2**30 if device.type == "cuda" else 2**40)
+    check_memory("x", 2**40)
+    with pytest.raises(InputError, match=r"^x need 5.0 GiB of memory, this GPU has 1.0$"):
+        check_memory("x", 5 * 2**30, "cuda:0")
+
+
 def edited(tmp_path, small_model, **fields):
     folder = shutil.copytree(small_model, tmp_path / "m")
     raw = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""python tests/fuzz --seed 7 --cases 2000: damages what the program reads, and counts what comes of it."""
+"""Damages what the program reads, runs its commands, and counts what comes of it."""
 
 import argparse
 import contextlib
@@ -14,15 +14,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+COLUMNS = """\
+What may come of a case: refused (one line and status 2), same (the undamaged answer), right (that of
+transformers), other (any answer will do). What is a failure: traceback, hang, escape (a control
+character), silent (a wrong answer), crash (another status), untidy (not one line)."""
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="which cases")
-    parser.add_argument("--cases", type=int, default=200, help="how many")
+    parser = argparse.ArgumentParser("python tests/fuzz", description=__doc__, epilog=COLUMNS)
+    parser.add_argument("--seed", type=int, default=0, help="of the cases; the same seed, the same cases")
+    parser.add_argument("--cases", type=int, default=200, help="how many, default 200; all kinds take turns")
     parser.add_argument("--only", type=int, help="the number of one case, whose output is shown")
-    parser.add_argument("--kind", default="", help="only cases whose kind has this in its name")
+    parser.add_argument("--kind", default="", help="only those of the cases whose kind has this in its name")
     parser.add_argument("--root", default=str(ROOT), help="another checkout, whose commands are run instead")
-    parser.add_argument("--processes", type=int, default=2, help="how many at a time")
+    parser.add_argument("--processes", type=int, default=2, help="how many run at a time, default 2")
     parser.add_argument("--failures", default="", help="file for the failures, default standard output")
     return parser.parse_args()
 
@@ -51,7 +57,9 @@ def main() -> int:
     numbers = [number for number in range(args.cases) if args.kind in kind_at(number)]
     if args.only is not None:
         numbers = [args.only]
-    counts, seconds, failed = {}, Counter(), []
+    counts = {}
+    seconds = Counter()
+    failed = []
     lock = threading.Lock()
     with tempfile.TemporaryDirectory() as temporary:
         world = Path(temporary) / "world"

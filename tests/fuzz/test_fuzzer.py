@@ -22,7 +22,8 @@ elif how == "loop":
 elif how == "sleep":
     time.sleep(60)
 elif how == "child":
-    subprocess.run([sys.executable, "-c", "while True: pass"])
+    while True:  # each has processor time of its own
+        subprocess.run([sys.executable, "-c", "while True: pass"])
 elif how == "memory":
     bytearray(10**12)
 elif how == "abort":
