@@ -34,12 +34,12 @@ def write_world(folder: Path) -> Path:
     """Writes everything into `folder`; all paths in it are relative to it."""
     small = write_quiet_llama(folder / "small", 0)
     (small / "tokenizer.model").write_bytes(tokenizer_bytes())
-    _write_json(small / "special_tokens_map.json", SPECIAL)
-    _write_json(small / "added_tokens.json", {"<pad>": 330})
+    write_json(small / "special_tokens_map.json", SPECIAL)
+    write_json(small / "added_tokens.json", {"<pad>": 330})
     hf = write_quiet_llama(folder / "hf", 1)
     write_tokenizer(hf, "llama2", **SPECIAL, chat_template=CHAT, add_bos_token=True, legacy=True)
-    _write_json(hf / "special_tokens_map.json", SPECIAL)
-    _write_json(hf / "generation_config.json", {"eos_token_id": [2, 3], "do_sample": True, "top_p": 0.5})
+    write_json(hf / "special_tokens_map.json", SPECIAL)
+    write_json(hf / "generation_config.json", {"eos_token_id": [2, 3], "do_sample": True, "top_p": 0.5})
     write_shards(hf, folder / "shards")
     write_every_part(folder, small)
     write_plain_adapter(folder / "pool" / "adapters" / "bee", folder / "bee")
@@ -73,10 +73,6 @@ def write_quiet_llama(folder: Path, seed: int) -> Path:
     return folder
 
 
-def _write_json(file, value):
-    file.write_text(json.dumps(value, indent=1))
-
-
 def write_shards(model: Path, folder: Path) -> None:
     """The model in two files and an index."""
     shutil.copytree(model, folder)
@@ -89,7 +85,7 @@ def write_shards(model: Path, folder: Path) -> None:
         save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
     weight_map = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_plain_adapter(adapter: Path, folder: Path) -> None:
@@ -101,7 +97,7 @@ def write_plain_adapter(adapter: Path, folder: Path) -> None:
     file.write_bytes(join(json.dumps(header), body))
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"rank_pattern": {"layers.1.mlp.up_proj": config["r"]}, "alpha_pattern": {}}
-    _write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
 
 
 def write_lines(folder: Path) -> None:
