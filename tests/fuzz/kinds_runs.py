@@ -37,10 +37,13 @@ def tasks(rng, folder):
 
 @kind("names of tasks", "small", "questions")
 def task_names(rng, folder):
+    argv = ["train.py", "adapters", *TRAIN, "--tasks", "questions", "--pool", "new"]
+    if rng.random() < 0.3:
+        metric = rng.choice(HOSTILE)
+        (folder / "questions" / "ant" / "task.json").write_text(json.dumps({"metric": metric}))
+        return Plan(argv, f"a metric is {metric!r}", MUST)
     name = rng.choice(FOLDER_NAMES)
     (folder / "questions" / "bee").rename(folder / "questions" / name)
-    (folder / "questions" / "ant" / "task.json").write_text(json.dumps({"metric": rng.choice(HOSTILE)}))
-    argv = ["train.py", "adapters", *TRAIN, "--tasks", "questions", "--pool", "new"]
     if rng.random() < 0.5:
         argv += ["--only", name]
     return Plan(argv, f"a task is {name!r}", ANY)
