@@ -51,7 +51,7 @@ def part(rng, file, method, free_keys):
     argv = [*POOL, "--method", method]
     draw = rng.random()
     if draw < 0.35:
-        done, key, _ = damage_metadata(rng, file)
+        done, key = damage_metadata(rng, file)
         free = key in free_keys
     elif draw < 0.85:
         done, free = rng.choice([damage_header, damage_tensor])(rng, file)
