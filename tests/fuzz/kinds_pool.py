@@ -32,6 +32,8 @@ def pool_json(rng, folder):
 
 def template_of(file):
     """The template of a pool.json, to which nothing is bound; None where the file can't be read."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         return json.loads(file.read_bytes())["template"]
     except (OSError, ValueError, KeyError, TypeError):
