@@ -36,7 +36,7 @@ def template_of(file):
         return None
     try:
         return json.loads(file.read_bytes())["template"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
