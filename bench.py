@@ -137,7 +137,9 @@ def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
     """One Linear with its adapters: every backend, by itself and in a compiled block; also how far
     auto's choice is from the best of them."""
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
-    e_sizes, n_sizes, k_sizes = (numbers(f"--{name}", getattr(args, name)) for name in "enk")
+    e_sizes = numbers("--e", args.e)
+    n_sizes = numbers("--n", args.n)
+    k_sizes = numbers("--k", args.k)
     if min(k_sizes) > max(e_sizes):
         raise InputError(f"--k is {args.k!r}, expected adapters that a token uses of the {args.e} of --e")
     if any(len(width) != 2 for width in widths):

@@ -6,6 +6,7 @@ for true or false, dict for an object, [kind] for a list, {str: kind} for an obj
 field, what was found, what was expected.
 """
 
+import numbers
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ class Number:
     or_0: bool = False
 
     def has(self, value: object) -> bool:
-        """Whether `value` is one of them. True and False are none, though Python counts with them."""
-        known = int if self.kind is int else int | float
+        """Whether `value` is one of them, numpy's included. True and False are none, though Python
+        counts with them."""
+        known = numbers.Integral if self.kind is int else numbers.Real
         if not isinstance(value, known) or isinstance(value, bool):
             return False
         return self.least <= value <= self.most or (self.or_0 and value == 0)

@@ -141,13 +141,15 @@ def _read_rope(raw, file):
     """The RoPE fields of rope_theta with rope_scaling, or of the newer rope_parameters."""
     objects = [read_field(file, raw, name, dict, {}) for name in ("rope_scaling", "rope_parameters")]
     given = objects[0] or objects[1]  # as in transformers
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
+    rope = {"rope_theta": raw.get("rope_theta")}
+    rope |= {name: value for name, value in given.items() if value is not None}
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in list(ROPE_FIELDS):  # a list, as a JSON value may be unhashable
         supported = ", ".join(ROPE_FIELDS)
         raise InputError(f"{file}: rope type is {shown(kind)}, supported: {supported}")
     where = f"{file}: rope {kind!r}"
-    for name in ("rope_theta", *ROPE_FIELDS[kind]):
+    rope["rope_theta"] = read_field(where, rope, "rope_theta", POSITIVE, 10000.0)
+    for name in ROPE_FIELDS[kind]:
         rope[name] = read_field(where, rope, name, STRETCH if name == "factor" else POSITIVE)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         found = f"low_freq_factor is {rope['low_freq_factor']:g}"
@@ -156,7 +158,7 @@ def _read_rope(raw, file):
         )
     known = {"rope_type", "type", "rope_theta", *ROPE_FIELDS["llama3"]}
     for name in sorted(rope.keys() - known):
-        if rope[name] not in (None, *NEUTRAL.get(name, [])):
+        if rope[name] not in NEUTRAL.get(name, []):
             raise InputError(f"{where}: {name} is {shown(rope[name])}, which isn't implemented")
     return rope
 

@@ -57,13 +57,13 @@ def numbers_of(cls: type) -> dict[str, Number]:
 
 def check_bounds(args: Any) -> None:
     """Raises InputError for an option outside the bounds beside its field: for options that came
-    from Python, as parse_args checks its own."""
+    from Python, as parse_args checks its own. numpy's numbers become Python's."""
     for name, number in numbers_of(type(args)).items():
         value = getattr(args, name)
         if isinstance(value, str):
             _parse_list(f"--{name}", value, number)
         elif value is not None:
-            check(f"--{name}", value, number)
+            setattr(args, name, check(f"--{name}", value, number))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -166,8 +166,8 @@ def parse_args(
     description: str | None = None,
     choices: dict[str, Collection[str]] | None = None,
 ) -> Any:
-    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2; a
-    number that is none, or out of its bounds, raises InputError."""
+    """Command line -> instance of `cls`. A bad option prints one line and exits with status 2. Raises
+    InputError where an option's value is no number, or a number out of its bounds."""
     parser = build_parser(cls, prog, description, choices)
     known, unknown = parser.parse_known_args(argv)
     if unknown:

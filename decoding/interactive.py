@@ -89,7 +89,8 @@ def _read_line():
         try:
             return input(prompt).strip()
         except EOFError:
-            return _end_prompt(prompt)
+            _end_prompt(prompt)
+            return None
         except KeyboardInterrupt:
             if not prompt:
                 raise

@@ -115,8 +115,8 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def adapter_folders(path: Path) -> list[Path]:
-    """The PEFT folders directly inside a folder, sorted."""
-    return sorted(file.parent for file in path.glob("*/adapter_config.json"))
+    """The PEFT folders directly inside a folder, sorted; not those whose names a dot begins."""
+    return sorted(file.parent for file in path.glob("[!.]*/adapter_config.json"))
 
 
 def load_adapter(

@@ -72,11 +72,12 @@ def is_folder_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name) and printable(name, 255) == name
 
 
-def check_adapter_name(name: object, where: str | Path) -> None:
-    """Raises InputError, which begins with `where`, unless is_folder_name(name)."""
+def check_adapter_name(name: object, where: str | Path, what: str = "adapter") -> None:
+    """Raises InputError, which begins with `where`, unless is_folder_name(name). `what` has the name:
+    an adapter, or a task, as both have the same."""
     if not is_folder_name(name):
-        expected = "a text without slashes and control characters, that no dot begins"
-        raise InputError(f"{where}: adapter name is {name!r}, expected {expected}")
+        expected = "at most 255 characters, no slashes, none hidden, and no dot at the beginning"
+        raise InputError(f"{where}: {what} name is {shown(name)}, expected {expected}")
 
 
 def check_twice(file: Path | str, names: list[str]) -> None:

@@ -56,7 +56,7 @@ def load_tasks(
     if not names:
         raise InputError(f"{folder}: no task folders (NAME/task.json) in it")
     for name in names:
-        check_adapter_name(name, folder)
+        check_adapter_name(name, folder, "task")
     for name in only or ():
         if name not in names:
             raise InputError(f"{folder}: no task {name!r}{nearest(name, names)}")

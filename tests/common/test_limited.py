@@ -55,6 +55,14 @@ def test_what_fails_says_why_and_the_next_call_works(function, arguments, words)
     assert call_limited(calls.echo, 7) == [7]
 
 
+def test_a_call_leaves_time_for_the_next():
+    """Without it a call that just came in time ends the next one: what it imports and reads before its
+    own time begins would be in the first one's."""
+    call_limited(calls.use_up, seconds=1)
+    long = "a" * 20_000_000
+    assert call_limited(calls.length, long) == len(long)
+
+
 def test_a_call_that_only_waits_is_stopped(monkeypatch):
     """A sleeping process uses no CPU time, so the kernel's limit never comes."""
     monkeypatch.setattr(limited, "WALL_SECONDS", 1)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from common.files import InputError
+from common.files import InputError, read_json, write_json
+from common.llama_folder import read_config
 from common.tensors import read_safetensors, write_safetensors
 from helpers_models import write_llama
 from model import load_llama
@@ -117,6 +118,20 @@ def test_neutral_values_are_accepted(tmp_path):
     write_llama(tmp_path / "long", sliding_window=194, rope_scaling=stretched)
     with pytest.raises(InputError, match="at least the context, 194"):
         write_llama(tmp_path / "short", sliding_window=193, rope_scaling=stretched)
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta"),
+    [
+        ({"rope_theta": None}, 10000.0),
+        ({"rope_theta": 523.0, "rope_parameters": {"rope_theta": None}}, 523.0),
+    ],
+)
+def test_a_theta_of_null_is_missing(tmp_path, fields, theta):
+    """Without it a config that some tool wrote with all its fields is refused."""
+    file = write_llama(tmp_path / "m") / "config.json"
+    write_json(file, read_json(file) | fields)
+    assert read_config(file.parent)["rope"]["rope_theta"] == theta
 
 
 ROPES = {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from common.fields import Number
@@ -151,6 +152,18 @@ def test_numbers_out_of_bounds(option, text, says):
     with pytest.raises(InputError, match="--rate is nan, expected a number from 0.5 to 2"):
         check_bounds(Options(rate=float("nan")))
     check_bounds(Options())
+
+
+def test_numbers_of_numpy():
+    """Without it an option that was computed with numpy is refused, or torch gets a seed that it
+    doesn't take."""
+    options = Options(rate=np.float32(0.5), steps=np.int64(7))
+    check_bounds(options)
+    assert (type(options.rate), type(options.steps)) == (float, int)
+    with pytest.raises(InputError, match="--rate is "):
+        check_bounds(Options(rate=np.float32(7)))
+    with pytest.raises(InputError, match="--steps is "):
+        check_bounds(Options(steps=np.float64(7)))
 
 
 def test_lists_of_numbers():

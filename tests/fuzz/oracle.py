@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 from fuzz.plan import Plan
 
@@ -110,11 +111,9 @@ class Oracle:
         """[ids of the prompt, ids of the answer], or why there is no answer."""
         if not self.process:
             self.start()
-        argv = plan.argv
-        of = {name: argv[argv.index(name) + 1] for name in argv if name.startswith("--") and name[2:3] != "j"
-              and argv.index(name) + 1 < len(argv)}  # fmt: skip
+        of = dict(pairwise(plan.argv))  # {option: its value}, and pairs that nobody asks for
         asked = {"folder": str(plan.folder), "model": of["--model"], "prompt": of["--prompt"]}
-        asked |= {"chat": "--chat" in argv, "n": int(of["--max_new_tokens"])}
+        asked |= {"chat": "--chat" in plan.argv, "n": int(of["--max_new_tokens"])}
         asked |= {"adapter": of.get("--adapter", "=").partition("=")[2]}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()

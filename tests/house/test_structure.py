@@ -245,12 +245,8 @@ def test_every_number_has_bounds_of_its_own(line):
             for text in ("1" + "0" * 30, "1e400", "nan", "-inf", "²", "1" * 5000, "-1"):
                 with pytest.raises(InputError, match=f"^--{field.name} is .*, expected "):
                     parse_args(cls, [f"--{field.name}={text}"])
-        elif (
-            isinstance(kinds[field.name], type)
-            and issubclass(kinds[field.name], str)
-            and field.name in bounds
-        ):
-            with pytest.raises(InputError, match=f"^--{field.name} is .*, expected numbers|whole numbers"):
+        elif kinds[field.name] is str and field.name in bounds:
+            with pytest.raises(InputError, match=f"^--{field.name} is .*, expected (whole )?numbers "):
                 parse_args(cls, [f"--{field.name}=1,1e400"])
 
 

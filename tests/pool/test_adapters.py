@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.files import InputError
+from common.files import InputError, write_json
 from helpers_commands import ROOT
 from helpers_models import load_mole, random_adapter, write_adapters, write_llama
 from helpers_oracles import peft, transformers
@@ -843,3 +843,10 @@ def test_a_pool_loads_in_its_own_size(tmp_path):
     line = [sys.executable, "-c", MEMORY, tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert 0.8 < float(done.stdout) < 1.1, (done.stdout, done.stderr)
+
+
+def test_hidden_folders_are_no_adapters(tmp_path):
+    """Without it what a tool or a person put aside in .old or .trash is an adapter, or refuses the pool."""
+    for name in ("one", ".old"):
+        write_json(tmp_path / name / "adapter_config.json", {})
+    assert list(read_pool(tmp_path).adapters) == ["one"]
