@@ -114,7 +114,7 @@ def read_requests(args: Options) -> list[Request]:
     """The requests of --prompt and --prompts. Raises InputError."""
     asked = [Request(read_prompt(prompt)) for prompt in args.prompt]
     if args.prompts:
-        for row in read_jsonl(args.prompts, ("prompt",)):
+        for row in read_jsonl(args.prompts, ("prompt",), pipe=True):
             request = Request(row["prompt"], row.get("method", ""), row.get("stop"))
             if not isinstance(request.method, str):
                 raise InputError(f"{args.prompts}: method is {request.method!r}, expected the name of one")

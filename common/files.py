@@ -64,9 +64,15 @@ def foreign_format(head: bytes) -> str | None:
     return None
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, pipe: bool = False) -> bytes:
     """The file's bytes. Raises InputError where it is missing, a folder or not readable, and for a
-    pipe or device of more than LARGEST_STREAM bytes."""
+    pipe or a device, from which reading may never end.
+
+    `pipe` is for a file that the user names: a shell's <(...) is a pipe. Of a pipe or a device it
+    raises InputError for more than LARGEST_STREAM bytes.
+    """
+    if not pipe:
+        check_regular(path)
     try:
         with open(path, "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -82,22 +88,22 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises InputError for a pipe or a device: reading from a pipe may wait forever."""
+    """Raises InputError for a pipe or a device."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise InputError(f"{path}: is a pipe or a device, expected a file")
 
 
-def read_known(path: str | Path) -> bytes:
+def read_known(path: str | Path, pipe: bool = False) -> bytes:
     """read_bytes. Raises InputError for a Git LFS pointer, a web page, a zip or a pickle."""
-    data = read_bytes(path)
+    data = read_bytes(path, pipe)
     if stranger := foreign_format(data[:512]):
         raise InputError(f"{path}: is {stranger}")
     return data
 
 
-def read_text(path: str | Path) -> str:
-    """The file's text. Raises InputError where it can't be read or isn't UTF-8."""
-    data = read_known(path)
+def read_text(path: str | Path, pipe: bool = False) -> str:
+    """The file's text; see read_bytes. Raises InputError where it can't be read or isn't UTF-8."""
+    data = read_known(path, pipe)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -129,7 +135,6 @@ def _without_doubles(pairs):
 
 def read_json(path: str | Path, once: bool = False) -> dict:
     """The JSON object of a file; see parse_json. Raises InputError with path and line."""
-    check_regular(path)
     value = parse_json(read_text(path), path, once=once)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -145,10 +150,11 @@ def check_text(text: str, where: str) -> None:
         raise InputError(f"{where}: {found}, half a surrogate pair") from None
 
 
-def read_jsonl(path: str | Path, keys: Iterable[str]) -> list[dict]:
-    """The objects of a .jsonl file; each must have a text under every key of `keys`."""
+def read_jsonl(path: str | Path, keys: Iterable[str], pipe: bool = False) -> list[dict]:
+    """The objects of a .jsonl file; each must have a text under every key of `keys`. `pipe` as in
+    read_bytes."""
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, pipe).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path}:{number}", is_line=True)

@@ -38,7 +38,7 @@ class Tokenizer:
         added = read_added_tokens(folder, self.config)
         if (folder / "tokenizer.json").exists():
             self.backend = open_tokenizer_json(folder, added)
-        elif (folder / "tokenizer.model").is_file():
+        elif (folder / "tokenizer.model").exists():
             # Folders without the field legacy are older than it: their models were trained that way.
             legacy = self._flag("legacy") is not False
             self.backend = _SentencePiece(folder / "tokenizer.model", added, legacy)
@@ -82,7 +82,7 @@ class Tokenizer:
         """{name: template}; the usual one is "default", some folders have a "tool_use". An empty
         template is none."""
         files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
-        if (folder / "chat_template.jinja").is_file():
+        if (folder / "chat_template.jinja").exists():
             files["default"] = folder / "chat_template.jinja"
         if files:
             texts = {name: read_text(file) for name, file in files.items()}

@@ -40,9 +40,9 @@ def read_samples(pairs: Iterable[str], adapters: Collection[str]) -> dict[str, l
         if name not in adapters:
             raise InputError(f"--samples: no adapter {name!r}{nearest(name, adapters)}")
         if file.endswith(".jsonl"):
-            prompts = [row["prompt"] for row in read_jsonl(file, ("prompt",))]
+            prompts = [row["prompt"] for row in read_jsonl(file, ("prompt",), pipe=True)]
         else:
-            prompts = list(filter(None, map(str.strip, read_text(file).split("\n"))))
+            prompts = list(filter(None, map(str.strip, read_text(file, pipe=True).split("\n"))))
         if not prompts:
             raise InputError(f"{file}: holds no prompt")
         found[name] = prompts

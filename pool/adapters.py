@@ -161,7 +161,7 @@ def load_adapter(
             why = "every lora_A, lora_B or scale is zero (saved before training?)"
             warn(f"{folder}: changes nothing: {why}")
     samples = folder / "samples.jsonl"
-    if samples.is_file():
+    if samples.exists():
         adapter.samples = [row["prompt"] for row in read_jsonl(samples, ("prompt",))]
     return adapter
 

@@ -107,7 +107,7 @@ def train_base(args: BaseRun) -> None:
     if (folder / "config.json").exists() and not (run / "config.json").exists():
         found = "holds a model that this command didn't make"
         raise InputError(f"{folder}: {found}: name another --model")
-    text = read_text(args.text)
+    text = read_text(args.text, pipe=True)
     with alone(run):
         _train_base(text, folder, run, args)
 

@@ -155,16 +155,16 @@ def test_pipes_and_devices_do_not_hang(tmp_path, monkeypatch):
     """Without it a pipe in a downloaded folder would be waited for, and a device without an end
     would fill the memory."""
     os.mkfifo(tmp_path / "config.json")
-    for read in (read_json, read_safetensors):
+    for read in (read_json, read_text, read_bytes, read_safetensors):
         with pytest.raises(InputError, match="config.json: is a pipe or a device, expected a file"):
             read(tmp_path / "config.json")
     monkeypatch.setattr(files, "LARGEST_STREAM", 1009)
     with pytest.raises(InputError, match="/dev/zero: no file, and has more than 1,009 bytes"):
-        read_text("/dev/zero")
+        read_text("/dev/zero", pipe=True)
     reading, writing = os.pipe()
     os.write(writing, b"a prompt")
     os.close(writing)
-    assert read_text(f"/dev/fd/{reading}") == "a prompt"  # as a shell's <(...) is read
+    assert read_text(f"/dev/fd/{reading}", pipe=True) == "a prompt"  # as a shell's <(...) is read
     os.close(reading)
 
 

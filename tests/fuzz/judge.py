@@ -37,8 +37,8 @@ def answer(plan: Plan, done: Done) -> list:
     """What a command answered: the objects that it printed with --json, else its stdout; hashes of
     the plan's results."""
     said = done.stdout
-    lines = said.splitlines()
-    if "--json" in plan.argv and lines and all(line.startswith("{") for line in lines):
+    lines = said.removesuffix("\n").split("\n")
+    if "--json" in plan.argv and all(line.startswith("{") for line in lines):
         said = [json.loads(line) for line in lines]
         for row in said:
             del row["seconds"], row["tokens_per_second"]

@@ -17,16 +17,27 @@ GATES = ["meteora_top1", "meteora_top2", "soft", "smear", "loraflow", "moe_top3"
 # Metadata of which another text, within bounds, makes another part that is as good.
 FREE = {"gates": {"k"}, "retriever": {"depth", "max_length", "names", "hashes"}}
 FREE["router"] = {"divisor", "scaled", "prior"}
-# Damages of a pool.json after which it says something else, rightly: another template, all defaults.
-OTHER_POOL = ("template", "whole", "JSON object", "missing", "link")
+# Damages of a pool.json after which it says something else, rightly: all defaults.
+OTHER_POOL = ("whole", "JSON object", "missing", "link")
 
 
 @kind("pool.json", "small", "pool")
 def pool_json(rng, folder):
     file = folder / "pool" / "pool.json"
+    before = template_of(file)
     done = damage_json_file(rng, file)
-    free = any(word in done for word in OTHER_POOL)
+    free = template_of(file) != before or any(word in done for word in OTHER_POOL)
     return Plan([*POOL, "--method", "meteora_top2"], done, ANY if free else SAME)
+
+
+def template_of(file):
+    """The template of a pool.json, to which nothing is bound; None where the file can't be read."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
+    try:
+        return json.loads(file.read_bytes())["template"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 @kind("gates", "small", "pool")
@@ -51,7 +62,7 @@ def part(rng, file, method, free_keys):
     argv = [*POOL, "--method", method]
     draw = rng.random()
     if draw < 0.35:
-        done, key, _ = damage_metadata(rng, file)
+        done, key = damage_metadata(rng, file)
         free = key in free_keys
     elif draw < 0.85:
         done, free = rng.choice([damage_header, damage_tensor])(rng, file)

@@ -132,8 +132,8 @@ def _reshaped(rng, tensor):
     return shapes[how], how
 
 
-def damage_metadata(rng: random.Random, file: Path) -> tuple[str, str, object]:
-    """Damages the file's metadata alone: (in words how, the key, its new value, None: removed)."""
+def damage_metadata(rng: random.Random, file: Path) -> tuple[str, str]:
+    """Damages the file's metadata alone. (In words how; the key, or "all".)"""
     header, body = split(file.read_bytes())
     metadata = header.setdefault("__metadata__", {})
     key = rng.choice(sorted(metadata) or ["format"])
@@ -145,12 +145,10 @@ def damage_metadata(rng: random.Random, file: Path) -> tuple[str, str, object]:
         metadata.pop(key, None)
         new = None
     else:
-        new = {"text": text(rng)[:100_000], "json": json_value(rng), "number": rng.choice(NUMBER_TEXTS)}.get(
-            kind
-        )
-        if kind == "lines":
-            lines = str(metadata.get(key, "")).split("\n")
-            new = "\n".join(rng.choice([lines[::-1], lines[:-1], [*lines, lines[0]], [*lines, "\x1b[2J"]]))
-        metadata[key] = new
+        lines = str(metadata.get(key, "")).split("\n")
+        others = [lines[::-1], lines[:-1], [*lines, lines[0]], [*lines, "\x1b[2J"]]
+        values = {"text": text(rng)[:100_000], "json": json_value(rng), "number": rng.choice(NUMBER_TEXTS)}
+        values["lines"] = "\n".join(rng.choice(others))
+        metadata[key] = new = values[kind]
     file.write_bytes(join(dump(header), body))
-    return f"metadata {key} is {str(new)[:80]!r}", key, new
+    return f"metadata {key} is {str(new)[:80]!r}", key
