@@ -26,7 +26,7 @@ from typing import Annotated
 import torch
 
 from common.endings import run_script
-from common.files import MARK, InputError, say, write_json, write_jsonl, write_text
+from common.files import MARK, InputError, read_bytes, say, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import ABOVE_0, Above0, Count, Counts, NewTokens, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
@@ -203,7 +203,7 @@ def describe_run(mole: Mole, tasks: dict[str, Task], args: Options) -> dict:
         adapters[name] = mole.pool.members[name].hash
     parts = {}
     for file in trained_parts(mole):
-        parts[str(file.relative_to(mole.folder.path))] = sha256(file.read_bytes())
+        parts[str(file.relative_to(mole.folder.path))] = sha256(read_bytes(file))
     examples = {}
     metrics = {}
     for name, task in tasks.items():

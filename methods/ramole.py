@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.devices import DTYPES
 from common.fields import Number, parse_number
-from common.files import InputError
+from common.files import InputError, read_bytes
 from common.locks import alone
 from common.options import ABOVE_0, Above0Or0, BatchSize, Count, NotNegative, Rank, ShareAbove0
 from common.tensors import cast_finite, read_safetensors, write_safetensors
@@ -307,7 +307,7 @@ def _train_router(known, names, tasks, run, args):
 def _hash_of_retriever(known, pool):
     """Of all that decides which adapters are retrieved: the encoder and the adapters' samples."""
     file = known.path / "retriever.safetensors"
-    digest = hashlib.sha256(file.read_bytes() if file.exists() else b"")
+    digest = hashlib.sha256(read_bytes(file) if file.exists() else b"")
     for name in sorted(pool.names):
         digest.update(repr((name, pool.members[name].adapter.samples)).encode())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ import json
 import unicodedata
 
 from fuzz.files import damage_bytes, damage_json_file, damage_jsonl_file, replace_file
-from fuzz.plan import ANY, LIST, MUST, POOL, SAME, Plan, kind
+from fuzz.plan import ANY, EVAL, LIST, MUST, POOL, SAME, Plan, kind
 from fuzz.tensors import damage_header, damage_metadata, damage_tensor
 from fuzz.values import FOLDER_NAMES, HOSTILE, dump, json_value
 
@@ -157,10 +157,11 @@ def names(rng, folder):
     return Plan(argv, f"an adapter's folder is {name!r}", expect, colours="--routing" in argv)
 
 
-@kind("other files of a pool", "small", "pool")
+@kind("other files of a pool", "small", "pool", "questions")
 def other(rng, folder):
     """Any file of the pool replaced, whatever reads it."""
     files = sorted(file for file in (folder / "pool").rglob("*") if file.is_file())
     done = replace_file(rng, rng.choice(files))
     methods = ["meteora_top2", "ramole", "selection", "lora_b", "lorahub:fox", "mixture", "smear", "loraflow"]
-    return Plan([*POOL, "--method", rng.choice(methods)], done, ANY)
+    scored = [*EVAL, "--tasks", "questions", "--out", "out"]
+    return Plan(rng.choice([[*POOL, "--method", rng.choice(methods)], scored]), done, ANY)

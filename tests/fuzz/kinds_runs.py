@@ -3,13 +3,11 @@
 import json
 
 from fuzz.files import damage_bytes, damage_json_file, damage_jsonl_file, replace_file
-from fuzz.plan import ANY, MUST, POOL, SAME, TRAIN_BASE, Plan, kind
+from fuzz.plan import ANY, EVAL, MUST, POOL, SAME, TRAIN_BASE, Plan, kind
 from fuzz.tensors import damage_header, damage_metadata, damage_tensor
 from fuzz.values import FOLDER_NAMES, HOSTILE, NUMBERS, dump, json_value, text
 
 TRAIN = ["--model", "small", "--steps", "1", "--batch_size", "1"]
-EVAL = ["eval.py", "--model", "small", "--pool", "pool", "--methods", "base,mixture", "--max_new_tokens", "3"]
-EVAL += ["--dtype", "float32"]
 RESUME = {
     "adapters": "adapters --model small --pool adapters/out --tasks adapters/tasks --steps 5 --batch_size 2 "
     "--lr 0.01 --r 3 --alpha 5.0 --dropout 0.25 --save_every 2 --resume",

@@ -19,6 +19,8 @@ SMALL = ["generate.py", "--model", "small", "--prompt", "the quick fox", "--raw"
 BEE = [*GENERATE, "--adapter", "bee=bee", "--method", "adapter:bee"]
 LIST = ["generate.py", "--model", "small", "--pool", "pool", "--list"]
 POOL = ["generate.py", "--model", "small", "--pool", "pool", "--prompt", "the quick fox", *MODEL]
+EVAL = ["eval.py", "--model", "small", "--pool", "pool", "--methods", "base,mixture"]
+EVAL += ["--max_new_tokens", "3", "--dtype", "float32"]
 BASE_SIZES = "--vocab_size 300 --hidden_size 24 --intermediate_size 36 --num_hidden_layers 1 "
 BASE_SIZES += "--num_attention_heads 4 --num_key_value_heads 2 --block_size 13 --steps 1 --no-compile"
 TRAIN_BASE = f"train.py base --model new --text text.txt {BASE_SIZES}".split()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import eval
 from common.files import write_json, write_jsonl
 from evaluation.answers import AnswerCache
+from fuzz.plan import EVAL
 from fuzz.tensors import join, sort_metadata, split
 from helpers_methods import write_every_part
 from helpers_models import tokenizer_bytes, write_llama
@@ -115,10 +116,6 @@ def write_lines(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox\n\njumps over the lazy dog\n\n" * 40)
 
 
-EVAL = ["eval.py", "--model", "small", "--pool", "pool", "--tasks", "questions", "--methods", "base,mixture"]
-EVAL += ["--max_new_tokens", "3", "--dtype", "float32"]
-
-
 def write_runs(folder: Path) -> None:
     """A retriever, and runs of train.py that were killed after a checkpoint."""
     train_retriever(RetrieverRun("small", "questions", "pool", prompts=3, steps=1))
@@ -133,7 +130,7 @@ def write_scores(folder: Path) -> None:
     """What a run of eval.py writes, and the answers that it kept in case it is stopped."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(AnswerCache, "remove", lambda self: None)
-        patch.setattr(sys, "argv", [*EVAL, "--out", folder.name])
+        patch.setattr(sys, "argv", [*EVAL, "--tasks", "questions", "--out", folder.name])
         eval.main()
     for file in (folder / "cells").glob("*.json"):
         raw = json.loads(file.read_text())
