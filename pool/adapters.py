@@ -47,6 +47,7 @@ RANK = Number(int, 1, 1_000_000)
 LAYER = Number(int, 0, 1_000_000)
 NEEDED = {"r": RANK, "lora_alpha": FLOAT32}  # fields that are read, and their kinds
 OPTIONAL = {
+    "lora_dropout": Number(float, 0, 1),  # for training alone, but PEFT refuses any other
     "use_rslora": bool,
     "rank_pattern": {str: RANK},
     "alpha_pattern": {str: FLOAT32},

@@ -486,6 +486,7 @@ ADAPTER_CONFIG = {
         ["base_model_name_or_path", "half a surrogate"],
     ),
     "rslora a text": ({"use_rslora": "no"}, ["use_rslora is 'no'", "true or false"]),
+    "dropout 7": ({"lora_dropout": 7}, ["lora_dropout is 7", "from 0 to 1"]),
     "alpha nan": ({"lora_alpha": float("nan")}, ["lora_alpha", "nan"]),
     "rank_pattern": ({"rank_pattern": {"q_proj": 3}}, ["q_proj", "r is 3", "lora_A has 2"]),
     "rank_pattern text": ({"rank_pattern": {"q_proj": "2"}}, ["rank_pattern", "numbers"]),
