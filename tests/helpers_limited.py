@@ -12,10 +12,6 @@ def echo(*values):
     return list(values)
 
 
-def length(text):
-    return len(text)
-
-
 def process_id():
     return os.getpid()
 
@@ -74,5 +70,5 @@ def leave_politely():
 
 def use_up():
     """Leaves a moment of the processor time that it may use."""
-    while time.process_time() < resource.getrlimit(resource.RLIMIT_CPU)[0] - 0.01:
+    while time.process_time() < resource.getrlimit(resource.RLIMIT_CPU)[0] - 0.2:
         pass

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,25 @@ def test_what_fails_says_why_and_the_next_call_works(function, arguments, words)
     assert call_limited(calls.echo, 7) == [7]
 
 
-def test_a_call_leaves_time_for_the_next():
+SLOW_IMPORT = """
+import time
+end = time.process_time() + 0.5
+while time.process_time() < end:
+    pass
+def answer():
+    return 7
+"""
+
+
+def test_a_call_leaves_time_for_the_next(tmp_path, monkeypatch):
     """Without it a call that just came in time ends the next one: what it imports and reads before its
     own time begins would be in the first one's."""
+    (tmp_path / "slow_import.py").write_text(SLOW_IMPORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LimitedError):
+        call_limited(calls.fail, "why")  # the process that replaces this one knows the folder
     call_limited(calls.use_up, seconds=1)
-    long = "a" * 20_000_000
-    assert call_limited(calls.length, long) == len(long)
+    assert call_limited(import_module("slow_import").answer) == 7
 
 
 def test_a_call_that_only_waits_is_stopped(monkeypatch):
