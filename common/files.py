@@ -77,14 +77,16 @@ def read_bytes(path: str | Path, pipe: bool = False) -> bytes:
         with open(path, "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file.read()
-            data = file.read(LARGEST_STREAM + 1)
+            data = bytearray()
+            while len(data) <= LARGEST_STREAM and (more := file.read(1 << 20)):
+                data += more
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:  # a NUL, or half a surrogate pair
         raise InputError(f"{path}: no file can have this name: {error}") from None
     if len(data) > LARGEST_STREAM:
         raise InputError(f"{path}: no file, and has more than {LARGEST_STREAM:,} bytes")
-    return data
+    return bytes(data)
 
 
 def check_regular(path: str | Path) -> None:

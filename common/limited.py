@@ -8,6 +8,7 @@ replaced, so that nothing of that call is left.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import math
@@ -156,4 +157,5 @@ def _limit(kind, most):
     """Lowers the process's own limit; a lower one that the user set stays."""
     hard = resource.getrlimit(kind)[1]
     soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (soft, hard))
+    with contextlib.suppress(ValueError):  # macOS has no limit of the address space
+        resource.setrlimit(kind, (soft, hard))

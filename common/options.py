@@ -34,7 +34,7 @@ BatchSize = typing.Annotated[int, Number(int, 1, 65_536)]
 Rank = typing.Annotated[int, Number(int, 1, 65_536)]
 NotNegative = typing.Annotated[float, Number(float, 0, 1e6)]
 Above0 = typing.Annotated[float, ABOVE_0]
-Above0Or0 = typing.Annotated[float, Number(float, 1e-6, 1e6, or_0=True)]
+Above0OrOff = typing.Annotated[float, Number(float, 1e-6, 1e6, or_0=True)]  # 0 is off
 Share = typing.Annotated[float, Number(float, 1e-6, 1, or_0=True)]
 ShareAbove0 = typing.Annotated[float, Number(float, 1e-9, 1)]
 Seed = typing.Annotated[int, Number(int, 0, 2**63 - 1)]

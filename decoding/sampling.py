@@ -6,7 +6,7 @@ import torch
 
 from common.fields import check
 from common.files import InputError
-from common.options import ABOVE_0, COUNT, Above0Or0, NewTokens, Seed, ShareAbove0, Whole, check_bounds
+from common.options import ABOVE_0, COUNT, Above0OrOff, NewTokens, Seed, ShareAbove0, Whole, check_bounds
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Sampling:
     """How tokens are chosen and when they end; temperature 0 is greedy."""
 
     max_new_tokens: NewTokens = 64  # tokens to generate at most
-    temperature: Above0Or0 = 0.0  # the sampler's temperature, 0 = greedy
+    temperature: Above0OrOff = 0.0  # the sampler's temperature, 0 = greedy
     sample_top_k: Whole = 0  # sample among the k likeliest tokens, 0 = all
     top_p: ShareAbove0 = 1.0  # sample among the likeliest tokens that hold this much probability
     seed: Seed = 0  # seed for the sampler; prompt j of a batch uses seed + j

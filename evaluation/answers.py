@@ -58,11 +58,12 @@ class AnswerCache:
             begin = time.perf_counter()
             made = make() | {"seconds": round(time.perf_counter() - begin, 3)}
             write_json(file, MARK | made | {"hash": _hash(made)})
-        made = read_json(file)
-        wrong = made.pop("hash", None) != _hash({name: made[name] for name in made if name not in MARK})
-        if wrong:
-            raise InputError(f"{file}: damaged, its hash is another: remove it to have it computed again")
-        return made
+        kept = read_json(file)
+        digest = kept.pop("hash", None)
+        if digest != _hash({name: kept[name] for name in kept if name not in MARK}):
+            found = "damaged or of an earlier version, its hash is another"
+            raise InputError(f"{file}: {found}: remove it to have it computed again")
+        return kept
 
     def remove(self) -> None:
         """Deletes the cache, once the run is complete; meta.json, which says whose it is, last."""

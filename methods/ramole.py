@@ -24,7 +24,7 @@ from common.devices import DTYPES
 from common.fields import Number, parse_number
 from common.files import InputError, read_bytes
 from common.locks import alone
-from common.options import ABOVE_0, Above0Or0, BatchSize, Count, NotNegative, Rank, ShareAbove0
+from common.options import ABOVE_0, Above0OrOff, BatchSize, Count, NotNegative, Rank, ShareAbove0
 from common.tensors import cast_finite, read_safetensors, write_safetensors
 from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
@@ -237,9 +237,9 @@ class RouterRun(PoolOptions, Run):
     retrieve: Candidates = 4  # candidates before the dropout, the own one among them
     candidates: Literal["retrieved", "random"] = "retrieved"  # how they are drawn
     drop: Drop = 0.5  # how likely a candidate is left out of a step; two or more stay
-    divisor: Above0Or0 = 0.0  # of the scores, 0 = sqrt(r)
+    divisor: Above0OrOff = 0.0  # of the scores, 0 = sqrt(r)
     scaled: bool = True  # the adapters' scale is part of what is scored
-    prior: Above0Or0 = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
+    prior: Above0OrOff = 0.0  # temperature of retrieval scores added to the router's, 0 = not added
     max_length: Count = 512  # longer examples are left out; at most the model's context
     batch_size: BatchSize = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 3e-3  # peak learning rate

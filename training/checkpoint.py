@@ -114,7 +114,8 @@ class Checkpoint:
         """Raises InputError where a tensor is missing, is another's, or has another shape or dtype."""
 
         def refuse(found):
-            raise InputError(f"{self.file}: {found}: damaged: remove {self.folder} to train anew")
+            why = "damaged, or of an earlier version"
+            raise InputError(f"{self.file}: {found}: {why}: remove {self.folder} to train anew")
 
         for name in ["rng", *(name for name in expected if name.startswith("param."))]:
             if name not in tensors:

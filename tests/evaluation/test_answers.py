@@ -47,5 +47,5 @@ def test_a_damaged_answer(tmp_path, change):
     """Without it an answer that is gone is a traceback, and another one is scored without a word."""
     cells = AnswerCache(tmp_path, {"base": "x"})
     cells.get("base on x", lambda: MADE)
-    with pytest.raises(InputError, match=r"base_on_x-.*\.json: damaged, .*remove it"):
+    with pytest.raises(InputError, match=r"base_on_x-.*\.json: damaged or .*remove it"):
         damaged(cells, change)
