@@ -48,6 +48,8 @@ class Checkpoint:
             known["finished"] = read_field(file, known, "finished", bool, False)
             known["wrote"] = read_field(file, known, "wrote", [str], [])
             known["bound"] = read_field(file, known, "bound", {str: str}, {})
+            if known["finished"] and not known["wrote"]:
+                raise InputError(f"{file}: wrote is empty, expected the files of a finished run")
             if known["finished"] or self.file.exists():  # else there is nothing to lose
                 self._check_known(known, args.resume)
 

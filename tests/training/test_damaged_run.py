@@ -150,18 +150,23 @@ def test_a_damaged_log(folder, damage):
 
 
 CONFIGS = {
-    "finished": ("no", "config.json: finished is 'no', expected true or false"),
-    "wrote": ([{}], r"config.json: wrote is \[{}\], expected a list of texts"),
-    "bound": ([1], r"config.json: bound is \[1\], expected an object of texts"),
+    "finished": ({"finished": "no"}, "config.json: finished is 'no', expected true or false"),
+    "wrote": ({"wrote": [{}]}, r"config.json: wrote is \[{}\], expected a list of texts"),
+    "bound": ({"bound": [1]}, r"config.json: bound is \[1\], expected an object of texts"),
+    "finished early": (
+        {"finished": True},
+        "config.json: wrote is empty, expected the files of a finished run",
+    ),
 }
 
 
 @pytest.mark.parametrize("folder", ["adapters"], indirect=True)
-@pytest.mark.parametrize("field", CONFIGS)
-def test_a_damaged_config(folder, field):
-    """Without it a list in a run's config.json is a TypeError."""
+@pytest.mark.parametrize("damage", CONFIGS)
+def test_a_damaged_config(folder, damage):
+    """Without it a list in a run's config.json is a TypeError, and a run that is said to have
+    finished loses its checkpoint."""
     o, where = folder
-    value, line = CONFIGS[field]
-    write_json(where / "config.json", read_json(where / "config.json") | {field: value})
+    fields, line = CONFIGS[damage]
+    write_json(where / "config.json", read_json(where / "config.json") | fields)
     with pytest.raises(InputError, match=line):
         run(o, resume=True)
