@@ -2,9 +2,9 @@
 
 Patterns, chat templates and tokenizer.json come with downloads. Each can ask for endless time or
 memory, or crash the library that reads it. Nothing stops a thread from outside, but a process has
-limits that the kernel enforces. The helper starts at the first call, which takes about 50 ms, and
-is kept for the next ones, which take a tenth of a millisecond. After a call that failed it is
-replaced, so that nothing of that call is left.
+limits that the kernel enforces. The helper starts at the first call, which takes about 0.1 s, and is
+kept for the next ones, which take half a millisecond. After a call that failed it is replaced, so
+that nothing of that call is left.
 """
 
 import atexit
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -85,17 +86,15 @@ class _Helper:
         self.process = None
 
     def _exchange(self, request, seconds):
-        timer = threading.Timer(WALL_SECONDS, self.process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
+        line = b""
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(request.encode() + b"\n")
             self.process.stdin.flush()
+            answers = select.poll()
+            answers.register(self.process.stdout, select.POLLIN)
+            if not answers.poll(1000 * WALL_SECONDS):
+                self.process.kill()
             line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        finally:
-            timer.cancel()
         if not line.endswith(b"\n"):
             raise LimitedError(_how_it_ended(self.process.wait(), seconds))
         kind, value = json.loads(line)

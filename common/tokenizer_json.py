@@ -207,7 +207,7 @@ class TokenizerJson:
 
 
 class LimitedTokenizerJson:
-    """The same in the limited process, whose answers take a tenth of a millisecond longer."""
+    """The same in the limited process, whose answers take half a millisecond longer."""
 
     def __init__(self, file: Path):
         self.file = file.absolute()  # the other process doesn't follow a chdir
