@@ -134,8 +134,7 @@ class TrainBench(ModelBench):
 
 
 def bench_layer(args: LayerBench, limits: Callable[[], Limits]) -> list[dict]:
-    """One Linear with its adapters: every backend, by itself and in a compiled block; also how far
-    auto's choice is from the best of them."""
+    """One Linear with its adapters: every backend, by itself and in a compiled block, and auto's choice."""
     widths = [numbers("--width", width, comma="x") for width in args.width.split(",")]
     e_sizes = numbers("--e", args.e)
     n_sizes = numbers("--n", args.n)
@@ -338,8 +337,7 @@ def main() -> None:
     facts = card(args)
     limits = once(partial(measure_limits, DTYPES[args.dtype], args.device))
     table = COMMANDS[command][1](args, limits)
-    facts |= {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}
-    show(facts, table)
+    show(facts | {"GB/s": round(limits().bytes / 1e9, 1), "GFLOP/s": round(limits().flops / 1e9)}, table)
 
 
 def measure_limits(dtype: torch.dtype, device: str) -> Limits:
