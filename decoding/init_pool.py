@@ -21,7 +21,7 @@ from decoding.sampling import Sampling
 from methods.batch import set_methods
 from methods.session import Mole, retriever_of
 from pool.adapters import adapter_files, save_samples
-from pool.folder import PoolFolder, write_pool
+from pool.folder import PoolFolder, is_folder_name, write_pool
 from pool.retriever import LlamaEncoder, Retriever, save_retriever
 
 MARK = "\ufffc"  # stands where the prompt would be
@@ -82,6 +82,9 @@ def _copy_into(folder: PoolFolder) -> dict[str, Path]:
     inside = folder.path if is_plain else folder.path / "adapters"
     found = {}
     for name, path in folder.adapters.items():
+        if not is_folder_name(name):
+            expected = "no slashes, and no dot at the beginning, as it gets a folder"
+            raise InputError(f"--init: adapter name is {name!r}, expected {expected}")
         found[name] = path
         if path.parent != inside:
             found[name] = inside / name

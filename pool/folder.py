@@ -67,16 +67,20 @@ def _plain_folders(path):
 
 
 def is_folder_name(name: object) -> bool:
-    """Whether an adapter of this name can have a folder, and be shown: a text of at most 255
-    characters, none hidden, without slashes, that no dot begins."""
-    return isinstance(name, str) and re.fullmatch(r"[^/\\.][^/\\]*", name) and printable(name, 255) == name
+    """Whether an adapter of this name can have a folder: a name without slashes that no dot begins."""
+    return _is_name(name) and re.fullmatch(r"[^/\\.][^/\\]*", name)
+
+
+def _is_name(name):
+    """Whether an adapter can have this name: a text of 1 to 255 characters, none hidden."""
+    return isinstance(name, str) and name != "" and printable(name, 255) == name
 
 
 def check_adapter_name(name: object, where: str | Path, what: str = "adapter") -> None:
-    """Raises InputError, which begins with `where`, unless is_folder_name(name). `what` has the name:
-    an adapter, or a task, as both have the same."""
-    if not is_folder_name(name):
-        expected = "at most 255 characters, no slashes, none hidden, and no dot at the beginning"
+    """Raises InputError, which begins with `where`, where a name is too long or holds hidden
+    characters. `what` has the name: an adapter, or a task, as both have the same."""
+    if not _is_name(name):
+        expected = "1 to 255 characters, none hidden"
         raise InputError(f"{where}: {what} name is {shown(name)}, expected {expected}")
 
 

@@ -119,3 +119,15 @@ def test_options_of_init_need_it(small_model, tmp_path, folders):
     asked = ["--model", small_model, "--pool", tmp_path / "peft", "--prompt", "x"]
     assert_refused(command("generate.py", *asked, "--write_samples", 3), "--write_samples is for --init")
     assert_refused(command("generate.py", "--init", "--model", small_model), "--init", "--pool")
+
+
+@pytest.mark.parametrize("name", ["../out", "org/elm", ".elm"])
+def test_a_name_that_is_a_path(small_model, tmp_path, folders, name):
+    """Without it an adapter's files are copied out of the pool. Where nothing is written, such a name
+    will do: a hub name has a slash."""
+    named = ["--adapter", f"{name}={folders['elm']}"]
+    assert_refused(init(small_model, tmp_path / "new", *named), f"adapter name is '{name}'", "no slashes")
+    assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+    asked = ["--prompt", "the fox", "--method", f"adapter:{name}", "--max_new_tokens", "2"]
+    done = command("generate.py", "--model", small_model, *named, *asked)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import torch
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 
+from common.printable import in_lines
 from helpers_commands import ROOT, command
 from helpers_models import write_adapters
 from model import load_llama
@@ -207,8 +208,9 @@ def test_evil_names_stay_text(browser, small_model, tmp_path):
     page, [line] = write_page(tmp_path, *args, "--method", f"adapter:{EVIL}", "--max_new_tokens", 5)
     browser.get(page.as_uri())
     shown = "return [...document.querySelectorAll('.tokens')].map((part) => part.textContent)"
-    assert browser.execute_script(shown) == ["".join(t["text"] for t in line["prompt_tokens"]), line["text"]]
-    assert PROMPT in browser.execute_script(shown)[0]
+    texts = ["".join(t["text"] for t in line["prompt_tokens"]), line["text"]]
+    assert browser.execute_script(shown) == list(map(in_lines, texts))  # hidden characters are escaped
+    assert in_lines(PROMPT) in browser.execute_script(shown)[0]
     tokens(browser)[1].click()
     assert read_panel(browser) == [[EVIL, 1.0]]
     assert find(browser, ".method")[0].text == f"adapter:{EVIL}"
