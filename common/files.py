@@ -185,12 +185,15 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"{path}: can't be written: you may not write to {real if is_device else folder}")
 
 
-def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
+def write_bytes(path: str | Path, *parts: bytes | memoryview, pipe: bool = False) -> None:
     """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new.
 
     Of several writers the last one wins, and each writes a file of its own: .NAME.HEX.partial,
-    locked until it is complete. Raises InputError where it can't be written.
+    locked until it is complete. Raises InputError where it can't be written, and for a pipe or a
+    device, for whose reader it may wait forever, unless `pipe` says that the user names the file.
     """
+    if not pipe:
+        check_regular(path)
     path = Path(os.path.realpath(path))  # a link stays a link
     partial = None
     try:
@@ -241,10 +244,10 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # nor does a pipe block
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, pipe: bool = False) -> None:
     """write_bytes of `text` as UTF-8. Raises InputError for half a surrogate pair, which is no text."""
     check_text(text, f"{path}")
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), pipe=pipe)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -34,7 +34,7 @@ LAYERS = Number(int, 1, 1_000)  # making more takes seconds, even without weight
 CONTEXT = Number(int, 1, 1_000_000_000)
 SIZES = {"vocab_size": SIZE, "hidden_size": WIDTH, "intermediate_size": SIZE}
 SIZES |= {"num_hidden_layers": LAYERS, "num_attention_heads": WIDTH}
-TOKEN_ID = Number(int, 0, 2**31 - 1)
+EOS_ID = Number(int, 0, 2**31 - 1)
 # Fields of Llama's relatives that change the arithmetic and aren't implemented -> the values that
 # leave it as it is, as null does. _check_variants has those that depend on the sizes.
 SWITCHES = """alibi attn_temperature_tuning parallel_attn qk_layernorm qk_norm rope_interleave
@@ -174,7 +174,7 @@ def _read_eos(raw, file):
         else:
             if "eos_token_id" in preferred:
                 raw, file = preferred, generation
-    eos = read_field(file, raw, "eos_token_id", (TOKEN_ID, [TOKEN_ID]), [])
+    eos = read_field(file, raw, "eos_token_id", (EOS_ID, [EOS_ID]), [])
     return tuple(eos) if isinstance(eos, list) else (eos,)
 
 

@@ -135,11 +135,11 @@ def build_parser(
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
         text = help_texts.get(field.name, "")
-        unasked = "" if default in (None, [], "", MISSING) else f" (default: {default})"
+        default_text = "" if default in (None, [], "", MISSING) else f" (default: {default})"
         options = {
             "dest": field.name,
             "default": default,
-            "help": (text + unasked).replace("%", "%%"),
+            "help": (text + default_text).replace("%", "%%"),
             "required": default is MISSING,
         }
         if field.name in (choices or {}):

@@ -94,7 +94,7 @@ def check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_floating_point() and tensor.numel():
         try:
             wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
-        except NotImplementedError:  # nor does it convert float4
+        except NotImplementedError:  # torch converts no float4
             raise _wrong_dtype(path, name, tensor) from None
         low, high = torch.aminmax(wide)  # both NaN if one value is; no copy is made
         if not (math.isfinite(low) and math.isfinite(high)):

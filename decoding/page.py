@@ -45,7 +45,7 @@ def write_page(mole: Mole, path: str, answers: list[dict], watched: LinearWeight
         "Pool": _folder_name(mole.folder.path) if mole.folder else "none",
         "Date": date.today().isoformat(),
     }
-    write_text(path, html_page(requests, names, list(attached(mole.model)), about))
+    write_text(path, html_page(requests, names, list(attached(mole.model)), about), pipe=True)
 
 
 def _folder_name(name):

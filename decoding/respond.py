@@ -110,5 +110,5 @@ def respond(mole: Mole, prompts: list[str], methods: list[str], args, stops=None
         write_page(mole, args.html, answers, watch, args.top_k)
     traces = list(zip(prompt_traces, answer_traces, strict=True))
     if args.svg:
-        write_text(args.svg, svg_picture(*traces[0]))
+        write_text(args.svg, svg_picture(*traces[0]), pipe=True)
     return traces

@@ -475,12 +475,16 @@ def test_hash_sees_names_dtypes_and_shapes():
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     """Renaming over them would leave the file that the link names as it was, or replace a device by
-    a file."""
+    a file. A pipe that the user didn't name would be waited for."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_text(tmp_path / "pipe", "through")
+    write_text(tmp_path / "pipe", "through", pipe=True)
     assert os.read(reader, 99) == b"through"
     os.close(reader)
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device, expected a file"):
+            write_text(tmp_path / name, "through")

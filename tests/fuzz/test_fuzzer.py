@@ -2,7 +2,7 @@
 
 import pytest
 
-from fuzz.cases import NAMES, make_case
+from fuzz.cases import NAMES, kinds_of, make_case
 from fuzz.judge import judge
 from fuzz.plan import ANY, MUST, ORACLE, SAME, Plan
 from fuzz.server import Server
@@ -123,6 +123,24 @@ def test_same_seed_same_case(world, tmp_path):
         made = described(world, tmp_path / "case", 3, number)
         assert described(world, tmp_path / "case", 3, number) == made, NAMES[number]
     assert described(world, tmp_path / "case", 5, number) != made
+
+
+# Kinds of files whose command names what only the damage makes.
+DAMAGE_IS_NAMED = {"names of adapters", "names of tasks", "samples for --init"}
+FILES = [name for name in kinds_of("kinds_model", "kinds_pool", "kinds_runs") if name not in DAMAGE_IS_NAMED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILES)
+def test_undamaged_commands_answer(kind, runner, tmp_path):
+    """Without it a kind's command may be refused whatever the damage is: then all its cases pass."""
+    commands = set()
+    for seed in range(11):
+        plan = make_case(runner.world, tmp_path / "case", seed, NAMES.index(kind))
+        if plan.expect != MUST:
+            assert runner.undamaged(plan)  # which asserts status 0
+            commands.add(tuple(plan.argv))
+    assert commands
 
 
 def described(world, folder, seed, number):

@@ -8,12 +8,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import eval
 from common.files import write_json, write_jsonl
+from evaluation import answers
 from evaluation.answers import AnswerCache
 from fuzz.plan import EVAL
 from fuzz.tensors import join, sort_metadata, split
@@ -103,13 +105,14 @@ def write_plain_adapter(adapter: Path, folder: Path) -> None:
 
 def write_lines(folder: Path) -> None:
     """Examples and prompts, as task folders and as one file; samples; a text to train a base on."""
+    lines = []
     for name in ("ant", "bee", "cat"):
         rows = [{"prompt": f"the {name} {j}", "response": "lazy dog"} for j in range(4)]
         write_json(folder / "questions" / name / "task.json", {"metric": "exact_match"})
         write_jsonl(folder / "questions" / name / "train.jsonl", rows)
         write_jsonl(folder / "questions" / name / "test.jsonl", rows[:2])
-    rows = [{"adapter": name, "prompt": f"the {name}", "response": "lazy dog"} for name in ("ant", "bee")]
-    write_jsonl(folder / "lines.jsonl", rows)
+        lines += [{"adapter": name} | row for row in rows]
+    write_jsonl(folder / "lines.jsonl", lines)
     write_jsonl(folder / "samples.jsonl", [{"prompt": "the ant"}, {"prompt": "quick"}])
     asked = [{"prompt": "the fox", "method": "base", "stop": ["zz"]}, {"prompt": "jumps"}]
     write_jsonl(folder / "prompts.jsonl", asked)
@@ -130,9 +133,7 @@ def write_scores(folder: Path) -> None:
     """What a run of eval.py writes, and the answers that it kept in case it is stopped."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(AnswerCache, "remove", lambda self: None)
+        patch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: 0.5))  # the same each time
         patch.setattr(sys, "argv", [*EVAL, "--tasks", "questions", "--out", folder.name])
         eval.main()
-    for file in (folder / "cells").glob("*.json"):
-        raw = json.loads(file.read_text())
-        write_json(file, raw | {"seconds": 0.5} if "seconds" in raw else raw)
     write_json(folder / "timing.json", {"seconds": {"base": 0.5}})

@@ -163,5 +163,6 @@ class PoolAsDict(RuleBasedStateMachine):
 
 def test_any_sequence_of_changes(adapters):
     """Without it some sequence of joining, leaving and eviction leaves rows of an adapter that is
-    gone, puts two into one slot, or throws out the one that is used most."""
+    gone, puts two into one slot, or throws out the one that is used most. The asserts are in the rules
+    and invariants of PoolAsDict, which hypothesis runs after each change."""
     run_state_machine_as_test(lambda: PoolAsDict(adapters), settings=few(60, stateful_step_count=20))
