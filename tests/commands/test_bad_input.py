@@ -353,9 +353,7 @@ TOKENIZER_CONFIG = {
     "add_bos_token a text": ({"add_bos_token": "no"}, ["add_bos_token", "'no'", "true or false"]),
 }
 TEMPLATES = {
-    "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
-                "{% endfor %}{% endfor %}{% endfor %}", ["takes more than 2 seconds"]),
-    "huge": ("{{ messages[0].content * 10**9 }}", ["needs more than 1 GiB of memory"]),
+    "huge": ("{{ messages[0].content * 10**10 }}", ["needs more than 1 GiB of memory"]),
     "refusing": ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
     "bad": ("{% for %}", ["chat template"]),
 }  # fmt: skip
@@ -498,7 +496,6 @@ ADAPTER_CONFIG = {
     ),
     "targets a number": ({"target_modules": 5}, ["target_modules", "5"]),
     "targets a bad regex": ({"target_modules": "(q_proj"}, ["target_modules", "pattern"]),
-    "targets endless": ({"target_modules": "(.*)*="}, ["target_modules", "(.*)*=", "takes more than"]),
     "flags inside": ({"rank_pattern": {"(?i)q": 3}}, ["rank_pattern", "(?i)q", "bad pattern"]),
     "layers_to_transform": ({"layers_to_transform": [0, 1]}, ["target_modules", "layers.2"]),
     "layers a text": ({"layers_to_transform": "all"}, ["layers_to_transform", "all"]),
