@@ -180,6 +180,12 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"{path}: is a directory, expected a file to write")
     if not os.path.isdir(folder):
         raise InputError(f"{path}: can't be written: there is no folder {folder}")
+    try:
+        os.lstat(_partial_of(Path(real)))  # the longest name that writing needs
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: can't be written: {error.strerror or error}") from None
     is_device = os.path.exists(real) and not os.path.isfile(real)  # nothing is renamed to it
     if not os.access(real if is_device else folder, os.W_OK):
         raise InputError(f"{path}: can't be written: you may not write to {real if is_device else folder}")
@@ -222,13 +228,17 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview, pipe: bool = False
 def _open_partial(path):
     """A new file beside `path`, locked until it is closed or its writer dies."""
     while True:
-        name = f".{path.name}.{secrets.token_hex(8)}.partial"
-        file = open(path.with_name(name), "xb")  # noqa: SIM115 (x: O_EXCL, which follows no link)
+        file = open(_partial_of(path), "xb")  # noqa: SIM115 (x: O_EXCL, which follows no link)
         with contextlib.suppress(OSError):  # a file system without locks: leftovers stay
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):
             return file
         file.close()  # another writer took it for a leftover before it was locked
+
+
+def _partial_of(path):
+    """A new name beside `path`, for what is still being written."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
 def _remove_leftovers(path):

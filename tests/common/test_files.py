@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from common import files
 from common.files import (
     InputError,
+    check_writable,
     read_bytes,
     read_json,
     read_jsonl,
@@ -488,3 +489,16 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     for name in ("pipe", "null"):
         with pytest.raises(InputError, match=f"{name}: is a pipe or a device, expected a file"):
             write_text(tmp_path / name, "through")
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):
+    """Without it an answer would be generated and its picture then be lost. A file is written under
+    a longer name first."""
+    for n in (255, 240):
+        with pytest.raises(InputError, match="can't be written: File name too long"):
+            check_writable(tmp_path / ("a" * n))
+        with pytest.raises(InputError, match="File name too long"):
+            write_text(tmp_path / ("a" * n), "text")
+    check_writable(tmp_path / ("a" * 220))
+    write_text(tmp_path / ("a" * 220), "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["a" * 220]
