@@ -180,13 +180,13 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"{path}: is a directory, expected a file to write")
     if not os.path.isdir(folder):
         raise InputError(f"{path}: can't be written: there is no folder {folder}")
+    is_device = os.path.exists(real) and not os.path.isfile(real)  # nothing is renamed to it
     try:
-        os.lstat(_partial_of(Path(real)))  # the longest name that writing needs
+        os.lstat(real if is_device else _partial_of(Path(real)))  # a partial file's name is longer
     except FileNotFoundError:
         pass
     except OSError as error:
         raise InputError(f"{path}: can't be written: {error.strerror or error}") from None
-    is_device = os.path.exists(real) and not os.path.isfile(real)  # nothing is renamed to it
     if not os.access(real if is_device else folder, os.W_OK):
         raise InputError(f"{path}: can't be written: you may not write to {real if is_device else folder}")
 
@@ -195,8 +195,8 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview, pipe: bool = False
     """Writes `parts` beside `path`, flushes to disk, renames: readers see the old file or the new.
 
     Of several writers the last one wins, and each writes a file of its own: .NAME.HEX.partial,
-    locked until it is complete. Raises InputError where it can't be written, and for a pipe or a
-    device, for whose reader it may wait forever, unless `pipe` says that the user names the file.
+    locked until it is complete. Raises InputError where it can't be written, and for a pipe, whose
+    reader may never come, or a device. `pipe` is for a file that the user names: it may be either.
     """
     if not pipe:
         check_regular(path)

@@ -499,6 +499,9 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):
             check_writable(tmp_path / ("a" * n))
         with pytest.raises(InputError, match="File name too long"):
             write_text(tmp_path / ("a" * n), "text")
+    os.mkfifo(tmp_path / ("p" * 240))
+    check_writable(tmp_path / ("p" * 240))  # into a pipe it is written at once
+    (tmp_path / ("p" * 240)).unlink()
     check_writable(tmp_path / ("a" * 220))
     write_text(tmp_path / ("a" * 220), "text")
     assert [file.name for file in tmp_path.iterdir()] == ["a" * 220]

@@ -134,13 +134,13 @@ FILES = [name for name in kinds_of("kinds_model", "kinds_pool", "kinds_runs") if
 @pytest.mark.parametrize("kind", FILES)
 def test_undamaged_commands_answer(kind, runner, tmp_path):
     """Without it a kind's command may be refused whatever the damage is: then all its cases pass."""
-    commands = set()
+    answered = 0
     for seed in range(11):
         plan = make_case(runner.world, tmp_path / "case", seed, NAMES.index(kind))
         if plan.expect != MUST:
             assert runner.undamaged(plan)  # which asserts status 0
-            commands.add(tuple(plan.argv))
-    assert commands
+            answered += 1
+    assert answered
 
 
 def described(world, folder, seed, number):

@@ -136,4 +136,3 @@ def write_scores(folder: Path) -> None:
         patch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: 0.5))  # the same each time
         patch.setattr(sys, "argv", [*EVAL, "--tasks", "questions", "--out", folder.name])
         eval.main()
-    write_json(folder / "timing.json", {"seconds": {"base": 0.5}})
