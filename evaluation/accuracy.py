@@ -5,10 +5,10 @@ import torch
 from common.progress import track
 from common.tokenizer import check_ids
 from methods.batch import set_methods
-from methods.meteora import GateLoss
 from methods.session import Mole, retriever_of
 from moe_lora import attached
 from tasks.folders import Task, collate, encode, micro_batches
+from training.losses import GateLoss
 
 FIRST_QKV = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
 
