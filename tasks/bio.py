@@ -1,8 +1,8 @@
 """Bio-benchmark (Jiang et al., 2025, arXiv 2503.04013) as task folders, one a file of questions.
 
 FOLDER is a checkout of github.com/jiangjyjy/Bioinformatics_Benchmark. Each entry says by its field
-`eval` how it is scored; METRIC_OF has our metric for it. Two differ from the paper's: exact match of
-all fields of an answer for the mean accuracy over them, and recovery for the distance of two graphs.
+`eval` how it is scored; METRIC_OF has the metric for it. An answer of several fields is right if all are.
+RNA structures get recovery where the paper has a distance between two graphs.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
