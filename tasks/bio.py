@@ -49,9 +49,9 @@ def read_entries(file: Path) -> list[dict]:
 
 
 def metric_of(where: str, entry: dict) -> str | None:
-    """The metric for an entry's `eval`, which is "Accuracy" where the entry has a field of that name
-    in its place. Raises InputError for any that isn't in METRIC_OF."""
-    name = "accuracy" if "Accuracy" in entry else entry.get("eval")
+    """The metric for an entry's `eval`; one set has a field "Accuracy" in its place. Raises InputError
+    for any that isn't in METRIC_OF."""
+    name = entry.get("eval", "accuracy" if "Accuracy" in entry else None)
     if not isinstance(name, str) or name.lower() not in METRIC_OF:
         raise InputError(f"{where}: eval is {shown(name)}, expected one of {'; '.join(METRIC_OF)}")
     return METRIC_OF[name.lower()]
@@ -77,9 +77,8 @@ def read_file(file: Path, share: float) -> Task | None:
     entries = {f"{file}: entry {number}": entry for number, entry in enumerate(read_entries(file))}
     metrics = {metric_of(where, entry) for where, entry in entries.items()}
     if len(metrics) > 1:
-        raise InputError(
-            f"{file}: eval has metrics {shown(sorted(map(str, metrics)))}, expected one for all entries"
-        )
+        found = shown(sorted(map(str, metrics)))
+        raise InputError(f"{file}: eval has metrics {found}, expected one for all entries")
     (metric,) = metrics
     if metric is None:
         warn(f"{file}: left out, as no metric here computes what its eval says")

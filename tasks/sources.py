@@ -36,9 +36,8 @@ def find_files(folder: str | Path, pattern: str) -> list[Path]:
     """The files of `folder` that `pattern` describes, sorted. Raises InputError where there is none."""
     found = sorted(Path(folder).glob(pattern))
     if not found:
-        raise InputError(
-            f"{folder}: no file {pattern.replace('[!.]', '')} in it, expected a checkout of the benchmark"
-        )
+        plain = pattern.replace("[!.]", "")
+        raise InputError(f"{folder}: no file {plain} in it, expected a checkout of the benchmark")
     return found
 
 

@@ -4,6 +4,7 @@ that its prompt says, and a strange entry is named in one line."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -165,11 +166,11 @@ def test_a_prompts_side_depends_on_it_alone(prompts, share, rng):
     rows = [{"prompt": prompt, "response": str(j)} for j, prompt in enumerate(prompts)]
     shuffled = rng.sample(rows, len(rows))
     try:
-        task = split(sources.Path("a.json"), "bleu", rows, share)
+        task = split(Path("a.json"), "bleu", rows, share)
     except InputError:
         return
     assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.test}
-    again = split(sources.Path("a.json"), "bleu", [*shuffled, shuffled[0]], share)
+    again = split(Path("a.json"), "bleu", [*shuffled, shuffled[0]], share)
     for row in rows:
         assert (row in again.test) == (row in task.test) == in_test(row["prompt"], share)
 
