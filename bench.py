@@ -1,6 +1,10 @@
 """Speed of the operation, of decoding, of prefill and of training, beside the machine's limits.
 
-    python bench.py layer|decode|prefill|train [--model DIR] [--dtype float32]
+    python bench.py layer|decode|prefill|train|split [--model DIR] [--dtype float32]
+    python bench.py cache [--adapters 1000] [--slots 8,32,128,512]
+
+`split` holds the pool in a process of its own. `cache` needs no model: it counts how many requests
+find their adapter in one of the pool's slots.
 
 The rows of one table are measured in one run and in turn: a repetition times every row once, in a
 random order, so that other load on the machine, and what the row before left in the caches, hits
@@ -20,10 +24,8 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Literal
 
 import torch
 
@@ -31,11 +33,14 @@ from common.devices import DTYPES, check_memory, find_device
 from common.endings import run_script
 from common.files import InputError
 from common.hub import find_folder
-from common.options import BatchSize, Count, Counts, Rank, Seed, Whole, numbers, parse_command
+from common.options import numbers, parse_command
 from common.printable import printable
 from common.tables import markdown
+from evaluation.bench_options import Bench, DecodeBench, LayerBench, PrefillBench, TrainBench
+from evaluation.cache import CacheBench, bench_cache
 from evaluation.measure import InSubprocess, Limits, arithmetic, bandwidth, card, in_turn, spread
 from evaluation.peers import HfDecoder, LlamaCpp, check_gguf, has
+from evaluation.split import SplitBench, bench_split
 from evaluation.timed import (
     Decoder,
     adapters_trainer,
@@ -57,77 +62,6 @@ from fast.moe_lora import once
 from kernels import BACKENDS
 from pool.adapters import linear_shapes
 from pool.load import TINY, compile_blocks
-
-
-@dataclass
-class Bench:
-    """Options that all benchmarks share."""
-
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of base, adapters and gates
-    device: str = "auto"  # auto = cuda where there is one, else cpu
-    threads: Whole = 0  # CPU threads, 0 = one a core
-    repeats: Count = 20  # repetitions of every row
-    k: Count = 2  # adapters a token uses
-    r: Rank = 8  # rank of the adapters
-    seed: Seed = 0  # seed for adapters, gates and inputs
-
-
-@dataclass
-class LayerBench(Bench):
-    """Options of `bench.py layer`."""
-
-    n: Counts = "1,4,32,256,1024"  # tokens
-    width: str = "576x1536,2048x2048,4096x4096,4096x14336"  # in and out features of the Linear
-    e: Counts = "4,28,128"  # adapters in the pool
-    k: Counts = "1,2,4"  # adapters a token uses
-
-
-@dataclass
-class ModelBench(Bench):
-    """Options of benchmarks of a whole model."""
-
-    model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
-    peers: bool = True  # also transformers and peft, where they are installed
-
-
-@dataclass
-class RoutedBench(ModelBench):
-    """Options of benchmarks of a model with adapters and gates."""
-
-    pool: str = ""  # pool folder with meteora_topK gates; default: random adapters and even gates
-    tasks: str = ""  # task folders whose prompts are used; default: random tokens
-    e: Counts = "28"  # random adapters in the pool; several, as 4,28,128, are a row each
-    gguf: str = ""  # the model as GGUF file of the same dtype, for llama-cpp-python
-
-
-@dataclass
-class DecodeBench(RoutedBench):
-    """Options of `bench.py decode`."""
-
-    context: Count = 64  # tokens of the prompt
-    tokens: Count = 16  # tokens decoded in a repetition
-    batch_size: BatchSize = 8  # requests decoded together, beside one by itself
-    requests: Whole = 0  # requests with other adapters each, decoded together by RAMoLE, 0 = none
-    union: Counts = "12,28,48"  # how many adapters those have together; several are a row each
-
-
-@dataclass
-class PrefillBench(RoutedBench):
-    """Options of `bench.py prefill`."""
-
-    tokens: Count = 512  # tokens of the prompt
-    shape: Literal["", "llama-3-8b"] = ""  # instead of --model one random block of these sizes
-
-
-@dataclass
-class TrainBench(ModelBench):
-    """Options of `bench.py train`."""
-
-    e: Count = 8  # adapters trained at once
-    gated: Count = 28  # adapters under the gates that are trained
-    tokens: Count = 128  # tokens of a random example; half of them are the response
-    tasks: str = ""  # task folders: their examples of at most 512 tokens instead of random ones
-    each: BatchSize = 1  # examples a step and adapter
 
 
 # The operation ------------------------------------------------------------------------------------------------------
@@ -320,13 +254,17 @@ def cell(value: object) -> str:
 COMMANDS = {
     "layer": (LayerBench, bench_layer), "decode": (DecodeBench, bench_decode),
     "prefill": (PrefillBench, bench_prefill), "train": (TrainBench, bench_train),
+    "split": (SplitBench, bench_split), "cache": (CacheBench, bench_cache),
 }  # fmt: skip
 
 
 def main() -> None:
     """The command: measures, and prints what show() shows."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    command, args = parse_command(options, description="Time the operation, decoding, prefill or training.")
+    about = "Time the operation, decoding, prefill, training or a pool apart, or size a pool."
+    command, args = parse_command(options, description=about)
+    if not isinstance(args, Bench):  # nothing of it depends on the machine
+        return show(vars(args), bench_cache(args))
     if args.threads > os.cpu_count():
         raise InputError(f"--threads is {args.threads}, expected at most {os.cpu_count()}, the cores")
     torch.set_num_threads(args.threads or os.cpu_count())

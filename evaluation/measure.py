@@ -20,6 +20,8 @@ from common.devices import find_device
 from common.files import InputError, warn
 from evaluation.peers import PEERS, has
 
+ENDED = "a process that was to be timed has ended; was there too little memory?"
+
 
 def in_turn(
     rows: dict[str, Callable], repeats: int, before: Callable[[], object] = lambda: None
@@ -54,35 +56,50 @@ def spread(seconds: list[float]) -> dict[str, float]:
 class InSubprocess:
     """make(args) in a process of its own, so that other rows' memory use can't slow it down.
 
-    Each call runs once there what make() returned; `results` are the values that it gave.
+    Each call runs once there what make() returned; `results` are the values that it gave. A process
+    that doesn't `wait` for its make() begins while others do; its first take() says that it is done.
     """
 
-    def __init__(self, make: Callable, args):
+    def __init__(self, make: Callable, args, wait: bool = True):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         given = (theirs, make, SimpleNamespace(**vars(args)))
-        process = context.Process(target=_child, args=given, daemon=True)
+        self.process = context.Process(target=_child, args=given, daemon=True)
         # The child inherits this: Ctrl-C is for the process that waits.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        process.start()
+        self.process.start()
         signal.signal(signal.SIGINT, handler)
         theirs.close()  # else recv() would wait for ever for a child that has ended
         self.results = []
-        self._take()  # make() has returned
+        if wait:
+            self.take()
 
-    def _take(self):
+    def start(self, *inputs: object) -> None:
+        """Begins a run with `inputs`. Raises InputError where the process has ended."""
+        try:
+            self.pipe.send(inputs)
+        except BrokenPipeError:
+            raise InputError(ENDED) from None
+
+    def take(self) -> object:
+        """Waits for what make() or a run gives. Raises InputError where the process has ended, and
+        what was raised there."""
         try:
             result = self.pipe.recv()
-        except EOFError:
-            message = "a process that was to be timed has ended; was there too little memory?"
-            raise InputError(message) from None
+        except (EOFError, ConnectionResetError):
+            raise InputError(ENDED) from None
         if isinstance(result, Exception):
             raise result
         return result
 
-    def __call__(self) -> None:
-        self.pipe.send(None)
-        self.results.append(self._take())
+    def __call__(self, *inputs: object) -> None:
+        self.start(*inputs)
+        self.results.append(self.take())
+
+    def end(self) -> None:
+        """Ends the process, whatever it does, and waits until it has ended."""
+        self.process.kill()
+        self.process.join()
 
 
 def _child(pipe, make, args):
@@ -94,12 +111,11 @@ def _child(pipe, make, args):
         result = None
         while True:
             pipe.send(result)
-            pipe.recv()
-            result = run()
+            result = run(*pipe.recv())
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-    except EOFError:
-        pass  # the other process has closed the pipe
+    except (EOFError, BrokenPipeError):
+        pass  # the other process has closed the pipe, or has ended
     except Exception as error:
         pipe.send(error)
 

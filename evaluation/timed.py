@@ -174,7 +174,8 @@ def prefill(model: Llama, ids: torch.Tensor) -> torch.Tensor:
 
 
 class Decoder:
-    """Decodes greedily: each call decodes `tokens` for each row, starting after `ids` (b, t)."""
+    """Decodes greedily: each call decodes `tokens` for each row, starting after `ids` (b, t), and
+    returns what follows the prompts: (b, 1 + tokens), the first token computed with the prompt."""
 
     def __init__(self, model: Llama, ids: torch.Tensor, tokens: int):
         self.model = model
@@ -189,11 +190,11 @@ class Decoder:
     def __call__(self) -> torch.Tensor:
         self.cache.lengths.fill_(self.t)
         self.cache.end = self.t
-        ids = self.first
+        written = [self.first]
         for _ in range(self.tokens):
-            logits = self.model.head(self.model.model(ids[:, None], self.cache)[:, -1])
-            ids = logits.float().argmax(-1)
-        return ids
+            logits = self.model.head(self.model.model(written[-1][:, None], self.cache)[:, -1])
+            written.append(logits.float().argmax(-1))
+        return torch.stack(written, 1)
 
 
 def with_requests(args, union: int) -> Llama:

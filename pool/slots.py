@@ -16,6 +16,7 @@ from common.tensors import cast_finite, dtype_name
 from model import Llama
 from pool.adapter_checks import by_pattern
 from pool.adapters import Adapter, load_adapter
+from pool.recency import Recency
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Pool:
         self.members = {}
         self.limit = None
         self.version = 0
-        self._used = []  # names, those needed longest ago first
+        self._used = Recency()  # names of those in slots, and of those that need() brings into some
         self.alloc_B = alloc_B or zeros
         self.A = {}
         self.B = {}
@@ -149,14 +150,12 @@ class Pool:
         names = list(dict.fromkeys(names))
         for name in names:
             self.member(name)
-        count = len(names) + len([n for n in self.resident if n not in names and not self._on_disk(n)])
+        count = len(names) + len([n for n in self.resident if n not in names and not self._can_leave(n)])
         if count > self.capacity:
             found = f"{count} adapters are needed at once, {self.capacity} fit"
             raise InputError(f"{found}: --resident {count}")
         for name in names:
-            if name in self._used:
-                self._used.remove(name)
-            self._used.append(name)  # so that none of them leaves for another
+            self._used.need(name)  # so that none of them leaves for another
         missing = [name for name in names if self.members[name].slot is None]
         for name in track(missing, "adapters loaded"):
             self._load(name)
@@ -194,7 +193,7 @@ class Pool:
             self._grow(larger, max(self.rank, adapter.rank))
         if not waits:
             slot = self._fill(self._free_slot(), adapter)
-            self._used.append(adapter.name)
+            self._used.need(adapter.name)
         self.members[adapter.name] = Member(slot, adapter.hash, without_tensors(adapter))
         return slot
 
@@ -228,12 +227,13 @@ class Pool:
         that was needed longest ago."""
         free = set(range(self.capacity)) - {member.slot for member in self.members.values()}
         if not free:
-            free = {self._empty(next(filter(self._on_disk, self.resident)))}
+            free = {self._empty(self._used.leaver(self._can_leave))}
         return min(free)
 
-    def _on_disk(self, name):
-        """Whether an adapter can leave its slot: what was computed in memory would be lost."""
-        return self.members[name].adapter.folder is not None
+    def _can_leave(self, name):
+        """Whether an adapter has a slot that it can leave: what was computed in memory would be lost."""
+        member = self.members.get(name)
+        return member is not None and member.slot is not None and member.adapter.folder is not None
 
     def _check_values(self, adapter):
         """Raises InputError unless A, B and scale * B are finite in the pool's dtype, and scale * B so
@@ -268,7 +268,7 @@ class Pool:
         for path in self.A:
             for stack in (self.A[path], self.B[path], self.scale[path]):
                 stack[slot] = 0
-        self._used.remove(name)
+        self._used.forget(name)
         self.version += 1
         return slot
 

@@ -1,0 +1,33 @@
+"""Which adapter leaves its slot for another: of those that can, the one that was needed longest ago."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+
+class Recency:
+    """Names in the order in which they were last needed, those needed longest ago first."""
+
+    def __init__(self):
+        self._names = OrderedDict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def need(self, name: str) -> None:
+        """`name` is needed now: of all names it leaves last."""
+        self._names[name] = None
+        self._names.move_to_end(name)
+
+    def leaver(self, can_leave: Callable[[str], bool] = lambda name: True) -> str:
+        """The name that leaves next, of those that can. Raises StopIteration where none can."""
+        return next(filter(can_leave, self._names))
+
+    def forget(self, name: str) -> None:
+        """`name` has left."""
+        del self._names[name]
