@@ -1,5 +1,6 @@
 """How bench.py measures: rows timed in turn or in a process each, and the machine's limits."""
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -65,10 +67,13 @@ class InSubprocess:
         self.pipe, theirs = context.Pipe()
         given = (theirs, make, SimpleNamespace(**vars(args)))
         self.process = context.Process(target=_child, args=given, daemon=True)
-        # The child inherits this: Ctrl-C is for the process that waits.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.process.start()
-        signal.signal(signal.SIGINT, handler)
+        # The child inherits the mask: Ctrl-C is for the process that waits, which gets it afterwards.
+        resource_tracker.ensure_running()  # process.start() would, and it clears the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # else recv() would wait for ever for a child that has ended
         self.results = []
         if wait:
@@ -117,7 +122,8 @@ def _child(pipe, make, args):
     except (EOFError, BrokenPipeError):
         pass  # the other process has closed the pipe, or has ended
     except Exception as error:
-        pipe.send(error)
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(error)
 
 
 # The machine --------------------------------------------------------------------------------------------------------

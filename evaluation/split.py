@@ -33,7 +33,7 @@ from common.files import InputError
 from common.llama_folder import read_config, without_init
 from common.options import BatchSize, Count, Whole
 from evaluation.bench_options import Bench
-from evaluation.measure import InSubprocess, Limits, in_turn, spread
+from evaluation.measure import ENDED, InSubprocess, Limits, in_turn, spread
 from evaluation.timed import Decoder, prompts, random_adapters
 from kernels import lora_mix
 from model import Llama, LlamaConfig
@@ -70,6 +70,8 @@ def bench_split(args: SplitBench, limits: Callable[[], Limits]) -> list[dict]:
     """
     if args.device != "cpu":
         raise InputError(f"--device is {args.device!r}, expected cpu: gloo sends from its memory")
+    if args.pool:
+        read_pool(args.pool)  # a mistake in its name shows before anything is loaded
     with processes(args) as (pool, homes, sharing):
         kinds = {
             "base": (sharing, "base"), "pool at home": (homes, "pool"),
@@ -83,16 +85,15 @@ def bench_split(args: SplitBench, limits: Callable[[], Limits]) -> list[dict]:
                 def run(key=(count, kind), bases=group[:count], how=how):
                     for base in bases:
                         base.start(how)
-                    answers[key] = results(bases, others=[pool])
+                    answers[key] = results(bases, others=[pool, *homes, *sharing])
 
                 rows[count, kind] = run
         table = []
         for (count, kind), times in in_turn(rows, args.repeats).items():
-            tokens = count * args.batch_size * args.tokens
+            requests = count * args.batch_size
             step = spread([seconds / args.tokens for seconds in times])
-            sent = sum(size for _, size in answers[count, kind])
-            row = {"row": kind, "bases": count, **step, "tokens/s": tokens / args.tokens / step["ms"] * 1e3}
-            row["bytes a token"] = sent // tokens
+            row = {"row": kind, "bases": count, **step, "tokens/s": requests / step["ms"] * 1e3}
+            row["bytes a token"] = sum(size for _, size in answers[count, kind]) // (requests * args.tokens)
             apart = kind.startswith("pool apart")
             row |= memory(kinds[kind][0][:count], [pool] if apart else [])
             table.append(row)
@@ -298,7 +299,7 @@ def needs_the_pool() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        raise InputError("the process of the pool has ended") from None
+        raise InputError(ENDED) from None
 
 
 class RemoteLinear(nn.Module):

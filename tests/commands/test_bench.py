@@ -2,7 +2,9 @@
 them."""
 
 import json
+import multiprocessing
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -52,11 +54,26 @@ def test_layer():
     (["decode", "--e", "1000000"], "1000000 adapters of rank 8 need "),
     (["decode", "--union", "²"], "--union is '²', expected whole numbers"),
     (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
+    (["cache", "--slots", "8", "--adapters", "7"], "--slots has 8, expected at most 7, the --adapters"),
+    (["cache", "--share", "0"], "--share is 0, expected a number from 1e-09 to 1"),
+    (["cache", "--zipf", "11"], "--zipf is 11, expected a number from 0 to 10"),
+    (["split", "--pool", "nowhere"], "nowhere: no such pool folder"),
     (["prefill", "--e", "0"], "--e is '0', expected whole numbers from 1 to 1,000,000 with ',' between them"),
 ])  # fmt: skip
 def test_bad_options(args, line):
     done = command("bench.py", *args)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {line}"), done.stderr
+
+
+def test_cache():
+    """A share of another number of slots than its row says would size a pool wrongly."""
+    done = command("bench.py", "cache", "--adapters", 7, "--slots", "3,7", "--requests", 1000, "--rate", 5)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = {row["slots"]: row for row in found["table"]}
+    assert list(rows) == ["3", "7", "7, the least for 95 %"] and found["adapters"] == 7
+    assert rows["7"]["found, %"] == rows["7"]["Che, %"] == 100 and rows["7"]["stays, s"] is None
+    assert rows["3"]["loads/s"] == pytest.approx(5 * (1 - rows["3"]["found, %"] / 100))
 
 
 @pytest.mark.slow
@@ -153,6 +170,21 @@ def test_a_row_apart_that_fails(tmp_path):
         InSubprocess(adapters_trainer, o)
     with pytest.raises(InputError, match="has ended"):
         InSubprocess(dies, o)
+
+
+def test_ctrl_c_while_a_process_starts(monkeypatch):
+    """It is for the process that waits, and not lost because the other one must not hear it."""
+
+    def start(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            InSubprocess(dies, TrainBench())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_rows_are_timed_in_turn():

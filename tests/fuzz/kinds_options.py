@@ -34,6 +34,7 @@ EXPORT = f"generate.py {POOLED} --mix ant=0.5,bee=0.5 --export new"
 SCORE = f"eval.py {POOLED} --tasks questions --methods base --max_new_tokens 3 --limit 1"
 BENCH = {
     "layer": bench.LayerBench, "decode": bench.DecodeBench, "prefill": bench.PrefillBench, "train": bench.TrainBench,
+    "split": bench.SplitBench, "cache": bench.CacheBench,
 }  # fmt: skip
 
 
@@ -92,13 +93,15 @@ def bench_options(rng, folder):
     """Only those that must be refused: a benchmark takes its time."""
     name = rng.choice(sorted(BENCH))
     numbers = [field for field in fields(BENCH[name]) if kind_of(BENCH[name], field) in (int, float)]
-    texts = [field for field in fields(BENCH[name]) if field.name in ("n", "width", "e", "k", "union")]
+    texts = [field for field in fields(BENCH[name]) if field.name in ("n", "width", "e", "k", "union", "slots")]
     field = rng.choice([*numbers, *texts])
     value = rng.choice(sorted(NEVER - {"", " "}) + ["-1", "0.5", str(10**30)])
     argv = ["bench.py", name, f"--{field.name}={value}"]
-    if name != "layer":
-        argv += ["--model", "small", "--no-peers"]
-    return Plan(argv, f"--{field.name}={value[:60]!r}", ANY if field.name == "seed" else MUST)
+    names = {field.name for field in fields(BENCH[name])}
+    argv += ["--model", "small"] if "model" in names else []
+    argv += ["--no-peers"] if "peers" in names else []
+    able = field.name == "seed" or (kind_of(BENCH[name], field) is float and value == "0.5")
+    return Plan(argv, f"--{field.name}={value[:60]!r}", ANY if able else MUST)
 
 
 @kind("unknown options", "small")
