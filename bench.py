@@ -63,7 +63,6 @@ from kernels import BACKENDS
 from pool.adapters import linear_shapes
 from pool.load import TINY, compile_blocks
 
-
 # The operation ------------------------------------------------------------------------------------------------------
 
 

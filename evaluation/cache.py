@@ -95,7 +95,7 @@ def in_slot(p: np.ndarray, T: float) -> np.ndarray:
 
 def che_share(p: np.ndarray, T: float) -> float:
     """The sum over j of p_j (1 - (1 - p_j)^T): the share of requests that find their adapter."""
-    return float(p @ in_slot(p, T)) if T < math.inf else 1.0
+    return 1.0 if math.isinf(T) else float(p @ in_slot(p, T))
 
 
 def stay(p: np.ndarray, slots: int) -> float:

@@ -77,17 +77,17 @@ def bench_split(args: SplitBench, limits: Callable[[], Limits]) -> list[dict]:
             "base": (sharing, "base"), "pool at home": (homes, "pool"),
             "pool apart": (sharing, "pool"), "pool apart, overlapped": (sharing, "overlapped"),
         }  # fmt: skip
-        rows = {}
         answers = {}  # {row: [(ids, bytes) of each base]}
+
+        def run(row, bases, how):
+            for base in bases:
+                base.start(how)
+            answers[row] = results(bases, others=[pool, *homes, *sharing])
+
+        rows = {}
         for count in BASES:
             for kind, (group, how) in kinds.items():
-
-                def run(key=(count, kind), bases=group[:count], how=how):
-                    for base in bases:
-                        base.start(how)
-                    answers[key] = results(bases, others=[pool, *homes, *sharing])
-
-                rows[count, kind] = run
+                rows[count, kind] = partial(run, (count, kind), group[:count], how)
         table = []
         for (count, kind), times in in_turn(rows, args.repeats).items():
             requests = count * args.batch_size
@@ -260,8 +260,8 @@ class Link:
         received = [None]
         dist.broadcast_object_list(received, 0)
         facts = received[0]
-        stacks = dict.fromkeys(facts.paths)
-        return SimpleNamespace(A=stacks, B=stacks, scale=stacks, names=list(facts.slots), slot=facts.slots.get)
+        none = dict.fromkeys(facts.paths)
+        return SimpleNamespace(A=none, B=none, scale=none, names=list(facts.slots), slot=facts.slots.get)
 
     def begin(self, mixture: Mixture) -> None:
         """Before the first Linear of a forward: which adapters its tokens use."""

@@ -107,7 +107,9 @@ def test_ctrl_c_ends_all(args, count):
     Python's resource tracker."""
     line = [sys.executable, str(ROOT / "bench.py"), "split", "--model", args.model, "--repeats", "999999"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, env=ENVIRONMENT, preexec_fn=heard, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        line, env=ENVIRONMENT, preexec_fn=heard, start_new_session=True, **pipes
+    ) as process:
         while len(of_session(process.pid)) < count:
             time.sleep(0.01)
             assert process.poll() is None

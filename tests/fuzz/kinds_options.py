@@ -93,7 +93,9 @@ def bench_options(rng, folder):
     """Only those that must be refused: a benchmark takes its time."""
     name = rng.choice(sorted(BENCH))
     numbers = [field for field in fields(BENCH[name]) if kind_of(BENCH[name], field) in (int, float)]
-    texts = [field for field in fields(BENCH[name]) if field.name in ("n", "width", "e", "k", "union", "slots")]
+    texts = [
+        field for field in fields(BENCH[name]) if field.name in ("n", "width", "e", "k", "union", "slots")
+    ]
     field = rng.choice([*numbers, *texts])
     value = rng.choice(sorted(NEVER - {"", " "}) + ["-1", "0.5", str(10**30)])
     argv = ["bench.py", name, f"--{field.name}={value}"]
