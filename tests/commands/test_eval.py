@@ -79,7 +79,7 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
     monkeypatch.setattr(MeteoraGate, "forward", always)
     loaded = load_tasks(tasks)
     o = evaluation.Options(batch_size=3)
-    got = evaluation.gate_accuracy(mole, loaded, "meteora_top1", o)
+    got = evaluation.measure_routing(mole, loaded, "meteora_top1", o)["gates"]
     each = len(mole.tokenizer.encode("the lazy dog", start=False)) + 1  # and EOS
     assert got["tokens"] == 8 * each
     assert got["right"] == round(100 * 5 / 8, 2)  # bee's own examples
@@ -239,7 +239,7 @@ def test_two_runs_write_the_same_bytes(wide, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "dies", "calls"), [("answer_all", 3, 9), ("gate_accuracy", 1, 1), ("answer_composites", 2, 3)]
+    ("part", "dies", "calls"), [("answer_all", 3, 9), ("measure_routing", 2, 3), ("answer_composites", 2, 3)]
 )
 def test_stopped_and_started_again_is_the_uninterrupted_run(wide, whole, tmp_path, part, dies, calls):
     """An evaluation takes hours: what is done must not be done again, and nothing of it may be
@@ -409,7 +409,7 @@ def faked(seen, best=None):
 
     return {
         "answer_composites": say, "answer_all": lambda mole, prompts, *_: [""] * len(prompts),
-        "gate_accuracy": lambda *_: {"right": 1.0, "first_qkv": 2.0, "tokens": 3},
+        "measure_routing": lambda *_: {"gates": {"right": 1.0, "first_qkv": 2.0, "tokens": 3}},
         "draw_composite": lambda mole, composite, method, temperature, o: f"{method} at {temperature}",
     }  # fmt: skip
 
@@ -516,7 +516,8 @@ def test_unseen_tasks(wide, tmp_path):
         save_routers(
             tmp_path / "pool" / "router.safetensors", router_loras(mole.pool), mole.model, {"tasks": tasks}
         )
-        status, _, err = run_eval(*args, answer_all=say, retrieval=lambda *_: {"1": 0.0, "n": 3})
+        nothing = {"measure_routing": lambda *_: {}, "retrieval": lambda *_: {"1": 0.0, "n": 3}}
+        status, _, err = run_eval(*args, answer_all=say, **nothing)
         assert (status, words in err) == (2 if words else 0, True), err
     later = ("bee", "cat")
     assert seen == [(method, later if method == "meteora_top2" else ())
