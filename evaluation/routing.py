@@ -14,11 +14,11 @@ from common.progress import track
 from common.tokenizer import check_ids
 from evaluation.choose import hidden_from
 from methods.batch import find_method, for_task, retrieve, set_methods
-from methods.meteora import GateLoss
 from methods.protocol import Merged
 from methods.session import Mole, retriever_of
 from moe_lora import Recorder, attached
 from tasks.folders import Batch, Task, collate, encode, micro_batches
+from training.losses import GateLoss
 
 FIRST_QKV = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
 MAX_TOKENS = 4096  # of a forward pass, with padding
@@ -86,7 +86,9 @@ class RoutingSums:
         """One forward pass of the batch; `own`: the adapter that is the gates' label, "" for none."""
         pool = mole.attached[1]
         response = (batch.real & ~batch.prompt).flatten()  # (n,)
-        gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()} if own else {}
+        linears = attached(mole.model).items() if own else ()
+        inner = {path: linear.gate.inner for path, linear in linears}
+        gates = {path: gate for path, gate in inner.items() if hasattr(gate, "keep_logits")}
         gate_loss = GateLoss(gates)
         mole.prompt.mask = batch.prompt
         with Recorder(mole.model, len(response)) as recorder:

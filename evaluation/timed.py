@@ -20,7 +20,7 @@ from common.options import numbers
 from common.template import TEMPLATE, choose_template
 from common.tokenizer import Tokenizer
 from evaluation.peers import has, hf_llama, peft_llama, peft_trainer
-from methods.meteora import MeteoraRun, MeteoraTraining
+from methods.meteora import MeteoraRun
 from methods.ramole import RouterLoRA, candidate_rows, router_loras, set_candidates
 from model import Llama, LlamaConfig
 from moe_lora import KnownAdapterGate, MeteoraGate, SampleGate, attach, attached, set_gates
@@ -31,7 +31,7 @@ from pool.load import TINY, compile_blocks, load_base, make_fast
 from pool.slots import Pool, alloc_B_of, pool_bytes
 from tasks.folders import Example, collate, encode, encode_all, load_tasks
 from training.adapters import AdaptersRun, adapters_step
-from training.gates import gates_step
+from training.gates import GateTermTraining, gates_step
 
 LLAMA_3_8B = {"vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -344,6 +344,6 @@ def gates_trainer(args, backend: str) -> Trainer:
     pool = SimpleNamespace(slot=lambda name: int(name.removeprefix("random")))
     learnt = examples(args, random_names(args.gated), model.config.vocab_size)
     run = MeteoraRun(model="", tasks="", pool="", top_k=args.k)
-    training = MeteoraTraining(model, pool, gates, run)
+    training = GateTermTraining(model, pool, gates, run)
     params = [param for gate in gates.values() for param in gate.parameters()]
     return Trainer(params, partial(gates_step, training), steps_of(args, learnt))

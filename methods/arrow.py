@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from methods.protocol import Gated, member_mask, warn_if_uneven
 from methods.session import Mole
 from moe_lora import AX, Mixture
+from pool.slots import Pool
 from pool.stacks import factored_svd
 
 
@@ -58,9 +59,8 @@ class Arrow(Gated):
     about = "Arrow: tokens go by the adapters' strongest input directions; no training"
     paper = "2405.11157"
 
-    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
+    def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """ArrowGates over the pool's adapters but those of `exclude`."""
-        pool = mole.pool
         warn_if_uneven(pool, self.name)
         known = member_mask(pool, mole.device, exclude)
         gates = {}

@@ -184,8 +184,11 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
     if mole.attached and mole.attached[0] == key:
         return mole.attached[1]
     detach(mole.model)
+    for hook in mole.hooks:
+        hook.remove()
     mole.attached = None
     mole.gates = []
+    mole.hooks = []
     if isinstance(shared, OwnLinears):
         shared.attach(mole, backend, exclude)
     else:
@@ -195,12 +198,14 @@ def _attach(mole, shared, requests, temperature, backend, exclude):
                 merged.append(replace(method.merge(mole, found, exclude), name=label))
             pool = Pool.of(merged, pool.shapes, mole.dtype, mole.device, alloc_B_of(mole.model))
         if isinstance(shared, Gated):
-            inner = shared.gates(mole, temperature, exclude)
+            pool = shared.pool_of(mole)
+            inner = shared.gates(mole, pool, temperature, exclude)
             gates = {path: SampleGate(inner[path]) for path in pool.A}
         else:
             gates = dict.fromkeys(pool.A, SampleGate())
         attach(mole.model, pool, gates, backend)
         mole.gates = list(dict.fromkeys(gates.values()))
+        mole.hooks = shared.hooks(mole.model, inner) if isinstance(shared, Gated) else []
     mole.attached = (key, pool)
     return pool
 

@@ -65,10 +65,10 @@ class RandomGates(Gated):
         """k and the seed stand for its gates."""
         return (POOL[0], f"random_gate_top{self.top_k}:{self.seed}")
 
-    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
+    def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """random_gates() for all adapters but those of `exclude`."""
-        known = member_mask(mole.pool, mole.device, exclude)
-        return random_gates(mole.pool, self.top_k, temperature, known, self.seed)
+        known = member_mask(pool, mole.device, exclude)
+        return random_gates(pool, self.top_k, temperature, known, self.seed)
 
 
 class RandomAdapters(FixedMixture):

@@ -4,7 +4,8 @@
     loss = lm_weight * LM cross-entropy of the response + beta * mean cross-entropy of every gate's
            e logits against the task's own adapter, over all tokens of prompt and response
 
-The first line is moe_lora.py's Linear with its MeteoraGate; the second is MeteoraTraining.
+The first line is moe_lora.py's Linear with its MeteoraGate; the second is GateTermTraining
+(training/gates.py).
 
 With k = 1 every weight is the constant 1, so that the LM loss has no gradient: the gate term alone
 trains G, and each gate is a linear classifier of its own input. fit_gates() fits it as one, without
@@ -22,74 +23,20 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from common.options import NotNegative
-from methods.protocol import TrainedGates, check_top_k
+from methods.protocol import TrainedGates
 from methods.session import Mole
 from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
 from pool.slots import Pool
-from tasks.folders import Batch, collate, pick
-from training.gates import GatesRun, GatesTraining
-from training.losses import hidden_states
+from tasks.folders import collate, pick
+from training.gates import GateTermRun, GateTermTraining
 
 
 @dataclass
-class MeteoraRun(GatesRun):
+class MeteoraRun(GateTermRun):
     """Options of `train.py gates --kind meteora`."""
 
-    beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs)
     fit: Literal["", "own", "routed"] = ""  # fit to features, with a task's own adapter or routed
     l2: NotNegative = 1e-4  # weight penalty of the fit
-
-
-class GateLoss:
-    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits
-    against the task's own adapter, over all labelled tokens (beta * this is added to the LM loss).
-
-    Gates keep the logits of their last forward until remove().
-    """
-
-    def __init__(self, gates: dict[str, MeteoraGate]):
-        self.gates = list(gates.values())
-        for gate in self.gates:
-            gate.keep_logits = True
-
-    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
-        for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
-        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
-        return total, (logits.argmax(-1) == labels).sum(-1)
-
-    def remove(self) -> None:
-        """Gates keep no logits any more."""
-        for gate in self.gates:
-            gate.keep_logits = False
-            gate.logits = None
-
-
-class MeteoraTraining(GatesTraining):
-    """MeteoRA's loss: the LM loss and beta times the gate term."""
-
-    def __init__(self, model, pool: Pool, gates: dict[str, MeteoraGate], args):
-        super().__init__(model, pool, gates, args)
-        self.gate_loss = GateLoss(gates)
-
-    def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
-        """See GatesTraining; "right" is the gates' top-1 accuracy over all tokens."""
-        args = self.args
-        if args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too):
-            loss, shown = super().loss(batch, n, n_response)
-        else:  # with k = 1 the LM loss has no gradient but for the adapters
-            loss = hidden_states(self.model, batch).new_zeros((), dtype=torch.float32)
-            shown = {}
-        labels = batch.slots(self.pool)[batch.real]
-        mean, right = self.gate_loss(labels)
-        gate_term = mean * (labels >= 0).sum() / n  # this part's share of the step's mean
-        shown |= {"gate_loss": gate_term.item(), "right": float(right.float().mean()) / n}
-        return loss + args.beta * gate_term, shown
-
-    def finish(self) -> None:
-        """Gates keep no logits any more."""
-        self.gate_loss.remove()
 
 
 class Meteora(TrainedGates):
@@ -101,7 +48,8 @@ class Meteora(TrainedGates):
     paper = "2405.13053"
     kind = "meteora"
     Run = MeteoraRun
-    Training = MeteoraTraining
+    Training = GateTermTraining
+    uses_top_k = True
     trains_adapters = True
     gates_know_tasks = True
     new_gates = staticmethod(meteora_gates)
@@ -148,14 +96,9 @@ class Meteora(TrainedGates):
         return f"gates_top{args.top_k}"
 
     @classmethod
-    def kept_k(cls, args, names: list[str]) -> int:
-        """--top_k."""
-        return args.top_k
-
-    @classmethod
     def check_run(cls, args, names: list[str]) -> None:
         """Raises InputError for a k beyond the pool, and for options that exclude each other."""
-        check_top_k(args, names)
+        super().check_run(args, names)
         if args.composite and args.fit:
             raise InputError(
                 "--composite goes with neither --fit nor --kind smear: both see one task a prompt"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from kernels import linear_in
-from methods.protocol import TrainedGates, check_top_k
+from methods.protocol import TrainedGates
 from moe_lora import AX, Mixture, meteora_gates
 from pool.slots import Pool
 
@@ -67,6 +67,7 @@ class MoE(TrainedGates):
     about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
     paper = "2406.16989"
     kind = "moe"
+    uses_top_k = True
 
     def __init__(self, name: str, top_k: int, k: str):
         super().__init__(name, int(k))
@@ -85,14 +86,3 @@ class MoE(TrainedGates):
     def run_name(cls, args) -> str:
         """moe_topK."""
         return f"moe_top{args.top_k}"
-
-    @classmethod
-    def check_run(cls, args, names: list[str]) -> None:
-        """Raises InputError for a k beyond the pool."""
-        super().check_run(args, names)
-        check_top_k(args, names)
-
-    @classmethod
-    def kept_k(cls, args, names: list[str]) -> int:
-        """--top_k."""
-        return args.top_k

@@ -24,6 +24,7 @@ from common.files import InputError, warn_once
 from methods.session import Mole, Ranking, rank_by_text
 from moe_lora import attach
 from pool.adapters import Adapter
+from pool.folder import PoolFolder
 from pool.gate_files import GateFile
 from pool.slots import Pool
 from training.gates import GatesRun, GatesTraining
@@ -118,7 +119,7 @@ class FixedMixture(Method):
 
 
 class Gated(Method):
-    """gates() makes a gate for each Linear."""
+    """gates() makes a gate for each Linear of the pool that they choose from."""
 
     decides = "per token and Linear"
     has_temperature = True
@@ -132,10 +133,19 @@ class Gated(Method):
         """All adapters that the gates choose among."""
         return all_but(mole.pool, exclude)
 
-    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
-        """{module path: gate} for mole.pool. They choose neither empty slots nor the adapters of
-        `exclude` (names): see member_mask()."""
+    def pool_of(self, mole: Mole) -> Pool:
+        """The pool that the gates choose from: mole.pool, or one computed from it."""
+        return mole.pool
+
+    def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
+        """{module path: gate} for `pool`, a pool_of(). They choose neither empty slots nor the adapters
+        of `exclude` (names): see member_mask()."""
         raise AttributeError(f"{type(self).__name__} has no gates()")
+
+    @staticmethod
+    def hooks(model, gates: dict[str, nn.Module]) -> list:
+        """The handles of hooks that the gates need on other modules of the model, once attached."""
+        return []
 
 
 class ByText(Method):
@@ -154,6 +164,7 @@ class Trained(Method):
     """A method with a file POOL/gates/NAME.safetensors, from `train.py gates --kind KIND`."""
 
     kind = ""  # as --kind names it
+    uses_top_k = False  # --top_k says how many adapters a token uses; else it uses all
     Run = GatesRun  # its options
     Training = GatesTraining  # its loss
     trains_adapters = False  # goes with --adapters_too
@@ -187,11 +198,19 @@ class Trained(Method):
         """Raises InputError for options that don't go with this kind; `names` are the adapters."""
         if args.adapters_too and not cls.trains_adapters:
             raise InputError(f"--kind {cls.kind} trains no adapters: leave out --adapters_too")
+        if cls.uses_top_k and not 1 <= args.top_k <= len(names):
+            expected = f"1 to {len(names)}, the adapters of {args.pool}"
+            raise InputError(f"--top_k is {args.top_k}, expected {expected}")
 
     @classmethod
-    def kept_k(cls, args, names: list[str]) -> int:
-        """The k that is written into the file."""
-        return len(names)
+    def more_adapters(cls, known: PoolFolder, args) -> dict[str, Path]:
+        """{name: PEFT folder} of adapters that belong to no task, which join the pool's `known`."""
+        return {}
+
+    @classmethod
+    def kept(cls, args) -> dict[str, str]:
+        """What the file's metadata say besides names, hashes, k and base: GateFile.metadata."""
+        return {}
 
     @classmethod
     def fit(cls, model, pool: Pool, examples: list, args) -> dict[str, nn.Module] | None:
@@ -217,16 +236,22 @@ class TrainedGates(Trained, Gated):
         """The file's name stands for its gates."""
         return (POOL[0], self.file_name)
 
-    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
+    def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's gates, rows joined to the pool's slots."""
-        rows = GateFile(self.file(mole), mole.pool, mole.model.fingerprint(), exclude, self.made_by)
-        return rows.fill(self.new_gates(mole.pool, rows.k, temperature, rows.known), mole.dtype)
+        rows = GateFile(self.file(mole), pool, mole.model.fingerprint(), exclude, self.made_by)
+        return rows.fill(self.gates_of(rows, pool, temperature), mole.dtype)
+
+    @classmethod
+    def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, nn.Module]:
+        """{module path: gate} that the file's rows are copied into."""
+        return cls.new_gates(pool, rows.k, temperature, rows.known)
 
     @classmethod
     def training(cls, model, pool: Pool, args) -> GatesTraining:
         """Attaches new gates and returns what trains them."""
         gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
         attach(model, pool, gates)
+        cls.hooks(model, gates)
         return cls.Training(model, pool, gates, args)
 
 
@@ -294,13 +319,6 @@ def warn_if_uneven(pool: Pool, method: str) -> None:
         found = "the adapters differ in Linears, rank or scale"
         instead = "selection and logo_top1 don't"
         warn_once(f"{found}, and {method} favours some for that alone; {instead}")
-
-
-def check_top_k(args, names: list[str]) -> None:
-    """Raises InputError where a token would use more adapters than there are."""
-    if not 1 <= args.top_k <= len(names):
-        expected = f"1 to {len(names)}, the adapters of {args.pool}"
-        raise InputError(f"--top_k is {args.top_k}, expected {expected}")
 
 
 def member_mask(pool: Pool, device=None, exclude=()) -> Tensor:

@@ -64,10 +64,10 @@ class Ramole(ByText, Gated):
         """Those retrieved: the router knows none."""
         return [name for name, _ in found]
 
-    def gates(self, mole: Mole, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
+    def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's routers, bound to what the slots hold now."""
-        mole.router_version = mole.pool.version
-        return load_routers(self.file(mole), mole.pool, mole.model, mole.dtype)
+        mole.router_version = pool.version
+        return load_routers(self.file(mole), pool, mole.model, mole.dtype)
 
     def prepare(self, mole: Mole, requests: list[tuple]) -> None:
         """Gives the routers the batch's candidates, and the adapters that are in the slots now."""

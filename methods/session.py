@@ -41,6 +41,7 @@ class Mole:
     base_name: str = ""  # the base as it was named, a folder or a hub name
     attached: tuple | None = None  # what is attached: the setup, options, adapters
     gates: list = field(default_factory=list)  # the SampleGates of the attached Linears
+    hooks: list = field(default_factory=list)  # handles of the hooks that their gates need
     prompt: PromptMask = field(default_factory=PromptMask)  # for methods that decide from the prompt
     custom_gates: dict = field(default_factory=dict)  # {method: a gate of yours or {module path: gate}}
     embed: object = None  # a text encoder of yours for retrieval, texts -> (n, d)

@@ -33,21 +33,27 @@ def parameters_of(gates: dict[str, nn.Module], e: int) -> dict[str, nn.Parameter
 
 
 def save_gates(
-    file: Path | str, gates: dict[str, nn.Module], pool: Pool, k: int, names: list[str], base: str
+    file: Path | str,
+    gates: dict[str, nn.Module],
+    pool: Pool,
+    k: int,
+    names: list[str],
+    base: str,
+    about: dict[str, str] | None = None,
 ) -> None:
     """Writes the parameters of {module path: gate}, one row for each of `names`, in that order,
-    bound to these adapters and to the base of fingerprint `base`."""
+    bound to these adapters and to the base of fingerprint `base`. `about`: further metadata."""
     slots = list(map(pool.slot, names))
     hashes = [pool.members[name].hash for name in names]
     tensors = {key: param[slots] for key, param in parameters_of(gates, pool.capacity).items()}
     metadata = {"names": "\n".join(names), "hashes": "\n".join(hashes), "k": str(k)}
     metadata["base"] = base
-    write_safetensors(file, tensors, metadata)
+    write_safetensors(file, tensors, metadata | (about or {}))
 
 
 class GateFile:
-    """A gate file whose rows are matched to a pool's slots: `k`, and `known` (e,) bool, True for a
-    slot that has a row.
+    """A gate file whose rows are matched to a pool's slots: `k`, `metadata`, and `known` (e,) bool, True
+    for a slot that has a row.
 
     Raises InputError where the gates were trained on another base than that of the fingerprint
     `base`, where adapters of rows are missing or have changed (it lists them), and where no adapter
@@ -67,6 +73,7 @@ class GateFile:
         self.file = file
         again = f"python {command} trains them again"
         self.tensors, metadata = read_safetensors(file)
+        self.metadata = metadata
         if not {"names", "hashes", "k"} <= metadata.keys():
             found = "metadata lacks names, hashes or k"
             raise InputError(f"{file}: {found}: not a gate file of this project")

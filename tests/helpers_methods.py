@@ -80,7 +80,8 @@ def write_every_part(folder, small_model):
             for param in gate.parameters():
                 param.data += noise(*param.shape, seed=100 * number + place) * 0.3
         file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
-        save_gates(file, gates, pool, method.kept_k(args, NAMES), pool.names, base.fingerprint())
+        k = args.top_k if method.uses_top_k else len(NAMES)
+        save_gates(file, gates, pool, k, pool.names, base.fingerprint())
     routers = router_loras(pool, 5)
     for router in routers.values():
         router.B.data += noise(*router.B.shape, seed=7) * 0.3

@@ -23,6 +23,7 @@ from common.hub import base_name
 from common.locks import alone
 from common.options import Above0, Count, Rank, Share, Whole
 from common.template import TEMPLATE, TemplateOptions, asked_template
+from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import KnownAdapterGate, attach, detach
 from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
@@ -41,23 +42,29 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass
-class AdaptersRun(TemplateOptions, Run):
-    """Options of `train.py adapters`."""
+class NewAdaptersRun(TemplateOptions, Run):
+    """Options of the runs that make adapters."""
 
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
-    joint: str = ""  # train one adapter instead: on all data as it is, or evenly on all tasks
-    name: str = ""  # what the joint adapter is called, default lora_f or lora_b
     r: Rank = 8  # rank
     alpha: Above0 = 16.0  # scale is alpha / r
     dropout: Annotated[float, Number(float, 0, 0.98)] = 0.1  # LoRA dropout
-    composite: Share = 0.0  # share of examples that are put into composites (up to --max_length)
-    late_start: Share = 0.0  # share of examples whose adapter starts at a random token, as with gates
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     max_length: Count = 512  # longer examples are left out; at most the model's context
     samples: Whole = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
+
+
+@dataclass
+class AdaptersRun(NewAdaptersRun):
+    """Options of `train.py adapters`."""
+
+    joint: str = ""  # train one adapter instead: on all data as it is, or evenly on all tasks
+    name: str = ""  # what the joint adapter is called, default lora_f or lora_b
+    composite: Share = 0.0  # share of examples that are put into composites (up to --max_length)
+    late_start: Share = 0.0  # share of examples whose adapter starts at a random token, as with gates
 
 
 def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = None) -> None:
@@ -79,27 +86,17 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
 
 
 def _train_adapters(tasks, folder, run, args, sampling):
-    known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
-    if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
-        found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
-        raise InputError(f"{folder}: {found}: name another --pool")
-    model, tokenizer = load_frozen(args, known, TEMPLATE)
-    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
+    known, model, tokenizer, examples = begin(tasks, folder, args)
     checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
     name = args.name or args.joint
-    targets = target_shapes(model, args)
     learners = list(tasks.values())
     if args.joint:
         rows = [row for task in learners for row in task.train]
         learners = [Task(name, "", rows, [])]
         examples = sampling[args.joint](examples, name)
-    like = model.head_weight
-    size = 4 * pool_bytes(targets, len(learners), args.r, torch.float32)  # gradients, AdamW's two moments
-    check_memory(f"--r {args.r}: {len(learners)} adapters and what trains them", size, like.device)
-    adapters = [new_adapter(task, targets, args) for task in learners]
-    pool = Pool.of(adapters, targets, device=like.device, alloc_B=alloc_B_of(model))
+    pool = new_pool(model, learners, args)
     gate = KnownAdapterGate()
     attach(model, pool, gate, dropout=args.dropout)
     model.train()
@@ -133,6 +130,32 @@ def _train_adapters(tasks, folder, run, args, sampling):
     checkpoint.finish(written, files)
 
 
+def begin(
+    tasks: dict[str, Task], folder: Path, args: NewAdaptersRun
+) -> tuple[PoolFolder, Llama, Tokenizer, Examples]:
+    """What a run that makes adapters begins with: the pool `folder`, which may be new, the frozen base,
+    its tokenizer, and {task: its tokenized examples}. Raises InputError, also where write_pool()
+    would lose adapters."""
+    known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
+    if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
+        found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
+        raise InputError(f"{folder}: {found}: name another --pool")
+    model, tokenizer = load_frozen(args, known, TEMPLATE)
+    examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
+    return known, model, tokenizer, examples
+
+
+def new_pool(model: Llama, learners: list[Task], args: NewAdaptersRun) -> Pool:
+    """A pool of a new_adapter() for each of `learners`, float32. Raises InputError where the machine has
+    too little memory to train them."""
+    targets = target_shapes(model, args)
+    device = model.head_weight.device
+    size = 4 * pool_bytes(targets, len(learners), args.r, torch.float32)  # gradients, AdamW's two moments
+    check_memory(f"--r {args.r}: {len(learners)} adapters and what trains them", size, device)
+    adapters = [new_adapter(task, targets, args) for task in learners]
+    return Pool.of(adapters, targets, device=device, alloc_B=alloc_B_of(model))
+
+
 def warn_of_unlearnt(model: Llama, pool: Pool, examples: Examples, args: AdaptersRun) -> None:
     """Warns of each adapter whose loss on its own examples is not below that at the start, when B
     was zero: the base's."""
@@ -147,6 +170,7 @@ def warn_of_unlearnt(model: Llama, pool: Pool, examples: Examples, args: Adapter
 
 def check_adapter_options(args: AdaptersRun) -> None:
     """Raises InputError for options that give a traceback, or a pool that nothing can read."""
+    check_new_adapters(args)
     if args.name and not args.joint:
         raise InputError("--name is the joint adapter's: it goes with --joint")
     if args.name and not re.fullmatch(rf"{args.joint}[\w-]*", args.name):
@@ -154,6 +178,10 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError(f"--name is {args.name!r}, expected {expected}")
     if args.joint and args.late_start:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
+
+
+def check_new_adapters(args: NewAdaptersRun) -> None:
+    """The same for what all runs that make adapters have."""
     for target in args.target:
         if not target.endswith(LINEARS):
             raise InputError(f"--target {target}: no such Linear, expected some of {', '.join(LINEARS)}")
@@ -162,7 +190,7 @@ def check_adapter_options(args: AdaptersRun) -> None:
     asked_template(args)
 
 
-def target_shapes(model: Llama, args: AdaptersRun) -> dict[str, tuple[int, int]]:
+def target_shapes(model: Llama, args: NewAdaptersRun) -> dict[str, tuple[int, int]]:
     """{module path: (o, i)} of --target's Linears. Raises InputError for one that isn't there."""
     shapes = linear_shapes(model)
     for target in args.target:
@@ -172,7 +200,7 @@ def target_shapes(model: Llama, args: AdaptersRun) -> dict[str, tuple[int, int]]
     return {path: shape for path, shape in shapes.items() if path.endswith(tuple(args.target))}
 
 
-def new_adapter(task: Task, targets: dict[str, tuple[int, int]], args: AdaptersRun) -> Adapter:
+def new_adapter(task: Task, targets: dict[str, tuple[int, int]], args: NewAdaptersRun) -> Adapter:
     """B zero, A uniform within 1/sqrt(i) as PEFT starts it.
 
     The seed depends on the task's name, so that the order of tasks changes nothing.
@@ -250,7 +278,7 @@ def clip_each(stacks: list[torch.Tensor], limit: float) -> float:
 
 
 def save_adapters(
-    pool: Pool, tasks: dict[str, Task], model: Llama, known: PoolFolder, args: AdaptersRun
+    pool: Pool, tasks: dict[str, Task], model: Llama, known: PoolFolder, args: NewAdaptersRun
 ) -> list[Path]:
     """Writes the adapters, then a pool.json that names them beside those that were there.
 

@@ -24,7 +24,8 @@ class Checkpoint:
     """RUN/checkpoint.safetensors: step, trained tensors, optimizer state, RNG.
 
     config.json and log.csv lie beside it. A finished run leaves config.json with "finished": true
-    and "wrote", the files that it made, and no checkpoint.
+    and "wrote", the files that it made, and no checkpoint. `kept` {name: tensor} is further state of
+    the run, to be set before fit(): saved beside the weights, and restored in place.
     """
 
     def __init__(self, folder: Path | str, args: Any, bound: dict[str, str] | None = None):
@@ -40,6 +41,7 @@ class Checkpoint:
         self.step = 0
         self.finished = False
         self.rows = []
+        self.kept = {}
         if self.file.exists() and not MARK.items() <= read_metadata(self.file).items():
             raise InputError(f"{self.file}: not a checkpoint that train.py made: move it elsewhere")
         file = self.folder / "config.json"
@@ -93,6 +95,8 @@ class Checkpoint:
                 check(f"{self.file}: {name}", tensor.item(), Number(float, 1, self.step))
         for name, param in params.items():
             param.data.copy_(tensors[f"param.{name}"])
+        for name, tensor in self.kept.items():
+            tensor.copy_(tensors[f"kept.{name}"])
         for name, param, optimizer in states(params, optimizers):
             optimizer.state[param] = {}
             for kind in STATE[type(optimizer)]:
@@ -107,6 +111,8 @@ class Checkpoint:
         expected = {"rng": torch.get_rng_state()}
         for name, param in params.items():
             expected[f"param.{name}"] = param
+        for name, tensor in self.kept.items():
+            expected[f"kept.{name}"] = tensor
         for name, param, optimizer in states(params, optimizers):
             for kind in STATE[type(optimizer)]:
                 expected[f"{kind}.{name}"] = torch.zeros(()) if kind == "step" else param
@@ -119,7 +125,7 @@ class Checkpoint:
             why = "damaged, or of an earlier version"
             raise InputError(f"{self.file}: {found}: {why}: remove {self.folder} to train anew")
 
-        for name in ["rng", *(name for name in expected if name.startswith("param."))]:
+        for name in ["rng", *(name for name in expected if name.startswith(("param.", "kept.")))]:
             if name not in tensors:
                 refuse(f"no tensor {name}")
         for name, tensor in tensors.items():
@@ -166,6 +172,8 @@ class Checkpoint:
             tensors["cuda_rng"] = torch.cuda.get_rng_state()
         for name, param in params.items():
             tensors[f"param.{name}"] = param.data
+        for name, tensor in self.kept.items():
+            tensors[f"kept.{name}"] = tensor
         for name, param, optimizer in states(params, optimizers):
             for kind, value in optimizer.state[param].items():
                 tensors[f"{kind}.{name}"] = value

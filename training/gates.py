@@ -5,11 +5,13 @@ The kinds of gates are in methods/. The base stays frozen, and so do the adapter
 each gate the task's own adapter.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from common.devices import DTYPES
 from common.files import InputError
@@ -28,7 +30,7 @@ from training.adapters_help import check_adapters_help
 from training.checkpoint import Checkpoint
 from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Run, compile_for, finished, fit, required
-from training.losses import lm_losses
+from training.losses import GateLoss, hidden_states, lm_losses
 
 
 @dataclass
@@ -48,6 +50,13 @@ class GatesRun(PoolOptions, Run):
     lr: NotNegative = 7e-3  # peak learning rate
     clip: NotNegative = 0.3  # largest gradient norm, 0 = no clipping
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved gates and adapters
+
+
+@dataclass
+class GateTermRun(GatesRun):
+    """Options of the kinds of gates that learn from the gate term too."""
+
+    beta: NotNegative = 50.0  # weight of the gate term (the paper's reported runs)
 
 
 def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
@@ -71,7 +80,8 @@ def train_gates(args: GatesRun, kinds: dict[str, type]) -> None:
 
 def _train_gates(kind, known, names, tasks, run, args):
     dtype = torch.float32 if args.adapters_too else None
-    model, tokenizer, pool = load_with_pool(args, known, names, dtype)
+    more = kind.more_adapters(known, args)
+    model, tokenizer, pool = load_with_pool(args, known, names, dtype, more)
     folder = Path(args.adapters_too or known.path)
     file = folder / "gates" / f"{kind.run_name(args)}.safetensors"
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
@@ -88,15 +98,16 @@ def _train_gates(kind, known, names, tasks, run, args):
         gates = training.gates
     files = [file]
     if args.adapters_too:
-        pool = save_pool(known, pool, args)
+        pool = save_pool(known, pool, more, args)
         files += [folder / "pool.json"]
-        for name in pool.names:
-            files += adapter_files(folder / "adapters" / name)
+        for path in saved_folders(folder, pool.names, more).values():
+            files += adapter_files(path)
     else:
         keep_template(known, model)
     for param in parameters_of(gates, pool.capacity).values():
         param.data = param.data.to(DTYPES[args.save_dtype])
-    save_gates(file, gates, pool, kind.kept_k(args, pool.names), pool.names, model.fingerprint())
+    k = args.top_k if kind.uses_top_k else len(pool.names)
+    save_gates(file, gates, pool, k, pool.names, model.fingerprint(), kind.kept(args))
     checkpoint.finish(file, files)
 
 
@@ -105,7 +116,7 @@ class GatesTraining:
 
     padded = False  # True: examples stay whole rows of a batch, they are not packed
 
-    def __init__(self, model: Llama, pool: Pool, gates: dict[str, torch.nn.Module], args: GatesRun):
+    def __init__(self, model: Llama, pool: Pool, gates: dict[str, nn.Module], args: GatesRun):
         self.model = model
         self.pool = pool
         self.gates = gates
@@ -119,6 +130,32 @@ class GatesTraining:
 
     def finish(self) -> None:
         """Called once after the last step."""
+
+
+class GateTermTraining(GatesTraining):
+    """MeteoRA's loss: the LM loss and beta times the gate term."""
+
+    def __init__(self, model, pool: Pool, gates: dict[str, nn.Module], args):
+        super().__init__(model, pool, gates, args)
+        self.gate_loss = GateLoss(gates)
+
+    def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """See GatesTraining; "right" is the gates' top-1 accuracy over all tokens."""
+        args = self.args
+        if args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too):
+            loss, shown = super().loss(batch, n, n_response)
+        else:  # with k = 1 the LM loss has no gradient but for the adapters
+            loss = hidden_states(self.model, batch).new_zeros((), dtype=torch.float32)
+            shown = {}
+        labels = batch.slots(self.pool)[batch.real]
+        mean, right = self.gate_loss(labels)
+        gate_term = mean * (labels >= 0).sum() / n  # this part's share of the step's mean
+        shown |= {"gate_loss": gate_term.item(), "right": float(right.float().mean()) / n}
+        return loss + args.beta * gate_term, shown
+
+    def finish(self) -> None:
+        """Gates keep no logits any more."""
+        self.gate_loss.remove()
 
 
 def train_by_steps(
@@ -160,11 +197,18 @@ def gates_step(training: GatesTraining, picked: list[Example]) -> dict[str, floa
     return shown
 
 
-def save_pool(known: PoolFolder, pool: Pool, args: GatesRun) -> Pool:
-    """Writes the trained adapters as a new pool and loads it: gates are bound to its hashes."""
+def save_pool(known: PoolFolder, pool: Pool, more: Iterable[str], args: GatesRun) -> Pool:
+    """Writes the trained adapters as a new pool, those of `more` beside it, and loads them all: gates
+    are bound to their hashes."""
     folder = Path(args.adapters_too)
-    paths = {name: folder / "adapters" / name for name in pool.names}
+    paths = saved_folders(folder, pool.names, more)
     for name, path in paths.items():
         save_adapter(trained(pool, name, args), path)
     write_pool(PoolFolder(folder, paths, known.fingerprint, known.template))
     return Pool.load(paths, pool.shapes)
+
+
+def saved_folders(folder: Path, names: list[str], more: Iterable[str]) -> dict[str, Path]:
+    """{adapter: its folder} of a new pool: POOL/adapters/NAME, or POOL/baselines/NAME for those of
+    `more`, which belong to no task."""
+    return {name: folder / ("baselines" if name in more else "adapters") / name for name in names}

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -64,16 +65,21 @@ def load_frozen(args, known: PoolFolder, default: str = "") -> tuple[Llama, Toke
 
 
 def load_with_pool(
-    args, known: PoolFolder, names: list[str], dtype: torch.dtype | None = None
+    args,
+    known: PoolFolder,
+    names: list[str],
+    dtype: torch.dtype | None = None,
+    more: dict[str, Path] | None = None,
 ) -> tuple[Llama, Tokenizer, Pool]:
     """The base, its tokenizer, and a pool of the adapters `names`, by default in the base's dtype.
+    `more` {name: PEFT folder} are adapters from outside of the pool's folder.
 
     Raises InputError where the pool's adapters were trained on another base.
     """
-    for name in names:
-        peft_folder(known.adapters[name])  # before the base is read
+    folders = {name: known.adapters[name] for name in names} | (more or {})
+    for folder in folders.values():
+        peft_folder(folder)  # before the base is read
     model, tokenizer = load_frozen(args, known)
-    folders = {name: known.adapters[name] for name in names}
     like = model.head_weight
     shapes = linear_shapes(model)
     pool = Pool.load(folders, shapes, dtype or like.dtype, like.device, alloc_B=alloc_B_of(model))

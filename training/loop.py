@@ -113,8 +113,10 @@ def fit(
     step_loss: Callable[[int], dict[str, float]],
     clip: Callable[[list[torch.Tensor], float], float] = clip_norm,
     rates: dict[str, float] | None = None,
+    after_backward: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Trains `params`, float32: step_loss(step) runs the backward passes and returns what to log.
+    after_backward(step) sees the gradients before they are clipped, and may change the params.
 
     Writes checkpoints and log.csv (step, learning rate, gradient norm, and what step_loss returns).
     `rates` {name: factor} gives some params another learning rate.
@@ -132,6 +134,7 @@ def fit(
             for param in params.values():
                 param.grad = None
             losses = step_loss(step)
+            after_backward(step)
             norm = clip(list(params.values()), args.clip)
             if not math.isfinite(norm):
                 advice = f"lower --lr (now {args.lr}), or use float32"

@@ -1,8 +1,10 @@
-"""The LM loss of all trainers: only response tokens count, and no (n, v) logits are formed."""
+"""The LM loss of all trainers, which forms no (n, v) logits, and the gate term of MeteoRA's loss."""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from model import Llama
 from tasks.folders import Batch
@@ -66,3 +68,29 @@ def lm_losses(model: Llama, batch: Batch, padded: bool = False) -> torch.Tensor:
     hidden = hidden_states(model, batch, padded)
     targets = batch.ids.roll(-1, 1)[batch.predicts]
     return BlockwiseCrossEntropy.apply(hidden, model.head_weight, targets, model.linear)
+
+
+class GateLoss:
+    """The gate term of MeteoRA's loss: one mean cross-entropy over every gate's full e logits
+    against the task's own adapter, over all labelled tokens (beta * this is added to the LM loss).
+
+    Gates that have `keep_logits` keep the logits of their last forward until remove().
+    """
+
+    def __init__(self, gates: dict[str, nn.Module]):
+        self.gates = [gate for gate in gates.values() if hasattr(gate, "keep_logits")]
+        for gate in self.gates:
+            gate.keep_logits = True
+
+    def __call__(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """labels (n,) int64 (slot, or -100 for none) of the last forward's tokens -> the loss, and
+        for each gate in module order how many labelled tokens have their label as top-1: (m,)."""
+        logits = torch.stack([gate.logits for gate in self.gates])  # (m, n, e)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-100)
+        return total, (logits.argmax(-1) == labels).sum(-1)
+
+    def remove(self) -> None:
+        """Gates keep no logits any more."""
+        for gate in self.gates:
+            gate.keep_logits = False
+            gate.logits = None

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers_models import make_pool, random_gates
-from methods.meteora import GateLoss
 from moe_lora import attach
 from pool.adapters import linear_shapes
+from training.losses import GateLoss
 
 IDS = torch.randint(331, (3, 11), generator=torch.Generator().manual_seed(3))
 

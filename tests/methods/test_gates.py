@@ -29,7 +29,7 @@ from helpers_training import (
     write_tasks,
 )
 from methods.batch import set_methods
-from methods.meteora import MeteoraRun, MeteoraTraining
+from methods.meteora import MeteoraRun
 from model import load_llama
 from moe_lora import Recorder, attach
 from pool.adapters import linear_shapes, load_adapter
@@ -39,7 +39,7 @@ from pool.slots import Pool
 from tasks.composites import compose
 from tasks.folders import some_tasks
 from training import gates as train_gates
-from training.gates import gates_step
+from training.gates import GateTermTraining, gates_step
 
 
 @pytest.mark.parametrize("k, composite", [(1, 0.0), (2, 0.0), (1, 0.7)])
@@ -50,7 +50,7 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     how = SimpleNamespace(composite=composite, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
     o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="")
-    training = MeteoraTraining(model, pool, gates, o)
+    training = GateTermTraining(model, pool, gates, o)
     logged = gates_step(training, picked)
     training.finish()
     assert logged.keys() == {"gate_loss", "right"}
@@ -88,7 +88,7 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     for micro_tokens in (40, 10_000):
         model.zero_grad()
         o = SimpleNamespace(top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="")
-        logged = gates_step(MeteoraTraining(model, pool, gates, o), picked)
+        logged = gates_step(GateTermTraining(model, pool, gates, o), picked)
         found.append((logged, {path: gate.weight.grad.clone() for path, gate in gates.items()}))
     (parts, part_grads), (whole, whole_grads) = found
     assert parts.keys() == {"lm_loss", "gate_loss", "right"}
@@ -105,7 +105,7 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
         seen = []
         model.model.register_forward_hook(lambda module, args, hidden: seen.append(hidden.requires_grad))
         o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="")
-        logged = gates_step(MeteoraTraining(model, pool, gates, o), examples(small_model, 2))
+        logged = gates_step(GateTermTraining(model, pool, gates, o), examples(small_model, 2))
         assert ("lm_loss" in logged) == (k > 1)  # nor is the head computed
         assert all(gate.weight.grad.abs().max() > 0 for gate in gates.values())
         graph[k] = any(seen)
