@@ -88,17 +88,17 @@ class RoutingSums:
         response = (batch.real & ~batch.prompt).flatten()  # (n,)
         linears = attached(mole.model).items() if own else ()
         inner = {path: linear.gate.inner for path, linear in linears}
-        gates = {path: gate for path, gate in inner.items() if hasattr(gate, "keep_logits")}
-        gate_loss = GateLoss(gates)
+        paths = [path for path, gate in inner.items() if hasattr(gate, "keep_logits")]
+        gate_loss = GateLoss(inner)
         mole.prompt.mask = batch.prompt
         with Recorder(mole.model, len(response)) as recorder:
             mole.model.model(batch.ids)
         mole.prompt.mask = None
         n = int(response.sum())
         self.tokens += n
-        if own:
+        if paths:
             labels = batch.slots(pool).flatten().masked_fill(~response, -100)
-            self.right.update(dict(zip(gates, gate_loss(labels)[1].tolist(), strict=True)))
+            self.right.update(dict(zip(paths, gate_loss(labels)[1].tolist(), strict=True)))
             self.labelled += n
         gate_loss.remove()
         names = {pool.slot(name): name for name in pool.resident}
