@@ -73,7 +73,7 @@ class Options(TemplateOptions):
     composite_temperature: Temperatures = "1"  # gate temperature there; 1,5,15: the best on validation
     ood: bool = False  # each task without its own adapter: how well the others do
     unseen: bool = False  # only tasks that router and retriever never saw; gates lack them, too
-    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, fusion, logo, ...)
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters

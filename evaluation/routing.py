@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from common.progress import track
-from common.tokenizer import check_ids
 from evaluation.choose import hidden_from
 from methods.batch import find_method, for_task, retrieve, set_methods
 from methods.protocol import Merged
@@ -51,16 +50,18 @@ def measure_routing(mole: Mole, tasks: dict[str, Task], method: str, args) -> di
 
 
 def set_up(mole: Mole, method: str, task: Task, args) -> Iterator[Batch]:
-    """The task's test examples in batches, the model set up for each as for answering it. Those that
-    are longer than the context are left out."""
+    """The task's test examples in batches, the model set up for each as for answering it. Those whose
+    response the model can't read are left out: too long for the context, or with ids that it lacks."""
     used = for_task(mole, method, task.name)
     hidden = hidden_from(mole, method, task.name, args)
     config = mole.model.config
-    examples = [encode(mole.tokenizer, mole.template, row, task.name) for row in task.test]
-    examples = [example for example in examples if len(example.ids) <= config.context]
+    examples = []
+    for row in task.test:
+        example = encode(mole.tokenizer, mole.template, row, task.name)
+        if len(example.ids) <= config.context and max(example.ids) < config.vocab_size:
+            examples.append(example)
     if not examples:
         return
-    check_ids([max(example.ids) for example in examples], config.vocab_size)
     prompts = [example.row["prompt"] for example in examples]
     ids = [example.ids[: example.n_prompt] for example in examples]
     rankings = retrieve(mole, [used] * len(ids), prompts, args.retrieve, hidden, ids)

@@ -35,8 +35,8 @@ def describe_cosines(pool: Pool) -> dict:
         return {}
     found = cosines(pool, names)
     pairs = {}
-    for j, l in combinations(range(len(names)), 2):  # noqa: E741
-        pairs[names[j], names[l]] = float(found[j, l])
+    for (j, first), (other, second) in combinations(enumerate(names), 2):
+        pairs[first, second] = float(found[j, other])
     pair = max(pairs, key=pairs.get)
     mean = sum(pairs.values()) / len(pairs)
     return {"mean": round(mean, 4), "largest": round(pairs[pair], 4), "pair": list(pair)}

@@ -10,10 +10,12 @@ from eval import Options
 from evaluation.routing import FIRST_QKV, measure_routing
 from helpers_models import load_mole, random_gates, write_adapters
 from methods.batch import retrieve, set_methods
+from methods.protocol import Gated
 from model import load_llama
 from moe_lora import Recorder, attached
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
+from pool.slots import Pool
 from tasks.folders import Task
 
 ROWS = {
@@ -86,6 +88,11 @@ def test_accuracy_of_each_linear_is_the_share_of_right_first_choices(gated):
         assert found[key] == round(100 * sum(shares[path] for path in group) / len(group), 2)
 
 
+@pytest.fixture(scope="module")
+def mole(small_model, pool_with_every_part):
+    return load_mole(small_model, pool_with_every_part, fast=False)
+
+
 def by_hand(mole, tasks, method, hidden=lambda name: (), k=3):
     """(ESS, {adapter: share of the weight in %}, tokens): each example alone, token by token, in float64."""
     ess = []
@@ -122,10 +129,9 @@ CASES = [(method, False) for method in EVERY] + [(method, True) for method in EV
 
 
 @pytest.mark.parametrize(("method", "ood"), CASES)
-def test_ess_and_load_are_those_of_a_loop(small_model, pool_with_every_part, method, ood):
+def test_ess_and_load_are_those_of_a_loop(mole, method, ood):
     """With prompts or padding counted, another request's adapters, or negative weights that cancel
     out, the numbers look like any others; without its hidden adapter a task must be measured, too."""
-    mole = load_mole(small_model, pool_with_every_part, fast=False)
     tasks = {name: Task(name, "exact_match", [], [dict(zip(("prompt", "response"), pair, strict=True))
              for pair in pairs]) for name, pairs in ROWS.items()}  # fmt: skip
     found = measure_routing(mole, tasks, method, Options(ood=ood, retrieve=2))
@@ -138,12 +144,30 @@ def test_ess_and_load_are_those_of_a_loop(small_model, pool_with_every_part, met
 
 
 @pytest.mark.parametrize("method", ["base", "average_ab", "ties_ba", "lorahub:fox", "lora_f", "fusion"])
-def test_what_has_no_weights_reports_none(small_model, pool_with_every_part, method):
+def test_what_has_no_weights_reports_none(mole, method):
     """One adapter that is merged from all weighs 1: an ESS of 1 would say that it is a choice."""
-    mole = load_mole(small_model, pool_with_every_part, fast=False)
     row = {"prompt": "the fox", "response": "the dog"}
     tasks = {"ant": Task("ant", "exact_match", [], [row])}
     assert measure_routing(mole, tasks, method, Options()) == {}
+
+
+@pytest.mark.parametrize("method", ["arrow", "meteora_top2"])
+def test_slots_are_those_of_the_attached_pool(small_model, pool_with_every_part, monkeypatch, method):
+    """A method may choose from a pool of its own: by mole.pool's slots each adapter would get another's
+    load, and gates would be right where they choose a wrong one."""
+    rows = [{"prompt": prompt, "response": response} for prompt, response in ROWS["bee"]]
+    tasks = {"bee": Task("bee", "exact_match", [], rows)}
+    usual = measure_routing(load_mole(small_model, pool_with_every_part), tasks, method, Options())
+
+    def reversed_pool(self, mole):
+        return Pool.of([mole.pool.adapter(name) for name in mole.pool.names[::-1]], mole.pool.shapes)
+
+    monkeypatch.setattr(Gated, "pool_of", reversed_pool)
+    mole = load_mole(small_model, pool_with_every_part)
+    found = measure_routing(mole, tasks, method, Options())
+    assert mole.attached[1].names == mole.pool.names[::-1]
+    assert found["routing"]["load"] == pytest.approx(usual["routing"]["load"], abs=0.02)
+    assert len(set(found["routing"]["load"].values())) == 3 and found.get("gates") == usual.get("gates")
 
 
 def test_an_example_that_the_model_cannot_read_is_left_out(small_model, pool_with_every_part):
