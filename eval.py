@@ -6,11 +6,12 @@
     python eval.py --model DIR --pool DIR --tasks DIR --methods base,adapter:NAME --out DIR
 
 Every answer to the test split is generated greedily and scored by its task's metric, with a 95 %
-bootstrap interval over the examples. For MeteoRA's gates eval.py also counts how often a gate's
-first choice, at the tokens of the held-out responses, is the task's own adapter: the table has the
-mean, results.json each Linear's share. For methods that retrieve it counts how often that adapter
-is among the k best. Finished answers are kept in OUT/cells: the same command continues where it
-stopped. Runs with equal options write the same results.json.
+bootstrap interval over the examples. `--against METHOD` adds the other methods' differences to it,
+over the same examples. At the tokens of the held-out responses eval.py also measures how many
+adapters a token in effect uses, each adapter's share of the weight, and how often the first choice
+of MeteoRA's gates is the task's own adapter. For methods that retrieve it counts how often that
+adapter is among the k best. Finished answers are kept in OUT/cells: the same command continues
+where it stopped. Runs with equal options write the same results.json.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
@@ -26,12 +27,11 @@ from typing import Annotated
 import torch
 
 from common.endings import run_script
-from common.files import MARK, InputError, read_bytes, say, write_json, write_jsonl, write_text
+from common.files import InputError, read_bytes, say, write_json, write_jsonl, write_text
 from common.locks import alone
 from common.options import ABOVE_0, Above0, Count, Counts, NewTokens, Seed, Whole, numbers, parse_args
 from common.progress import progress, track
 from common.template import TemplateOptions, asked_template
-from evaluation.accuracy import gate_accuracy, retrieval
 from evaluation.answers import AnswerCache, answer_all, sha256
 from evaluation.choose import choose_tasks, hidden_from, with_adapters
 from evaluation.composites import (
@@ -41,10 +41,13 @@ from evaluation.composites import (
     encode_spans,
     score_composites,
 )
-from evaluation.tables import composite_table, mean_of, table
+from evaluation.paired import compare_on_composites, compare_on_tasks
+from evaluation.routing import measure_routing, retrieval
+from evaluation.tables import composite_table, cosines_line, mean_of, table
 from methods.batch import check_name, find_method, for_task, split_methods
 from methods.protocol import Gated
 from methods.session import Mole, find_mole, load_weights
+from pool.cosines import describe_cosines
 from pool.load import TINY, read_adapters
 from pool.retriever import sentence_encoder
 from tasks.composites import Composite, composites
@@ -64,12 +67,13 @@ class Options(TemplateOptions):
     tasks: str = ""  # folder of task folders, or file of {adapter, prompt, response} lines; default tiny/'s
     only: list[str] = field(default_factory=list)  # a task to score; repeatable; default: all
     methods: str = "base,oracle,meteora"  # separated by commas; oracle: each task's own adapter
+    against: str = ""  # one of the methods: the others' differences to it, with paired intervals
     composite: Counts = ""  # questions in a composite prompt, as 3,5,10: two columns each
     composites: Count = 200  # composite prompts of each size
     composite_temperature: Temperatures = "1"  # gate temperature there; 1,5,15: the best on validation
     ood: bool = False  # each task without its own adapter: how well the others do
     unseen: bool = False  # only tasks that router and retriever never saw; gates lack them, too
-    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, fusion, logo, ...)
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
     top_k: Count = 2  # which gates `meteora` uses; meteora_top1, meteora_top2 name them
     gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
@@ -96,6 +100,10 @@ def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
     methods = list(dict.fromkeys(filter(None, map(str.strip, split_methods(args.methods)))))
     if not methods:
         raise InputError("--methods names none")
+    if args.against and args.against not in methods:
+        raise InputError(f"--against is {args.against!r}, expected one of --methods: {', '.join(methods)}")
+    if args.against and args.meteora_metrics:
+        raise InputError("--against needs all answers, and --meteora_metrics drops the empty ones")
     temperatures = numbers("--composite_temperature", args.composite_temperature, ABOVE_0)
     sizes = numbers("--composite", args.composite) if args.composite else []
     return methods, sizes, temperatures
@@ -128,13 +136,8 @@ def evaluate(
                 bar.update(len(targets))
             timing[method] = round(seconds, 2)
             results[method] = {**mean_of(scores), "tasks": scores}
-            in_pool = with_adapters(mole, tasks)
-            kind = find_method(mole, method, args.top_k)
-            if kind.gates_know_tasks and in_pool and not (args.ood or args.unseen):
-                name = f"gates of {method}"
-                found = cells.get(name, lambda: gate_accuracy(mole, in_pool, method, args))
-                kept = found.keys() - MARK.keys() - {"seconds"}
-                results[method]["gates"] = {key: found[key] for key in found if key in kept}
+            found = cells.get(f"routing of {method}", lambda: measure_routing(mole, tasks, method, args))
+            results[method] |= {key: found[key] for key in ("gates", "routing") if key in found}
     return results, rows, timing
 
 
@@ -269,11 +272,20 @@ def run(args: Options, methods: list[str], sizes: list[int], temperatures: list[
         mole, tasks, methods, asked, temperatures, cells, args
     )
     ceiling = next((method for method, kind in kinds.items() if kind.is_ceiling), None)
-    text = table(results, tasks, ceiling)
-    if on_composites:
-        text += "\n" + composite_table(results, on_composites)
     setting = "ood" if args.ood else "unseen" if args.unseen else "iid"
     written = {"setting": setting, "methods": results, "composite": on_composites, "meta": meta}
+    against = {}
+    if args.against:
+        against = {"method": args.against}
+        against["tasks"] = compare_on_tasks(rows, tasks, args.against, args.seed)
+        against["composite"] = compare_on_composites(composite_rows, asked, tasks, args.against, args.seed)
+        written["against"] = against
+    text = table(results, tasks, ceiling, against)
+    if mole.pool and (alike := describe_cosines(mole.pool)):
+        written["cosines"] = alike
+        text += cosines_line(alike)
+    if on_composites:
+        text += "\n" + composite_table(results, on_composites, against)
     if not args.ood and any(kind.retrieves == "by text" for kind in kinds.values()):
         written["retrieval"] = found = retrieval(mole, with_adapters(mole, tasks))
         shares = ", ".join(f"top-{k} {found[k]:.1f}" for k in found if k != "n")

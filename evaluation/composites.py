@@ -114,14 +114,11 @@ def score_composites(asked: Asked, texts: list[str], tasks: dict[str, Task], arg
     rights = []
     by_task = {}  # {task: [(answer, response)]}
     for composite, text in zip(asked, texts, strict=True):
-        answers = numbered(text, len(composite.questions))
-        attempted.append(sum(map(bool, answers)))
-        rights.append(0)
-        for (name, row), answer in zip(composite.questions, answers, strict=True):
-            metric = tasks[name].metric
-            if metric in COUNTED:
-                rights[-1] += right(metric, answer, row["response"])
-            by_task.setdefault(name, []).append((answer or "", row["response"]))
+        pairs = numbered_pairs(composite, text)
+        attempted.append(sum(bool(answer) for _, answer, _ in pairs))
+        rights.append(count_right(pairs, tasks))
+        for name, answer, response in pairs:
+            by_task.setdefault(name, []).append((answer or "", response))
     found = {"n": len(asked)}
     for key, values in (("attempted", attempted), ("right", rights)):
         values = np.array(values, dtype=float)
@@ -134,6 +131,22 @@ def score_composites(asked: Asked, texts: list[str], tasks: dict[str, Task], arg
         scored = score_one(tasks[name].metric, *zip(*pairs, strict=True), args.seed)
         found["tasks"][name] = {"score": scored.score, "n": scored.n, "metric": scored.metric}
     return found
+
+
+def numbered_pairs(composite: Composite, text: str) -> list[tuple[str, str | None, str]]:
+    """[(task, answer, response)] of a composite's questions; None where the text has no answer."""
+    answers = numbered(text, len(composite.questions))
+    questions = zip(composite.questions, answers, strict=True)
+    return [(name, answer, row["response"]) for (name, row), answer in questions]
+
+
+def count_right(pairs: list[tuple[str, str | None, str]], tasks: dict[str, Task]) -> int:
+    """How many of the answers of numbered_pairs() are right, by tasks' metrics that know."""
+    count = 0
+    for name, answer, response in pairs:
+        metric = tasks[name].metric
+        count += metric in COUNTED and right(metric, answer, response)
+    return count
 
 
 def choose_temperature(

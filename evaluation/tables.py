@@ -14,10 +14,13 @@ def mean_of(scores: dict[str, dict]) -> dict[str, float]:
     return {"mean": round(mean, 2), "plus_minus": round(math.hypot(*halves) / len(scores), 2)}
 
 
-def table(results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = None) -> str:
+def table(
+    results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = None, against: dict | None = None
+) -> str:
     """A row a task, a column a method, score [low, high], as Markdown.
 
-    Where there is a method `ceiling`, the last row is each method's share of it.
+    The last rows are each method's share of the method `ceiling`, and its difference to the one that
+    `against` is about, where there are such.
     """
     rows = []
     for name in tasks:
@@ -31,6 +34,9 @@ def table(results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = 
     if ceiling and (whole := results[ceiling]["mean"]):
         shares = [f"{100 * result['mean'] / whole:.1f} %" for result in results.values()]
         rows.append([f"of the {ceiling}", "", *shares])
+    if against:
+        cells = [difference_cell(against["tasks"], method, ".1f") for method in results]
+        rows.append([f"mean less {against['method']}", "", *cells])
     lines = markdown(["task", "n", *results], rows)
     for method, result in results.items():
         if "gates" in result:
@@ -38,22 +44,48 @@ def table(results: dict[str, dict], tasks: Iterable[str], ceiling: str | None = 
             share = f"{gates['right']:.1f} % of {gates['tokens']} response tokens"
             first = f"q, k, v of layer 0: {gates['first_qkv']:.1f} %"
             lines.append(f"\n{printable(method)}: gates' first choice right on {share} ({first})")
+    found = {method: result["routing"]["ess"] for method, result in results.items() if "routing" in result}
+    if found:
+        numbers = [f"{printable(method)} {ess:.2f}" for method, ess in found.items()]
+        lines.append(f"\nadapters that a token in effect uses: {', '.join(numbers)}")
     return "\n".join(lines) + "\n"
 
 
-def composite_table(results: dict[str, dict], composite: dict[str, dict[str, dict]]) -> str:
+def difference_cell(differences: dict[str, dict], method: str, digits: str) -> str:
+    """A method's difference with its interval, "" where it has none."""
+    if method not in differences:
+        return ""
+    value, low, high = (
+        format(differences[method][key], f"+{digits}") for key in ("difference", "low", "high")
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def cosines_line(alike: dict) -> str:
+    """The mean and the largest of the adapters' cosines, and of which two that is."""
+    pair = ", ".join(map(printable, alike["pair"]))
+    return f"\ncosines of the pool's adapters: mean {alike['mean']:.3f}, largest {alike['largest']:.3f} ({pair})\n"
+
+
+def composite_table(
+    results: dict[str, dict], composite: dict[str, dict[str, dict]], against: dict | None = None
+) -> str:
     """A row a method: its mean over the tasks, then attempted and right questions, as Markdown.
 
-    `composite` is {questions in a prompt: {method: what score_composites() returned}}.
+    `composite` is {questions in a prompt: {method: what score_composites() returned}}; of `against`
+    each method's difference in right questions.
     """
+    compared = against["composite"] if against else {}
     header = ["method", "tasks"]
     for n in composite:
         header += [f"{n}: attempted", f"{n}: right"]
+        header += [f"{n}: right, less {against['method']}"] if n in compared else []
     rows = []
     for method, result in results.items():
         row = [method, f"{result['mean']:.1f}"]
-        for scores in composite.values():
+        for n, scores in composite.items():
             row += composite_cells(scores[method]) if method in scores else ["", ""]
+            row += [difference_cell(compared[n], method, ".2f")] if n in compared else []
         rows.append(row)
     lines = markdown(header, rows)
     counts = {score["n"] for scores in composite.values() for score in scores.values()}

@@ -5,6 +5,7 @@ Their order is that of help and docs; the first whose default() answers runs whe
 
 from methods import (
     arrow,
+    controls,
     custom,
     fixed,
     joint,
@@ -41,6 +42,8 @@ METHODS = (
     lora_retriever.AdapterSoup,
     ramole.Ramole,
     logo.LoGo,
+    controls.RandomGates,
+    controls.RandomAdapters,
 )
 FALLBACK = joint.Joint  # any other name: a folder under POOL/baselines
 CUSTOM = custom.Custom  # a name in mole.custom_gates

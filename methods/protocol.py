@@ -41,7 +41,7 @@ class Method:
     decides = ""  # for what it chooses anew: "per request", "per token and Linear", ...
 
     needs_adapters = True  # without a pool it is an error
-    retrieves = ""  # how it ranks adapters for each prompt: "by text" or "by a forward pass"
+    retrieves = ""  # how it ranks adapters for each prompt: "by text", "by a forward pass", "at random"
     per_task = ""  # where it is another method for each task, that one's name, {} for the task
     is_ceiling = False  # each task with its own adapter, whatever is hidden from others
     has_task_adapter = False  # is one task's adapter, or one that has learnt all tasks

@@ -167,24 +167,36 @@ def rouge(metric: str, answers: list[str], targets: list[str]) -> list[float]:
 
 def score(metric: str, answers: list[str], targets: list[str], seed: int = 0, resamples: int = 1000) -> Score:
     """Scores `answers` against `targets`, lists of the same length."""
+    value, resampled = resampled_scores(metric, answers, targets, seed, resamples)
+    return _score(metric, value, resampled, len(answers))
+
+
+def resampled_scores(
+    metric: str, answers: list[str], targets: list[str], seed: int | list[int] = 0, resamples: int = 1000
+) -> tuple[float, np.ndarray]:
+    """(The score, that of each bootstrap resample (resamples,)). Other answers to the same targets
+    are resampled alike: the difference of two such arrays is that of paired examples."""
     _check(metric, answers, targets)
+    if metric == "bleu":
+        return _resampled_bleu(answers, targets, seed, resamples)
     if metric in ROUGE:
-        return mean_score(metric, rouge(metric, answers, targets), seed, resamples)
-    pairs = list(zip(answers, targets, strict=True))
-    if metric != "bleu":
+        values = rouge(metric, answers, targets)
+    else:
         score_one = recovery if metric == "recovery" else functools.partial(right, metric)
-        values = [score_one(answer, target) for answer, target in pairs]
-        return mean_score(metric, values, seed, resamples)
+        values = [score_one(answer, target) for answer, target in zip(answers, targets, strict=True)]
+    return _resampled_means(values, seed, resamples)
+
+
+def _resampled_bleu(answers, targets, seed, resamples):
     bleu = _optional("sacrebleu").BLEU()
-    pairs = [(space_out(answer), space_out(target)) for answer, target in pairs]
-    answers, targets = map(list, zip(*pairs, strict=True))
+    answers = list(map(space_out, answers))
+    targets = list(map(space_out, targets))
     value = bleu.corpus_score(answers, [targets]).score
     # Corpus BLEU is a function of summed n-gram counts: resample the counts, not the texts.
+    pairs = zip(answers, targets, strict=True)
     counts = np.array([_bleu_counts(bleu, answer, target) for answer, target in pairs])
-    resampled = []
-    for drawn in draws(len(counts), seed, resamples):
-        resampled.append(_bleu_of(bleu, counts[drawn].sum(0)))
-    return _score(metric, value, resampled, len(counts))
+    resampled = [_bleu_of(bleu, counts[drawn].sum(0)) for drawn in draws(len(counts), seed, resamples)]
+    return value, np.array(resampled)
 
 
 def score_meteora(
@@ -272,16 +284,19 @@ def _check(metric, answers, targets):
         raise ValueError(f"{len(answers)} answers for {len(targets)} targets")
 
 
-def draws(n: int, seed: int, resamples: int = 1000) -> np.ndarray:
+def draws(n: int, seed: int | list[int], resamples: int = 1000) -> np.ndarray:
     """(resamples, n): the examples of each bootstrap resample."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
 def mean_score(metric: str, values: Sequence[float], seed: int, resamples: int = 1000) -> Score:
     """The Score of the mean of `values`, each 0 to 1."""
+    return _score(metric, *_resampled_means(values, seed, resamples), len(values))
+
+
+def _resampled_means(values, seed, resamples):
     values = 100 * np.array(values, dtype=float)
-    resampled = values[draws(len(values), seed, resamples)].mean(1)
-    return _score(metric, values.mean(), resampled, len(values))
+    return values.mean(), values[draws(len(values), seed, resamples)].mean(1)
 
 
 def _score(metric, value, resampled, n):

@@ -22,6 +22,7 @@ from training.adapters import AdaptersRun, train_adapters
 NAMES = ("ant", "bee", "cat")  # of ranks 2, 3, 5
 METHODS = method_names()
 RETRIEVED = [name for method in TABLE if method.retrieves == "by text" for name in method.names]
+DRAWN = [name for method in TABLE if method.retrieves == "at random" for name in method.names]
 LOGO = [name for method in TABLE if method.retrieves == "by a forward pass" for name in method.names]
 LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 
@@ -36,7 +37,7 @@ IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
 
 def found_for(methods):
     """What each row of a batch of `methods` has retrieved."""
-    return [list(FOUND.items()) if name in (*RETRIEVED, *LOGO) else [] for name in methods]
+    return [list(FOUND.items()) if name in (*RETRIEVED, *LOGO, *DRAWN) else [] for name in methods]
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from helpers_models import tokenizer_bytes, write_adapters, write_llama
 from methods.ramole import router_loras, save_routers
 from model import load_llama
 from moe_lora import MeteoraGate, attached
+from pool.cosines import describe_cosines
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import save_gates
 from tasks.folders import load_tasks
@@ -79,7 +80,7 @@ def test_gate_accuracy_counts_response_tokens_and_leaves_out_the_blind_gates(set
     monkeypatch.setattr(MeteoraGate, "forward", always)
     loaded = load_tasks(tasks)
     o = evaluation.Options(batch_size=3)
-    got = evaluation.gate_accuracy(mole, loaded, "meteora_top1", o)
+    got = evaluation.measure_routing(mole, loaded, "meteora_top1", o)["gates"]
     each = len(mole.tokenizer.encode("the lazy dog", start=False)) + 1  # and EOS
     assert got["tokens"] == 8 * each
     assert got["right"] == round(100 * 5 / 8, 2)  # bee's own examples
@@ -239,7 +240,7 @@ def test_two_runs_write_the_same_bytes(wide, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "dies", "calls"), [("answer_all", 3, 9), ("gate_accuracy", 1, 1), ("answer_composites", 2, 3)]
+    ("part", "dies", "calls"), [("answer_all", 3, 9), ("measure_routing", 2, 3), ("answer_composites", 2, 3)]
 )
 def test_stopped_and_started_again_is_the_uninterrupted_run(wide, whole, tmp_path, part, dies, calls):
     """An evaluation takes hours: what is done must not be done again, and nothing of it may be
@@ -409,7 +410,7 @@ def faked(seen, best=None):
 
     return {
         "answer_composites": say, "answer_all": lambda mole, prompts, *_: [""] * len(prompts),
-        "gate_accuracy": lambda *_: {"right": 1.0, "first_qkv": 2.0, "tokens": 3},
+        "measure_routing": lambda *_: {"gates": {"right": 1.0, "first_qkv": 2.0, "tokens": 3}},
         "draw_composite": lambda mole, composite, method, temperature, o: f"{method} at {temperature}",
     }  # fmt: skip
 
@@ -455,6 +456,28 @@ def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path
     assert "temperature" not in results["composite"]["3"]["meteora"]
 
 
+def test_differences_and_cosines_are_written_and_shown(wide, tmp_path):
+    """Pairs of answers of two tasks, or to another method than the one asked for; the cosines of
+    some adapters instead of all."""
+    texts = {"uniform": "the lazy dog runs 1", "adapter:ant": ""}
+    say = lambda mole, prompts, method, *_: [texts[method]] * len(prompts)  # noqa: E731
+    args = [*wide, "--methods", "adapter:ant,uniform", "--against", "adapter:ant", "--out", tmp_path]
+    status, out, err = run_eval(*args, **faked([]) | {"answer_all": say})
+    assert status == 0, err
+    results = results_of(tmp_path)
+    less = results["against"]["tasks"]["uniform"]
+    means = [results["methods"][method]["mean"] for method in ("uniform", "adapter:ant")]
+    assert less["difference"] == pytest.approx(means[0] - means[1], abs=0.02) and less["difference"] > 20
+    assert less["low"] < less["difference"] < less["high"] and list(results["against"]["tasks"]) == [
+        "uniform"
+    ]
+    nothing = {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert results["against"]["composite"] == {"2": {"uniform": nothing}}
+    assert f"| mean less adapter:ant |  |  | +{less['difference']:.1f} [" in out
+    assert results["cosines"] == describe_cosines(load(wide[1], wide[3]).pool)
+    assert "cosines of the pool's adapters: mean " in out and "2: right, less adapter:ant" in out
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
     """Its tables can only be compared with scores made its way: a target anywhere in an answer is
@@ -486,6 +509,8 @@ def test_meteora_metrics_score_as_the_released_code_did(wide, tmp_path, flag):
         (["--composite_temperature", ","], "--composite_temperature is ','"),
         (["--ood", "--composite", "", "--methods", "adapter:ant"],
          "--ood: adapter:ant has no adapter of a task"),
+        (["--against", "uniform"], "--against is 'uniform', expected one of --methods: base, oracle, meteora"),
+        (["--against", "base", "--meteora_metrics"], "--against needs all answers"),
         (["--encoder", "nowhere"], "nowhere: no such folder of a sentence-transformers model"),
         (["--composite", "4"], "composite-4 needs 4 tasks, there are 3: ant, bee, cat"),
         (["--methods", "lorahub:ant,soft"], "soft.safetensors: python train.py gates --kind soft makes it"),
@@ -516,7 +541,8 @@ def test_unseen_tasks(wide, tmp_path):
         save_routers(
             tmp_path / "pool" / "router.safetensors", router_loras(mole.pool), mole.model, {"tasks": tasks}
         )
-        status, _, err = run_eval(*args, answer_all=say, retrieval=lambda *_: {"1": 0.0, "n": 3})
+        nothing = {"measure_routing": lambda *_: {}, "retrieval": lambda *_: {"1": 0.0, "n": 3}}
+        status, _, err = run_eval(*args, answer_all=say, **nothing)
         assert (status, words in err) == (2 if words else 0, True), err
     later = ("bee", "cat")
     assert seen == [(method, later if method == "meteora_top2" else ())

@@ -202,6 +202,7 @@ def test_the_keys_of_results_and_answers(tasks, tmp_path):
     """Results are read by programs, and a key that is not documented gets guessed at."""
     asked = ["--only", "german", "--only", "plural", "--limit", 2, "--composite", 2, "--composites", 4]
     asked += ["--methods", "oracle,meteora_top2,selection", "--composite_temperature", "1,2"]
+    asked += ["--against", "oracle"]
     run("eval.py", "--tasks", tasks, *asked, "--out", "report", cwd=tmp_path)
     report = tmp_path / "report"
     check_keys("Results", json.loads((report / "results.json").read_text("utf-8")))
