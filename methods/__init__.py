@@ -17,6 +17,7 @@ from methods import (
     mixtures,
     ramole,
     smear,
+    spectral,
 )
 
 METHODS = (
@@ -30,6 +31,8 @@ METHODS = (
     merges.MergedMatrices,
     lorahub.LoraHub,
     arrow.Arrow,
+    spectral.SpectR,
+    spectral.LAG,
     meteora.Meteora,
     mixtures.Soft,
     loraflow.LoRAFlow,
