@@ -32,7 +32,8 @@ def aligned_pool(pool: Pool) -> Pool:
     for path, A in pool.A.items():
         U, S, Vh = factored_svd(A.to(dtype), pool.B[path].to(dtype))
         c = S.shape[1]  # less than r where the Linear is that small
-        real = S > S[:, :1] * c * torch.finfo(dtype).eps  # (e, c)
+        relative = S / S[:, :1].clamp(min=torch.finfo(dtype).tiny)
+        real = relative > c * torch.finfo(dtype).eps  # (e, c)
         aligned.A[path][:, :c] = Vh * real[..., None]
         aligned.B[path][..., :c] = U * (S * real)[:, None]
         aligned.scale[path].copy_(pool.scale[path])
