@@ -33,6 +33,7 @@ NewTokens = typing.Annotated[int, Number(int, 1, 10**12)]  # the context ends an
 BatchSize = typing.Annotated[int, Number(int, 1, 65_536)]
 Rank = typing.Annotated[int, Number(int, 1, 65_536)]
 NotNegative = typing.Annotated[float, Number(float, 0, 1e6)]
+Signed = typing.Annotated[float, Number(float, -1e6, 1e6)]
 Above0 = typing.Annotated[float, ABOVE_0]
 Above0OrOff = typing.Annotated[float, Number(float, 1e-6, 1e6, or_0=True)]  # 0 is off
 Share = typing.Annotated[float, Number(float, 1e-6, 1, or_0=True)]

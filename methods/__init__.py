@@ -18,6 +18,7 @@ from methods import (
     mixtures,
     ramole,
     smear,
+    spectral,
 )
 
 METHODS = (
@@ -31,6 +32,8 @@ METHODS = (
     merges.MergedMatrices,
     lorahub.LoraHub,
     arrow.Arrow,
+    spectral.SpectR,
+    spectral.LAG,
     meteora.Meteora,
     mixtures.Soft,
     loraflow.LoRAFlow,

@@ -2,11 +2,13 @@
 
 logo            score_j = ||B_j A_j x|| / ||x||, x the last token's input, as a multiple of what it
                 is for everyday prompts; the geometric mean over the Linears that the adapter has
+logo_norm       score_j = s_j ||B_j A_j x||, as in the paper; the mean over all Linears
 logo_entropy    score_j = 1 / entropy of softmax(s_j B_j A_j x); the mean over all Linears
+..._last        the same in the last block's q_proj alone, as in the released code
 
-The paper's score is s_j ||B_j A_j x||, over all Linears. It compares adapters by their size: one of a
-higher scale, or on more Linears, wins whatever is asked. As a multiple of what is usual for the
-adapter itself, scale, rank and the choice of Linears cancel out (LOG.md has both, measured).
+The paper's score compares adapters by their size: one of a higher scale, or on more Linears, wins
+whatever is asked. As a multiple of what is usual for the adapter itself, scale, rank and the choice
+of Linears cancel out (LOG.md has both, measured).
 """
 
 import torch
@@ -33,21 +35,22 @@ EVERYDAY = (
 class LoGo(FixedMixture):
     """The k adapters of the highest scores, weighed by them."""
 
-    pattern = r"logo(?:_entropy)?(?:_top([1-9][0-9]{0,5}))?"
-    names = ("logo", "logo_top1", "logo_entropy")
+    pattern = r"logo(_norm|_entropy)?(_last)?(?:_top([1-9][0-9]{0,5}))?"
+    names = ("logo", "logo_top1", "logo_norm", "logo_entropy", "logo_last", "logo_norm_last_top20")
     about = "LoGo: the k adapters that a prompt's last token excites most, or most surely; no training"
     paper = "2511.07129"
     decides = "per request"
     retrieves = "by a forward pass"
 
-    def __init__(self, name: str, top_k: int, k: str | None):
+    def __init__(self, name: str, top_k: int, measure: str | None, last: str | None, k: str | None):
         super().__init__(name, top_k)
         self.best = int(k or 0)  # 0: as many as are retrieved
-        self.by_entropy = name.startswith("logo_entropy")
+        self.measure = (measure or "").removeprefix("_")
+        self.last = bool(last)
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """The k adapters of the highest scores."""
-        return logo(mole, ids, self.best or k, exclude, self.by_entropy)
+        return logo(mole, ids, self.best or k, exclude, self.measure, self.last)
 
     @classmethod
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
@@ -64,25 +67,27 @@ class LoGo(FixedMixture):
 
 class LogoProbe(nn.Module):
     """LoGo's look at one Linear: no token uses an adapter, `score` (e,) is of the last token: log
-    (||B_j A_j x|| / ||x||), or 1 / entropy."""
+    (||B_j A_j x|| / ||x||), or, as `measure` says, of "norm" or "entropy"."""
 
     sequential = True
 
-    def __init__(self, B: Tensor, scale: Tensor, by_entropy: bool = False):
+    def __init__(self, B: Tensor, scale: Tensor, measure: str = ""):
         super().__init__()
         self.B = B
         self.scale = scale
-        self.by_entropy = by_entropy
+        self.measure = measure
         self.score = None
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> a Mixture of weight 0; keeps `score`."""
         a = ax(torch.arange(len(self.B), device=x.device)[None].expand(len(x), -1))[-1]  # (e, r)
         v = torch.einsum("er,eor->eo", a.float(), self.B.float())
-        if self.by_entropy:
+        if self.measure == "entropy":
             v = v * self.scale[:, None]
             entropy = -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)
             self.score = 1 / entropy.clamp(min=1e-6)
+        elif self.measure == "norm":
+            self.score = v.norm(dim=-1) * self.scale.abs()
         else:
             relative = v.norm(dim=-1) / x[-1].float().norm().clamp(min=1e-30)
             self.score = relative.clamp(min=1e-30).log()
@@ -91,28 +96,38 @@ class LogoProbe(nn.Module):
 
 
 @torch.inference_mode()
-def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), by_entropy=False) -> list[Ranking]:
+def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), measure="", last=False) -> list[Ranking]:
     """For each of the prompts `ids` the k adapters of the highest scores, by a forward pass of the
-    base. Raises InputError where every adapter is excluded."""
+    base; `last`: by its last q_proj. Raises InputError where every adapter is excluded, and where no
+    adapter changes that q_proj."""
     pool = mole.pool
     names = all_but(pool, exclude)
     if not names:
         raise InputError("method logo: every adapter is excluded")
     pool.need(names)
-    scores = probe(mole, ids, by_entropy)  # (prompts, Linears, e)
-    if by_entropy:
-        warn_if_uneven(pool, "logo_entropy")
-        scores = scores.mean(1)
+    linears = [last_q_proj(mole)] if last else list(range(len(pool.A)))
+    has = torch.stack([(scale != 0).float() for scale in pool.scale.values()])[linears]  # (Linears, e)
+    scores = probe(mole, ids, measure)[:, linears]  # (prompts, Linears, e)
+    if measure:
+        warn_if_uneven(pool, f"logo_{measure}")
+        scores = scores.mean(1) * has.any(0)
     else:
-        has = torch.stack([(pool.scale[path] != 0).float() for path in pool.A])  # (Linears, e)
-        excess = (scores - usual(mole)) * has
-        scores = (excess.sum(1) / has.sum(0).clamp(min=1)).exp()
+        excess = (scores - usual(mole)[linears]) * has
+        scores = (excess.sum(1) / has.sum(0).clamp(min=1)).exp() * has.any(0)
     found = []
     for score in scores:
         named = {name: float(score[pool.slot(name)]) for name in names}
         best = sorted(named, key=lambda name: (-named[name], name))[:k]
         found.append([(name, round(named[name], 6)) for name in best])
     return found
+
+
+def last_q_proj(mole: Mole) -> int:
+    """Which of the pool's Linears is the last block's q_proj. Raises InputError where none is."""
+    path = f"model.layers.{mole.model.config.num_hidden_layers - 1}.self_attn.q_proj"
+    if path not in mole.pool.A:
+        raise InputError(f"method logo_last: no adapter of the pool changes {path}: use logo")
+    return list(mole.pool.A).index(path)
 
 
 def usual(mole: Mole) -> Tensor:
@@ -125,10 +140,10 @@ def usual(mole: Mole) -> Tensor:
     return mole.logo_usual[1]
 
 
-def probe(mole: Mole, ids: list[list[int]], by_entropy: bool = False) -> Tensor:
+def probe(mole: Mole, ids: list[list[int]], measure: str = "") -> Tensor:
     """The probes' scores of each prompt's last token: (prompts, Linears, e)."""
     pool = mole.pool
-    probes = {path: LogoProbe(pool.B[path], pool.scale[path], by_entropy) for path in pool.A}
+    probes = {path: LogoProbe(pool.B[path], pool.scale[path], measure) for path in pool.A}
     found = []
     with base_alone(mole.model):
         attach(mole.model, pool, probes)

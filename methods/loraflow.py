@@ -1,39 +1,71 @@
 """LoRA-Flow (arXiv 2402.11455): one trained mixture of all adapters for each token and layer.
 
-weight = softmax(G x) + bias,   x the input of the layer's first Linear; it may be negative
+    weight = softmax(G h / T) + bias
+
+h is the input of the layer's first adapted Linear or, as in the released code, the residual stream
+before the layer's first norm. A weight may be negative.
 """
 
 import re
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.fields import parse_number
+from common.files import InputError
+from common.options import ABOVE_0, Signed
+from common.printable import shown
 from methods.protocol import TrainedGates, member_mask
-from moe_lora import AX, Mixture
+from moe_lora import AX, Mixture, attach
+from pool.gate_files import GateFile
 from pool.slots import Pool
+from training.gates import GatesRun, GatesTraining
+
+Reads = Literal["input", "residual"]
+
+
+@dataclass
+class LoRAFlowRun(GatesRun):
+    """Options of `train.py gates --kind loraflow`."""
+
+    reads: Reads = "input"  # what a gate sees: its Linear's input, or the residual before the norm
+    bias_start: Signed = 0.0  # what the bias of each adapter starts at
 
 
 class LoRAFlowGate(nn.Module):
-    """LoRA-Flow: softmax(G x) + bias over all e slots, which needn't sum to 1.
+    """LoRA-Flow: softmax(G h / T) + bias over all e slots, which needn't sum to 1.
 
-    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. The mixture
-    is kept for the layer's other Linears, which come after this one.
+    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. h is x or,
+    with `reads_residual`, what keep() was given last. The mixture is kept for the layer's other
+    Linears, which come after this one.
     """
 
     sequential = True
 
-    def __init__(self, G: Tensor, bias: Tensor, known: Tensor | None = None):
+    def __init__(
+        self, G: Tensor, bias: Tensor, known: Tensor | None = None, temperature=1.0, reads_residual=False
+    ):
         super().__init__()
-        self.weight = nn.Parameter(G)  # G (e, i)
+        self.weight = nn.Parameter(G)  # G (e, i or h)
         self.bias = nn.Parameter(bias)  # (e,)
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
+        self.temperature = temperature
+        self.reads_residual = reads_residual
+        self.residual = None
         self.mixture = None
+
+    def keep(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        """A hook of the layer's input_layernorm: keeps its input, the residual stream (n, h)."""
+        self.residual = inputs[0]
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of all e adapters."""
-        logits = F.linear(x.float(), self.weight.float())  # (n, e)
+        h = self.residual if self.reads_residual else x
+        logits = F.linear(h.float(), self.weight.float()) / self.temperature  # (n, e)
         logits = logits.masked_fill(~self.known, float("-inf"))
         weight = F.softmax(logits, dim=-1) + self.bias.float() * self.known
         idx = torch.arange(logits.shape[1], device=x.device).expand_as(logits)
@@ -55,20 +87,30 @@ class SharedMixture(nn.Module):
         return self.leader[0].mixture
 
 
-def loraflow_gates(pool: Pool, known: Tensor | None = None) -> dict[str, nn.Module]:
-    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, zero and so uniform at the
+def layer_of(path: str) -> str:
+    """The layer of a Linear's module path: model.layers.N."""
+    return re.match(r".*?layers\.\d+", path)[0]
+
+
+def loraflow_gates(
+    pool: Pool, known: Tensor | None = None, reads: Reads = "input", temperature=1.0, bias_start=0.0
+) -> dict[str, nn.Module]:
+    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, G zero and so uniform at the
     start, SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
     gates = {}
     leaders = {}
     for path, A in pool.A.items():  # in module order: what comes first also runs first
-        layer = re.match(r".*?layers\.\d+", path)[0]
+        layer = layer_of(path)
         if layer in leaders:
             gates[path] = SharedMixture(leaders[layer])
             continue
+        o, i = pool.shapes[path]
+        writes_residual = path.endswith(("o_proj", "down_proj"))
+        width = o if reads == "residual" and writes_residual else i
         mask = member_mask(pool, A.device) if known is None else known
-        G = torch.zeros(pool.capacity, A.shape[2], device=A.device)
-        bias = torch.zeros(pool.capacity, device=A.device)
-        gates[path] = leaders[layer] = LoRAFlowGate(G, bias, mask)
+        G = torch.zeros(pool.capacity, width, device=A.device)
+        bias = torch.full((pool.capacity,), float(bias_start), device=A.device)
+        gates[path] = leaders[layer] = LoRAFlowGate(G, bias, mask, temperature, reads == "residual")
     return gates
 
 
@@ -82,9 +124,39 @@ class LoRAFlow(TrainedGates):
     made_by = "train.py gates --kind loraflow"
     decides = "per token and layer"
     kind = "loraflow"
-    has_temperature = False
+    Run = LoRAFlowRun
+    has_temperature = False  # the file has it
+
+    @classmethod
+    def kept(cls, args: LoRAFlowRun) -> dict[str, str]:
+        """What the gates read, and their temperature."""
+        return {"reads": args.reads, "temperature": repr(args.gate_temperature)}
+
+    @classmethod
+    def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, nn.Module]:
+        """loraflow_gates() as the file's metadata say; a file without them has the defaults. Raises
+        InputError for values that are none."""
+        reads = rows.metadata.get("reads", LoRAFlowRun.reads)
+        if reads not in get_args(Reads):
+            raise InputError(f"{rows.file}: reads is {shown(reads)}, expected {' or '.join(get_args(Reads))}")
+        T = rows.metadata.get("temperature", str(LoRAFlowRun.gate_temperature))
+        T = parse_number(f"{rows.file}: temperature", T, ABOVE_0)
+        return loraflow_gates(pool, rows.known, reads, T)
+
+    @classmethod
+    def training(cls, model, pool: Pool, args: LoRAFlowRun) -> GatesTraining:
+        """Attaches gates of zero, with the hooks that they need."""
+        gates = loraflow_gates(pool, None, args.reads, args.gate_temperature, args.bias_start)
+        attach(model, pool, gates)
+        cls.hooks(model, gates)
+        return cls.Training(model, pool, gates, args)
 
     @staticmethod
-    def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
-        """loraflow_gates()."""
-        return loraflow_gates(pool, known)
+    def hooks(model, gates: dict[str, nn.Module]) -> list:
+        """Handles of the hooks that show the residual stream to the gates that read it."""
+        handles = []
+        for path, gate in gates.items():
+            if getattr(gate, "reads_residual", False):
+                norm = model.get_submodule(f"{layer_of(path)}.input_layernorm")
+                handles.append(norm.register_forward_pre_hook(gate.keep))
+        return handles

@@ -1,6 +1,7 @@
 """What several methods compute from a pool's stacks: float32 copies, derived adapters, SVDs."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,28 @@ def factored_svd(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.
     Qb, Rb = torch.linalg.qr(B)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
+
+
+def aligned_pool(pool: Pool) -> Pool:
+    """The pool's resident adapters in the same slots, with other factors of the same B A.
+
+    Of B A = U S V^T it has A = V^T, whose rows have length 1, the largest singular value first, and
+    B = U S. Padding stays zero: so do the rows of A whose singular value is zero up to rounding.
+    """
+    like = next(iter(pool.A.values()))
+    aligned = Pool(pool.shapes, pool.capacity, pool.rank, like.dtype, like.device, pool.alloc_B)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    for path, A in pool.A.items():
+        U, S, Vh = factored_svd(A.to(dtype), pool.B[path].to(dtype))
+        c = S.shape[1]  # less than r where the Linear is that small
+        relative = S / S[:, :1].clamp(min=torch.finfo(dtype).tiny)
+        real = relative > c * torch.finfo(dtype).eps  # (e, c)
+        aligned.A[path][:, :c] = Vh * real[..., None]
+        aligned.B[path][..., :c] = U * (S * real)[:, None]
+        aligned.scale[path].copy_(pool.scale[path])
+    aligned.members = {name: replace(pool.members[name]) for name in pool.resident}
+    aligned.need(aligned.members)
+    return aligned
 
 
 def member_stacks(pool: Pool, names: list[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,6 @@
 """A pool folder that has the parts for every method."""
 
 import json
-from types import SimpleNamespace
 
 import torch
 
@@ -73,7 +72,7 @@ def write_every_part(folder, small_model):
     trained = [kind for kind in TABLE if issubclass(kind, Trained)]
     named = [kind.parse(name) for kind in trained for name in kind.names]
     for number, method in enumerate(named):
-        args = SimpleNamespace(top_k=method.top_k, gate_temperature=1.0)
+        args = method.Run(str(small_model), top_k=method.top_k)
         gates = method.training(base, pool, args).gates
         detach(base)
         for place, gate in enumerate(gates.values()):

@@ -91,9 +91,17 @@ def options(kind, model, out, **more):
     return MeteoraRun(**shared | {"top_k": int(kind[-1]), "batch_size": 3} | more)
 
 
+def of_kind(o, kind):
+    """The options of a run of gates, but of another kind: those that it has, too."""
+    cls = train.KINDS[kind].Run
+    names = {field.name for field in dataclasses.fields(cls)}
+    shared = {name: value for name, value in vars(o).items() if name in names}
+    return cls(**shared | {"kind": kind})
+
+
 def run(o, **more):
     o = dataclasses.replace(o, **more)
-    COMMANDS[type(o)][1](o)
+    COMMANDS[MeteoraRun if isinstance(o, GatesRun) else type(o)][1](o)
 
 
 class Killed(BaseException):

@@ -27,6 +27,7 @@ from helpers_training import (
     examples,
     file_contents,
     main,
+    of_kind,
     options,
     run,
     write_random_pool,
@@ -68,7 +69,7 @@ def gates_run(trained, folder, **more):
         "batch_size": 4,
         "save_every": 2,
     }
-    return MeteoraRun(**shared | more)
+    return of_kind(MeteoraRun(**shared | more), more.get("kind", "meteora"))
 
 
 def log_of(pool, name):
@@ -224,6 +225,7 @@ def test_resumed_equals_uninterrupted(kind, small_model, tmp_path, monkeypatch):
     for name in ("whole", "killed"):
         base = "adapters" if kind == "lora_b" else "top2"
         o = replace(options(base, small_model, tmp_path / name / "out"), **RESUMED[kind])
+        o = of_kind(o, kind) if kind in KINDS else o
         if kind == "adapters_too":
             o = replace(o, adapters_too=str(tmp_path / name / "new"))
         if name == "killed":
@@ -487,11 +489,8 @@ def test_gates_see_composites(kind, small_model, tmp_path, monkeypatch):
     times."""
     seen, step = [], train_gates.gates_step
     monkeypatch.setattr(train_gates, "gates_step", lambda *args: seen.append(args[1]) or step(*args))
-    run(
-        replace(
-            options("top2", small_model, tmp_path / "out", steps=3), kind=kind, batch_size=12, composite=0.9
-        )
-    )
+    o = options("top2", small_model, tmp_path / "out", steps=3, batch_size=12, composite=0.9)
+    run(of_kind(o, kind))
     assert all(any(len(example.parts) > 1 for example in picked) for picked in seen) and len(seen) == 3
     assert all(
         len(example.ids) <= 97 for picked in seen for example in picked

@@ -159,19 +159,20 @@ def test_logo_scores_are_the_adapters_outputs():
     )  # a softmax that is nearly one-hot has no entropy left to compare
     v = torch.stack([B[j] @ (A[j] @ x[-1]) for j in range(5)])
     p = (scale[:, None] * v).softmax(-1)
-    for by_entropy in (False, True):
-        probe = LogoProbe(B, scale, by_entropy)
+    norm = v.norm(dim=-1)
+    want = {"": (norm / x[-1].norm()).log(), "norm": scale * norm, "entropy": 1 / -(p * p.log()).sum(-1)}
+    for measure, scores in want.items():
+        probe = LogoProbe(B, scale, measure)
         nothing = probe(x, torch.zeros(7, dtype=torch.int64), AX(x, A))
         assert not nothing.weight.any()
-        want = 1 / -(p * p.log()).sum(-1) if by_entropy else (v.norm(dim=-1) / x[-1].norm()).log()
-        torch.testing.assert_close(probe.score.double(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(probe.score.double(), scores, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_without_entropy_is_the_surest():
     """One over zero, of the wrong sign, would rank it last and make weights of NaN."""
     A, B, scale = stacks()
     scale[2] = 1e5
-    probe = LogoProbe(B, scale, by_entropy=True)
+    probe = LogoProbe(B, scale, "entropy")
     probe(
         torch.randn(7, 11, dtype=torch.float64),
         torch.zeros(7, dtype=torch.int64),
