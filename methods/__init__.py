@@ -6,6 +6,7 @@ Their order is that of help and docs; the first whose default() answers runs whe
 from methods import (
     arrow,
     custom,
+    drlora,
     fixed,
     joint,
     logo,
@@ -35,6 +36,7 @@ METHODS = (
     loraflow.LoRAFlow,
     smear.Smear,
     mixtures.MoE,
+    drlora.DRLoRA,
     lora_retriever.Selection,
     lora_retriever.RetrievedMixture,
     lora_retriever.Fusion,
