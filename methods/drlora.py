@@ -6,8 +6,7 @@
 
 At a growth each Linear shares out its part of e (target_r - r) ranks: by falling score an adapter takes a
 tenth of its free ranks, at least one, in turns until all are spent. Then g_j of those that grew is set to 0.
-The loss doesn't jump: new columns of B are zero, the others are multiplied by r_new / r_old, as
-scale = alpha / r_j shrinks by that.
+The loss doesn't jump: new columns of B are zero, the others are multiplied by what divides alpha / r_j.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +51,7 @@ class DRLoRA(TrainedGates):
         """The pool's gates, whose k is the file's."""
         file = cls("drlora").file(mole)
         found = file and file.exists() and not k_asked
-        return ("drlora", f"trained with the gates of gates/{file.name}") if found else None
+        return ("drlora", f"trained with their gates, gates/{file.name}") if found else None
 
 
 @dataclass
@@ -78,8 +77,7 @@ def check_drlora_options(args: DRLoRARun) -> None:
     if not args.r <= args.target_r <= args.max_r:
         raise InputError(f"--target_r is {args.target_r}, expected --r {args.r} to --max_r {args.max_r}")
     if args.r < args.target_r and not growth_steps(args):
-        found = f"--grow_every is {args.grow_every}, and of {args.steps} steps"
-        raise InputError(f"{found} fewer are left between --warmup and --cooldown")
+        raise InputError(f"--grow_every is {args.grow_every}: no growth fits into --steps {args.steps}")
 
 
 def growth_steps(args: DRLoRARun) -> range:
@@ -124,10 +122,10 @@ class DRLoRATraining(GateTermTraining):
             return gates_step(self, pick(self.examples, step, self.args))
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """See GatesTraining; adds to `used`, the mean weights of the step."""
-        loss = super().loss(batch, n, n_response)
-        self.used += self.recorder.read(int(batch.real.sum())).sum(1) / n
-        return loss
+        """See GatesTraining; `used` gets the mean weights of the step."""
+        found = super().loss(batch, n, n_response)
+        self.used += self.recorder.read(sum(batch.lengths)).sum(1) / n
+        return found
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
@@ -139,9 +137,9 @@ class DRLoRATraining(GateTermTraining):
         self.g.lerp_(torch.stack(sums), 0.1)
         if step in (steps := growth_steps(self.args)):
             self.grow(steps.index(step), len(steps))
-        columns = torch.arange(self.args.max_r, device=self.ranks.device)
-        for B, ranks in zip(self.pool.B.values(), self.ranks, strict=True):
-            B.grad.mul_((columns < ranks[:, None])[:, None])  # (e, 1, r)
+        active = torch.arange(self.args.max_r, device=self.ranks.device) < self.ranks[..., None, None]
+        for B, columns in zip(self.pool.B.values(), active, strict=True):
+            B.grad.mul_(columns)  # (e, 1, r)
 
     def grow(self, event: int, events: int) -> None:
         """Growth number `event` of `events`. The gradient of B is divided by what B is multiplied by.
@@ -197,6 +195,6 @@ def train_drlora(args: DRLoRARun) -> None:
         fit(checkpoint, params, args, training.step, rates=rates, after_backward=training.after_backward)
         files = save_adapters(Pool.of(training.adapters(), pool.shapes), tasks, model, known, args)
         saved = Pool.load({name: folder / "adapters" / name for name in tasks}, pool.shapes)
-        files.append(folder / "gates" / "drlora.safetensors")
-        save_gates(files[-1], training.gates, saved, args.top_k, saved.names, model.fingerprint())
-        checkpoint.finish(f"{folder / 'adapters'}/{{{','.join(tasks)}}} and {files[-1]}", files)
+        file = folder / "gates" / "drlora.safetensors"
+        save_gates(file, training.gates, saved, args.top_k, saved.names, model.fingerprint())
+        checkpoint.finish(f"{file}, and the adapters in {folder / 'adapters'}", [*files, file])
