@@ -6,6 +6,7 @@
     python train.py retriever --model DIR --tasks DIR --pool DIR  LoraRetriever's encoder
     python train.py router --model DIR --tasks DIR --pool DIR     RAMoLE's router over the retrieved
     python train.py lorahub --model DIR --tasks DIR --pool DIR    LoraHub's weights for each task
+    python train.py drlora --model DIR --tasks DIR --pool DIR     adapters and gates together, growing ranks
 
 The base stays frozen and in its dtype (except in `base`); trained weights are float32. `--resume`
 continues a killed run, bit for bit as if it had not stopped. A run's options, log and checkpoint
@@ -26,6 +27,7 @@ from functools import partial
 from common.endings import run_script
 from common.options import parse_command
 from methods import METHODS
+from methods.drlora import DRLoRARun, check_drlora_options, train_drlora
 from methods.joint import SAMPLING
 from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
@@ -40,6 +42,7 @@ KINDS = {method.kind: method for method in METHODS if getattr(method, "kind", ""
 COMMANDS = {
     "base": (BaseRun, train_base, check_sizes),
     "adapters": (AdaptersRun, partial(train_adapters, sampling=SAMPLING), check_adapter_options),
+    "drlora": (DRLoRARun, train_drlora, check_drlora_options),
     "gates": (KINDS[GatesRun.kind].Run, partial(train_gates, kinds=KINDS), None),
     "lorahub": (LorahubRun, train_lorahub, None),
     "retriever": (RetrieverRun, train_retriever, None),

@@ -16,6 +16,7 @@ from common.template import TEMPLATE
 from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from helpers_models import write_adapters
+from methods.drlora import DRLoRARun
 from methods.lorahub import LorahubRun
 from methods.meteora import MeteoraRun
 from methods.ramole import RouterRun
@@ -136,7 +137,8 @@ def run_folder(o):
         return Path(o.pool) / "runs" / f"gates_top{o.top_k}"
     if isinstance(o, BaseRun):
         return Path(o.model) / "runs" / "base"
-    return Path(o.pool) / "runs" / ("router" if isinstance(o, RouterRun) else "adapters")
+    names = {RouterRun: "router", DRLoRARun: "drlora"}
+    return Path(o.pool) / "runs" / names.get(type(o), "adapters")
 
 
 def contents(o):

@@ -151,7 +151,7 @@ def new_pool(model: Llama, learners: list[Task], args: NewAdaptersRun) -> Pool:
     targets = target_shapes(model, args)
     device = model.head_weight.device
     size = 4 * pool_bytes(targets, len(learners), args.r, torch.float32)  # gradients, AdamW's two moments
-    check_memory(f"--r {args.r}: {len(learners)} adapters and what trains them", size, device)
+    check_memory(f"{len(learners)} adapters of rank {args.r} and what trains them", size, device)
     adapters = [new_adapter(task, targets, args) for task in learners]
     return Pool.of(adapters, targets, device=device, alloc_B=alloc_B_of(model))
 

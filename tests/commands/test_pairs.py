@@ -22,6 +22,7 @@ WRITERS = {
     "adapters_too": ("gates --adapters_too NEW --steps 1 --batch_size 2", ["meteora", "adapter:animals"]),
     "fit": ("gates --fit own --top_k 1 --steps 1 --batch_size 8", ["meteora_top1"]),
     "lorahub": ("lorahub --steps 2", ["lorahub:animals"]),
+    "drlora": ("drlora --steps 2 --grow_every 1 --batch_size 2", ["drlora", "adapter:animals"]),
     "retriever": ("retriever --steps 1 --prompts 5", ["selection", "mixture", "fusion", "adaptersoup"]),
     "router": ("router --share 1 --steps 1 --batch_size 2", ["ramole"]),
 }
@@ -51,7 +52,7 @@ def pools(small_model, tasks):
             new = folder.with_name(folder.name + "_new")
             trains = WRITERS[name][0].replace("NEW", str(new))
             if trains:
-                run_train(small_model, tasks, folder, trains)
+                run_train(small_model, tasks, new if name == "drlora" else folder, trains)
             made[name] = new if new.exists() else folder
         return made[name]
 

@@ -23,6 +23,7 @@ POOLED = "--model small --pool pool"
 TRAINERS = {
     "base": " ".join(TRAIN_BASE[2:]),
     "adapters": "--model small --pool new --tasks questions --steps 1",
+    "drlora": "--model small --pool new --tasks questions --steps 2 --grow_every 1 --batch_size 3",
     "gates": f"{POOLED} --tasks questions --steps 1 --batch_size 3",
     "lorahub": f"{POOLED} --tasks questions --steps 1",
     "retriever": f"{POOLED} --tasks questions --steps 1 --prompts 3",

@@ -13,7 +13,7 @@ from fuzz.plan import ANY, EVAL, LIST, MUST, POOL, SAME, Plan, kind
 from fuzz.tensors import damage_header, damage_metadata, damage_tensor
 from fuzz.values import FOLDER_NAMES, HOSTILE, dump, json_value
 
-GATES = ["meteora_top1", "meteora_top2", "soft", "smear", "loraflow", "moe_top3"]
+GATES = ["meteora_top1", "meteora_top2", "soft", "smear", "loraflow", "moe_top3", "drlora"]
 # Metadata of which another text, within bounds, makes another part that is as good.
 FREE = {"gates": {"k"}, "retriever": {"depth", "max_length", "names", "hashes"}}
 FREE["router"] = {"divisor", "scaled", "prior"}

@@ -52,8 +52,8 @@ def mole(small_model, folder):
 # What has a reference here; a method that is added brings a test of its own.
 BY_HAND = ["base", "adapter:bee", "lora_f", "lora_b", "uniform", "average_ba", "average_ab", "ties_ab", "dare_ab",
            "svd", "ties_ba", "dare_ba", "lorahub:fox", "arrow", "meteora", "meteora_top1", "meteora_top2", "soft",
-           "loraflow", "smear", "moe_top1", "moe_top3", "selection", "mixture", "fusion", "adaptersoup", "ramole",
-           "logo", "logo_entropy"]  # fmt: skip
+           "loraflow", "smear", "moe_top1", "moe_top3", "drlora", "selection", "mixture", "fusion", "adaptersoup",
+           "ramole", "logo", "logo_entropy"]  # fmt: skip
 
 
 def trim(x, density):
@@ -172,7 +172,7 @@ def weigher(name, path, A, B, tensors, leaders):
     G = tensors[f"{path}.gate.weight"].double()
     if name == "smear":
         return lambda x: (x.mean(0) @ G.T).softmax(-1)
-    k = {"meteora": 2, "meteora_top2": 2, "meteora_top1": 1, "soft": 3, "moe_top1": 1, "moe_top3": 3}[name]
+    k = {"soft": 3, "moe_top1": 1, "moe_top3": 3, "meteora_top1": 1}.get(name, 2)
     if name.startswith("moe"):
         return lambda x: (p := (x @ G.T).softmax(-1)) * (p >= p.topk(k).values[:, -1:])
     return lambda x: top(x @ G.T, k)
@@ -433,6 +433,7 @@ MISSING = {
     "loraflow": ("loraflow.safetensors", "gates --kind loraflow"),
     "smear": ("smear.safetensors", "gates --kind smear"),
     "moe_top3": ("moe_top3.safetensors", "gates --kind moe --top_k 3"),
+    "drlora": ("drlora.safetensors", "drlora"),
     "ramole": ("router.safetensors", "router"),
     "lora_f": ("baselines/lora_f", "adapters --joint lora_f"),
     "lora_b": ("baselines/lora_b", "adapters --joint lora_b"),
