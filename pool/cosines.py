@@ -2,7 +2,7 @@
 
 cos(j, l) = <s_j B_j A_j, s_l B_l A_l> / (||s_j B_j A_j|| ||s_l B_l A_l||)
 
-over all Linears together. Of near-duplicates any choice is as good as another.
+over all Linears together. Where these are near 1, a choice among the adapters changes little.
 """
 
 from itertools import combinations
