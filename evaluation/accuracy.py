@@ -22,7 +22,8 @@ def gate_accuracy(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict
     alone, "linears" each gate by its Linear's module path; "tokens" is how many tokens that were.
     """
     set_methods(mole, [method], args.top_k, args.gate_temperature)
-    gates = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
+    inner = {path: linear.gate.inner for path, linear in attached(mole.model).items()}
+    gates = {path: gate for path, gate in inner.items() if hasattr(gate, "keep_logits")}
     loss = GateLoss(gates)
     right = 0  # becomes (m,)
     n = 0

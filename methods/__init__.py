@@ -5,6 +5,7 @@ Their order is that of help and docs; the first whose default() answers runs whe
 
 from methods import (
     arrow,
+    ase,
     custom,
     fixed,
     joint,
@@ -15,6 +16,7 @@ from methods import (
     merges,
     meteora,
     mixtures,
+    once,
     ramole,
     smear,
 )
@@ -31,6 +33,8 @@ METHODS = (
     lorahub.LoraHub,
     arrow.Arrow,
     meteora.Meteora,
+    once.MeteoraOnce,
+    ase.Ase,
     mixtures.Soft,
     loraflow.LoRAFlow,
     smear.Smear,

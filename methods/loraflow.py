@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.protocol import TrainedGates, member_mask
+from methods.shared_mixture import SharedMixture
 from moe_lora import AX, Mixture
 from pool.slots import Pool
 
@@ -39,20 +40,6 @@ class LoRAFlowGate(nn.Module):
         idx = torch.arange(logits.shape[1], device=x.device).expand_as(logits)
         self.mixture = Mixture(idx, weight)
         return self.mixture
-
-
-class SharedMixture(nn.Module):
-    """Uses the mixture that the layer's LoRAFlowGate has just computed."""
-
-    sequential = True
-
-    def __init__(self, leader: LoRAFlowGate):
-        super().__init__()
-        self.leader = (leader,)  # in a tuple it is no submodule: counted, saved and moved once
-
-    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
-        """The layer's Mixture."""
-        return self.leader[0].mixture
 
 
 def loraflow_gates(pool: Pool, known: Tensor | None = None) -> dict[str, nn.Module]:
