@@ -89,7 +89,7 @@ class MeteoraOnce(TopKGates):
     pattern = r"meteora_once(?:_top([1-9][0-9]{0,5}))?"
     names = ("meteora_once", "meteora_once_top1", "meteora_once_top2")
     about = "MeteoRA's gate of one Linear, whose choice all Linears after it use"
-    paper = "2603.11873"
+    paper = "2405.13053, 2603.11873"
     decides = "per token"
     kind = "meteora_once"
     Run = OnceRun

@@ -214,7 +214,8 @@ def test_gates_have_rows_in_the_order_that_the_reference_reads(folder):
     from common.tensors import read_safetensors
 
     for file in (folder / "gates").iterdir():
-        assert read_safetensors(file)[1]["names"].split("\n") == sorted(NAMES)
+        names = read_safetensors(file)[1]["names"].split("\n")
+        assert names[:3] == sorted(NAMES) and names[3:] in ([], ["lora_b"])  # which ase shares
 
 
 @pytest.mark.parametrize("name", BY_HAND)
