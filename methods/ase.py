@@ -33,7 +33,7 @@ from training.gates import GateTermRun, GateTermTraining
 class AseRun(GateTermRun):
     """Options of `train.py gates --kind ase`."""
 
-    shared: list[str] = field(default_factory=lambda: ["lora_b"])  # of POOL/baselines; repeatable
+    shared: list[str] = field(default_factory=lambda: ["lora_b"])  # adapter all use; repeatable
 
 
 class AseGate(nn.Module):

@@ -118,6 +118,7 @@ def test_its_options_exist():
     """A page that names an option which is gone sends its readers into an error."""
     assert len([options(*line) for line in commands(PAGE)]) > 25
     classes = [*SCRIPTS.values(), *(cls for cls, *_ in train.COMMANDS.values())]
+    classes += [kind.Run for kind in train.KINDS.values()]
     known = {option for cls in classes for option in parser(cls)._option_string_actions}
     named = set(re.findall(r"`[^`\n]*?(--[\w-]+)", FENCED.sub("", PAGE)))
     assert len(named) > 15 and named <= known, named - known
