@@ -16,8 +16,10 @@ def how_chosen(method: Method) -> str:
     """How a method chose among the adapters, a sentence for the page."""
     if not method.needs_adapters:
         return "The base alone answered: no adapter took part."
-    if isinstance(method, Gated):  # what these decide ends in "token and Linear" or "token and layer"
-        return f"In each {method.decides.split()[-1]} a gate weighed the adapters anew for every token."
+    if isinstance(method, Gated):  # they decide per "token", per "token and layer" or "token and Linear"
+        _, both, place = method.decides.partition("token and ")
+        where = f"In each {place}" if both else "For all Linears together"
+        return f"{where} a gate weighed the adapters anew for every token."
     alike = "the same for all tokens: nothing was chosen token by token."
     if isinstance(method, Merged):
         return f"One adapter, made before the first token, at weight 1 in every Linear, {alike}"

@@ -5,6 +5,7 @@ Their order is that of help and docs; the first whose default() answers runs whe
 
 from methods import (
     arrow,
+    ase,
     controls,
     custom,
     drlora,
@@ -17,6 +18,7 @@ from methods import (
     merges,
     meteora,
     mixtures,
+    once,
     ramole,
     smear,
     spectral,
@@ -36,6 +38,8 @@ METHODS = (
     spectral.SpectR,
     spectral.LAG,
     meteora.Meteora,
+    once.MeteoraOnce,
+    ase.Ase,
     mixtures.Soft,
     loraflow.LoRAFlow,
     smear.Smear,

@@ -19,6 +19,7 @@ from common.files import InputError
 from common.options import ABOVE_0, Signed
 from common.printable import shown
 from methods.protocol import TrainedGates, member_mask
+from methods.shared_mixture import SharedMixture, running_order
 from moe_lora import AX, Mixture, attach
 from pool.gate_files import GateFile
 from pool.slots import Pool
@@ -73,20 +74,6 @@ class LoRAFlowGate(nn.Module):
         return self.mixture
 
 
-class SharedMixture(nn.Module):
-    """Uses the mixture that the layer's LoRAFlowGate has just computed."""
-
-    sequential = True
-
-    def __init__(self, leader: LoRAFlowGate):
-        super().__init__()
-        self.leader = (leader,)  # in a tuple it is no submodule: counted, saved and moved once
-
-    def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
-        """The layer's Mixture."""
-        return self.leader[0].mixture
-
-
 def layer_of(path: str) -> str:
     """The layer of a Linear's module path: model.layers.N."""
     return re.match(r".*?layers\.\d+", path)[0]
@@ -99,11 +86,12 @@ def loraflow_gates(
     start, SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
     gates = {}
     leaders = {}
-    for path, A in pool.A.items():  # in module order: what comes first also runs first
+    for path in sorted(pool.A, key=running_order):
         layer = layer_of(path)
         if layer in leaders:
             gates[path] = SharedMixture(leaders[layer])
             continue
+        A = pool.A[path]
         o, i = pool.shapes[path]
         writes_residual = path.endswith(("o_proj", "down_proj"))
         width = o if reads == "residual" and writes_residual else i

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from common.options import NotNegative
-from methods.protocol import TrainedGates
+from methods.protocol import TopKGates
 from methods.session import Mole
 from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
 from pool.slots import Pool
@@ -39,7 +39,7 @@ class MeteoraRun(GateTermRun):
     l2: NotNegative = 1e-4  # weight penalty of the fit
 
 
-class Meteora(TrainedGates):
+class Meteora(TopKGates):
     """MeteoRA's gates, top-k."""
 
     pattern = r"meteora(?:_top([1-9][0-9]{0,5}))?"
@@ -49,18 +49,9 @@ class Meteora(TrainedGates):
     kind = "meteora"
     Run = MeteoraRun
     Training = GateTermTraining
-    uses_top_k = True
     trains_adapters = True
     gates_know_tasks = True
     new_gates = staticmethod(meteora_gates)
-
-    def __init__(self, name: str, top_k: int, k: str):
-        super().__init__(name, int(k or top_k))
-
-    @property
-    def file_name(self) -> str:
-        """meteora_topK."""
-        return f"meteora_top{self.top_k}"
 
     @property
     def made_by(self) -> str:
@@ -84,11 +75,6 @@ class Meteora(TrainedGates):
                 found = file.stem.removeprefix("meteora_top")
                 return "meteora" if same else file.stem, f"top-{found} gates from gates/{file.name}"
         return None
-
-    @classmethod
-    def run_name(cls, args) -> str:
-        """meteora_topK."""
-        return f"meteora_top{args.top_k}"
 
     @classmethod
     def run_folder(cls, args) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from kernels import linear_in
-from methods.protocol import TrainedGates
+from methods.protocol import TopKGates, TrainedGates
 from moe_lora import AX, Mixture, meteora_gates
 from pool.slots import Pool
 
@@ -59,7 +59,7 @@ class MoEGate(nn.Module):
         return Mixture(idx, weight)
 
 
-class MoE(TrainedGates):
+class MoE(TopKGates):
     """A mixture of experts: the k largest of a softmax over all."""
 
     pattern = r"moe_top([1-9][0-9]{0,5})"
@@ -67,22 +67,8 @@ class MoE(TrainedGates):
     about = "a mixture of experts: the k largest of a softmax over all, from the LM loss alone"
     paper = "2406.16989"
     kind = "moe"
-    uses_top_k = True
-
-    def __init__(self, name: str, top_k: int, k: str):
-        super().__init__(name, int(k))
-
-    @property
-    def made_by(self) -> str:
-        """The command for this k."""
-        return f"train.py gates --kind moe --top_k {self.top_k}"
 
     @staticmethod
     def new_gates(pool: Pool, k: int, temperature=1.0, known=None) -> dict[str, nn.Module]:
         """MoEGates of zero."""
         return meteora_gates(pool, k, temperature, known, make=MoEGate)
-
-    @classmethod
-    def run_name(cls, args) -> str:
-        """moe_topK."""
-        return f"moe_top{args.top_k}"

@@ -255,6 +255,30 @@ class TrainedGates(Trained, Gated):
         return cls.Training(model, pool, gates, args)
 
 
+class TopKGates(TrainedGates):
+    """A kind of trained gate whose names say k: KIND_topK, and where it is left open KIND."""
+
+    uses_top_k = True
+
+    def __init__(self, name: str, top_k: int, k: str | None):
+        super().__init__(name, int(k or top_k))
+
+    @property
+    def file_name(self) -> str:
+        """KIND_topK."""
+        return f"{self.kind}_top{self.top_k}"
+
+    @property
+    def made_by(self) -> str:
+        """The command for this k."""
+        return f"train.py gates --kind {self.kind} --top_k {self.top_k}"
+
+    @classmethod
+    def run_name(cls, args) -> str:
+        """KIND_topK."""
+        return f"{cls.kind}_top{args.top_k}"
+
+
 class Merged(Method):
     """merge() makes one adapter, which the request's tokens use with weight 1."""
 

@@ -280,17 +280,33 @@ class Pool:
 
     def _grow(self, capacity, rank):
         """Makes the stacks larger under the same tensor objects, so that their holders follow."""
-        like = next(iter(self.A.values()))
-        bigger = Pool(self.shapes, capacity, rank, like.dtype, like.device, self.alloc_B)
+        bigger = self._larger(capacity, rank)
         for path in self.A:
-            bigger.A[path][: self.capacity, : self.rank] = self.A[path]
-            bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
-            bigger.scale[path][: self.capacity] = self.scale[path]
             self.A[path].data = bigger.A[path]
             self.B[path].data = bigger.B[path]
             self.scale[path].data = bigger.scale[path]
         self.capacity = capacity
         self.rank = rank
+
+    def _larger(self, capacity, rank):
+        """A Pool of these sizes whose first slots hold what is in this one's; it has no members."""
+        like = next(iter(self.A.values()))
+        bigger = Pool(dict(self.shapes), capacity, rank, like.dtype, like.device, self.alloc_B)
+        for path in self.A:
+            bigger.A[path][: self.capacity, : self.rank] = self.A[path]
+            bigger.B[path][: self.capacity, :, : self.rank] = self.B[path]
+            bigger.scale[path][: self.capacity] = self.scale[path]
+        return bigger
+
+    def joined_by(self, adapters: list[Adapter]) -> "Pool":
+        """A copy in which `adapters` have joined; the others keep their slots. Raises InputError."""
+        rank = max([self.rank, *(adapter.rank for adapter in adapters)])
+        joined = self._larger(self.capacity + len(adapters), rank)
+        joined.members = {name: replace(member) for name, member in self.members.items()}
+        joined._used = list(self._used)
+        for adapter in adapters:
+            joined.add(adapter)
+        return joined
 
     def adapter(self, name: str) -> Adapter:
         """A copy of the adapter as its slot holds it now, without padding; for saving it."""

@@ -14,7 +14,8 @@ from methods.protocol import Trained
 from methods.ramole import router_loras, save_routers
 from model import load_llama
 from moe_lora import detach
-from pool.folder import PoolFolder, write_pool
+from pool.adapters import load_adapter
+from pool.folder import PoolFolder, read_pool, write_pool
 from pool.gate_files import save_gates
 from training.adapters import AdaptersRun, train_adapters
 
@@ -68,23 +69,6 @@ def write_every_part(folder, small_model):
     write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint(), TEMPLATE))
     for name, path in adapters.items():
         (path / "samples.jsonl").write_text(json.dumps({"prompt": f"the {name}"}) + "\n")
-    pool = load_mole(small_model, folder / "pool").pool
-    trained = [kind for kind in TABLE if issubclass(kind, Trained)]
-    named = [kind.parse(name) for kind in trained for name in kind.names]
-    for number, method in enumerate(named):
-        args = method.Run(str(small_model), top_k=method.top_k)
-        gates = method.training(base, pool, args).gates
-        detach(base)
-        for place, gate in enumerate(gates.values()):
-            for param in gate.parameters():
-                param.data += noise(*param.shape, seed=100 * number + place) * 0.3
-        file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
-        k = args.top_k if method.uses_top_k else len(NAMES)
-        save_gates(file, gates, pool, k, pool.names, base.fingerprint())
-    routers = router_loras(pool, 5)
-    for router in routers.values():
-        router.B.data += noise(*router.B.shape, seed=7) * 0.3
-    save_routers(folder / "pool" / "router.safetensors", routers, base, {})
     for name in ("fox", "dog"):
         rows = [{"prompt": f"the {name} {j}", "response": "lazy dog"} for j in range(3)]
         write_json(folder / "tasks" / name / "task.json", {"metric": "exact_match"})
@@ -93,6 +77,25 @@ def write_every_part(folder, small_model):
     paths = {"model": str(small_model), "tasks": str(folder / "tasks"), "pool": str(folder / "pool")}
     for joint, r in (("lora_f", 2), ("lora_b", 7)):
         train_adapters(AdaptersRun(**paths, joint=joint, r=r, steps=3, batch_size=1, lr=0.05), SAMPLING)
+    pool = load_mole(small_model, folder / "pool").pool
+    trained = [kind for kind in TABLE if issubclass(kind, Trained)]
+    named = [kind.parse(name) for kind in trained for name in kind.names]
+    for number, method in enumerate(named):
+        args = method.Run(**paths, top_k=method.top_k)
+        more = method.more_adapters(read_pool(folder / "pool"), args)
+        both = pool.joined_by([load_adapter(path, name) for name, path in more.items()])
+        gates = method.training(base, both, args).gates
+        detach(base)
+        for place, gate in enumerate(gates.values()):
+            for param in gate.parameters():
+                param.data += noise(*param.shape, seed=100 * number + place) * 0.3
+        file = folder / "pool" / "gates" / f"{method.file_name}.safetensors"
+        k = args.top_k if method.uses_top_k else len(NAMES)
+        save_gates(file, gates, both, k, both.names, base.fingerprint(), method.kept(args))
+    routers = router_loras(pool, 5)
+    for router in routers.values():
+        router.B.data += noise(*router.B.shape, seed=7) * 0.3
+    save_routers(folder / "pool" / "router.safetensors", routers, base, {})
     known = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
     write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})

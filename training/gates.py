@@ -39,7 +39,7 @@ class GatesRun(PoolOptions, Run):
 
     share: ShareAbove0 = 1.0  # share of the tasks; the others and their adapters are never seen, nor chosen
     kind: str = "meteora"  # kind of gate; each is a file of methods/
-    top_k: Count = 2  # adapters a token uses (meteora, moe)
+    top_k: Count = 2  # adapters a token uses (kinds whose methods end in _topK)
     gate_temperature: Above0 = 1.0  # temperature of the softmax over the k
     lm_weight: NotNegative = 1.0  # weight of the LM loss, which gives top-1 gates no gradient
     adapters_too: str = ""  # also train the adapters, as MeteoRA's script does, and write this pool

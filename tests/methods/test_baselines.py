@@ -14,11 +14,12 @@ from helpers_models import random_adapter
 from helpers_oracles import create_arrow_model, merge_utils, peft, transformers
 from methods.arrow import ArrowGate, arrow_prototypes
 from methods.batch import set_methods
-from methods.loraflow import LoRAFlowGate, SharedMixture, loraflow_gates
+from methods.loraflow import LoRAFlowGate, loraflow_gates
 from methods.lorahub import lorahub, lorahub_search
 from methods.merges import MERGES, dare, merge, merged_linear, ties
 from methods.protocol import member_mask
 from methods.session import PromptMask
+from methods.shared_mixture import SharedMixture
 from methods.smear import SmearLinear, SmearRouter
 from model import load_llama
 from moe_lora import MultiLoRALinear, SampleGate, attach, detach, fixed_rows

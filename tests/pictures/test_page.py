@@ -276,6 +276,7 @@ FIXED = "One fixed mixture for the whole request"
 WORDS = {
     "meteora_top2": "In each Linear a gate weighed the adapters anew for every token.",
     "ramole": "In each Linear a gate", "loraflow": "In each layer a gate",
+    "ase": "In each Linear a gate", "meteora_once": "For all Linears together a gate",
     "uniform": FIXED, "mix:ant=0.7,bee=0.5": FIXED, "selection": FIXED,
     "adapter:bee": FIXED, "logo": FIXED, "smear": "One mixture a Linear, made from the whole prompt",
     "fusion": "One adapter, made before the first token", "svd": "One adapter, made before the first token",
