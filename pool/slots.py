@@ -303,7 +303,7 @@ class Pool:
         rank = max([self.rank, *(adapter.rank for adapter in adapters)])
         joined = self._larger(self.capacity + len(adapters), rank)
         joined.members = {name: replace(member) for name, member in self.members.items()}
-        joined._used = list(self._used)
+        joined.need(self.resident)
         for adapter in adapters:
             joined.add(adapter)
         return joined

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from common.files import InputError
 from common.tensors import read_metadata, read_safetensors, write_safetensors
-from evaluation.accuracy import gate_accuracy
+from evaluation.routing import measure_routing
 from generate import load
 from helpers_methods import IDS, NAMES, close, logits_of
 from helpers_models import random_adapter
@@ -127,8 +127,8 @@ def test_accuracy_is_that_of_the_one_gate(mole):
     """Without it eval.py ends in a traceback after all answers, or counts Linears without a gate."""
     rows = [{"prompt": "the fox", "response": "the lazy dog"}]
     tasks = {name: Task(name, "exact_match", rows, rows) for name in NAMES}
-    args = SimpleNamespace(top_k=2, gate_temperature=1.0)
-    found = gate_accuracy(mole, tasks, "meteora_once_top2", args)
+    args = SimpleNamespace(top_k=2, gate_temperature=1.0, retrieve=3, ood=False, unseen=False)
+    found = measure_routing(mole, tasks, "meteora_once_top2", args)["gates"]
     assert found["linears"].keys() == {FIRST} and found["right"] == found["linears"][FIRST]
 
 
