@@ -12,6 +12,7 @@ import torch
 import methods.drlora as drlora
 from common.files import InputError
 from common.template import TEMPLATE
+from common.tensors import read_safetensors
 from common.tokenizer import Tokenizer
 from generate import load
 from helpers_methods import close
@@ -266,7 +267,7 @@ def whole(small_model, tmp_path_factory):
 
 
 # Files 1 to 11 are options, then log and checkpoint of each step; ranks grow in steps 2, 3 and 4.
-MOMENTS = [(number, after) for number in range(1, 22) for after in (False, True)]
+MOMENTS = [(number, after) for number in range(1, 21) for after in (False, True)]
 QUICK = [(6, True), (15, True)]  # just before a growth; between the files
 
 
@@ -282,6 +283,15 @@ def test_killed_and_resumed_equals_uninterrupted(number, after, small_model, who
     assert_same(o, whole)
     run(o, resume=True)  # finished already
     assert_same(o, whole)
+
+
+def test_a_checkpoint_holds_what_ranks_depend_on(small_model, tmp_path, monkeypatch):
+    """Without it a resumed run begins its averages anew, and ranks may grow elsewhere, long afterwards."""
+    o = options(small_model, tmp_path / "out", **SHORT)
+    assert killed_at_write(monkeypatch, o, 7, after=True)  # after two growths
+    kept = read_safetensors(run_folder(o) / "checkpoint.safetensors")[0]
+    assert kept["kept.f"].all() and kept["kept.ranks"].float().mean() == 4
+    assert not kept["kept.g"].any()  # both have just grown
 
 
 def test_a_pool_of_other_adapters_is_refused(small_model, tmp_path):
