@@ -9,7 +9,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -67,13 +67,8 @@ class InSubprocess:
         self.pipe, theirs = context.Pipe()
         given = (theirs, make, SimpleNamespace(**vars(args)))
         self.process = context.Process(target=_child, args=given, daemon=True)
-        # The child inherits the mask: Ctrl-C is for the process that waits, which gets it afterwards.
-        resource_tracker.ensure_running()  # process.start() would, and it clears the mask
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with late_signals():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # else recv() would wait for ever for a child that has ended
         self.results = []
         if wait:
@@ -105,6 +100,26 @@ class InSubprocess:
         """Ends the process, whatever it does, and waits until it has ended."""
         self.process.kill()
         self.process.join()
+
+
+@contextlib.contextmanager
+def late_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect after the block: a process that they left half started would end
+    in a traceback. Processes started within never hear Ctrl-C, which is for the one that waits."""
+    came = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    resource_tracker.ensure_running()  # the first process would start it, which clears the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process started here inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _child(pipe, make, args):

@@ -33,7 +33,7 @@ from common.files import InputError
 from common.llama_folder import read_config, without_init
 from common.options import BatchSize, Count, Whole
 from evaluation.bench_options import Bench
-from evaluation.measure import ENDED, InSubprocess, Limits, in_turn, spread
+from evaluation.measure import ENDED, InSubprocess, Limits, in_turn, late_signals, spread
 from evaluation.timed import Decoder, prompts, random_adapters
 from kernels import lora_mix
 from model import Llama, LlamaConfig
@@ -135,8 +135,9 @@ def processes(args: SplitBench) -> Iterator[tuple[InSubprocess, list[InSubproces
         makes += [partial(base_process, port=port, number=number) for number in range(max(BASES))]
     started = []
     try:
-        for make in makes:
-            started.append(InSubprocess(make, args, wait=False))
+        with late_signals():  # so that `started` has all that have started
+            for make in makes:
+                started.append(InSubprocess(make, args, wait=False))
         results(started)
         yield started[0], started[1 : 1 + max(BASES)], started[1 + max(BASES) :]
     finally:
