@@ -16,6 +16,7 @@ from methods import (
     meteora,
     mixtures,
     ramole,
+    samora,
     smear,
 )
 
@@ -41,6 +42,7 @@ METHODS = (
     lora_retriever.AdapterSoup,
     ramole.Ramole,
     logo.LoGo,
+    samora.Samora,
 )
 FALLBACK = joint.Joint  # any other name: a folder under POOL/baselines
 CUSTOM = custom.Custom  # a name in mole.custom_gates

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,19 +42,25 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass
-class NewAdaptersRun(TemplateOptions, Run):
-    """Options of the runs that make adapters."""
+class LoRARun(TemplateOptions, Run):
+    """Options of the runs that train A and B."""
 
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
     r: Rank = 8  # rank
-    alpha: Above0 = 16.0  # scale is alpha / r
     dropout: Annotated[float, Number(float, 0, 0.98)] = 0.1  # LoRA dropout
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     max_length: Count = 512  # longer examples are left out; at most the model's context
-    samples: Whole = 20  # prompts kept beside each adapter for retrieval
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
+
+
+@dataclass
+class NewAdaptersRun(LoRARun):
+    """Options of the runs that make an adapter for each task."""
+
+    alpha: Above0 = 16.0  # scale is alpha / r
+    samples: Whole = 20  # prompts kept beside each adapter for retrieval
 
 
 @dataclass
@@ -131,7 +137,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
 
 
 def begin(
-    tasks: dict[str, Task], folder: Path, args: NewAdaptersRun
+    tasks: dict[str, Task], folder: Path, args: LoRARun
 ) -> tuple[PoolFolder, Llama, Tokenizer, Examples]:
     """What a run that makes adapters begins with: the pool `folder`, which may be new, the frozen base,
     its tokenizer, and {task: its tokenized examples}. Raises InputError, also where write_pool()
@@ -180,7 +186,7 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
 
 
-def check_new_adapters(args: NewAdaptersRun) -> None:
+def check_new_adapters(args: LoRARun) -> None:
     """The same for what all runs that make adapters have."""
     for target in args.target:
         if not target.endswith(LINEARS):
@@ -190,7 +196,7 @@ def check_new_adapters(args: NewAdaptersRun) -> None:
     asked_template(args)
 
 
-def target_shapes(model: Llama, args: NewAdaptersRun) -> dict[str, tuple[int, int]]:
+def target_shapes(model: Llama, args: LoRARun) -> dict[str, tuple[int, int]]:
     """{module path: (o, i)} of --target's Linears. Raises InputError for one that isn't there."""
     shapes = linear_shapes(model)
     for target in args.target:
@@ -278,7 +284,7 @@ def clip_each(stacks: list[torch.Tensor], limit: float) -> float:
 
 
 def save_adapters(
-    pool: Pool, tasks: dict[str, Task], model: Llama, known: PoolFolder, args: NewAdaptersRun
+    pool: Pool, names: Iterable[str], model: Llama, known: PoolFolder, args: LoRARun
 ) -> list[Path]:
     """Writes the adapters, then a pool.json that names them beside those that were there.
 
@@ -286,7 +292,7 @@ def save_adapters(
     """
     adapters = dict(known.adapters)
     files = [known.path / "pool.json"]
-    for name in tasks:
+    for name in names:
         adapters[name] = known.path / "adapters" / name
         save_adapter(trained(pool, name, args), adapters[name])
         files += adapter_files(adapters[name])
