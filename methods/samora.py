@@ -6,8 +6,8 @@
                                    + matching * mean over j of KL(softmax(n(b_j)) || softmax(n(c_j)))
 
 Key c_j and the diagonal of S have r numbers, e_t of task t and w of a Linear have eight. b_j is the mean
-of the rows of B_j, n(v) is v at length 1. For an unknown task e_t is the mean over the tasks. Each
-expert is saved as an ordinary adapter: factors A and B_j S, scale 1.
+of the rows of B_j; n(v) = v / max(|v|, 1e-3), as v / |v| has no gradient at 0, where B starts. For an
+unknown task e_t is the mean over the tasks. Each expert is saved with a copy of A, and with B_j S as B.
 """
 
 from dataclasses import dataclass, field
@@ -18,28 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import InputError
-from common.hub import base_name
 from common.locks import alone
-from common.options import BatchSize, Count, NotNegative, Share, nearest
+from common.options import Above0, BatchSize, Count, NotNegative, Share, nearest
 from common.tensors import read_metadata
 from methods.protocol import Gated
 from methods.session import Mole
 from model import Llama
 from moe_lora import AX, Mixture, attach
-from pool.adapters import Adapter, peft_config
 from pool.folder import PoolFolder, read_pool
 from pool.gate_files import GateFile, save_gates
 from pool.load import load_pool
-from pool.slots import Pool, alloc_B_of
-from tasks.folders import Batch, load_tasks, pick
-from training.adapters import LoRARun, begin, save_adapters, target_shapes
+from pool.slots import Pool
+from tasks.folders import Batch, Task, load_tasks, pick
+from training.adapters import NewAdaptersRun, begin, new_pool, save_adapters
 from training.checkpoint import Checkpoint
-from training.gates import gates_step
+from training.gates import GatesTraining, gates_step
 from training.inputs import data_of
 from training.loop import finished, fit, required
 from training.losses import lm_losses
-
-SHORTEST = 1e-3  # n(v) divides shorter vectors by this: at 0, where B starts, v / |v| has no gradient
 
 
 class SamoraGate(nn.Module):
@@ -49,14 +45,13 @@ class SamoraGate(nn.Module):
         super().__init__()
         self.keys = nn.Parameter(keys)  # c (e, r)
         self.of_task = nn.Parameter(keys.new_zeros(len(keys), n_tasks))  # e_t . w, the same for all experts
-        self.known = None  # (e,) bool: the slots that have a key; None: all
+        self.known = torch.ones(len(keys), dtype=torch.bool, device=keys.device)  # slots that have a key
         self.logit = None  # e_t . w: (e,), or (n, 1) in training
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """ax() (n, e, r), or (n, 1, r) in training -> Mixture of all e experts."""
         cosine = F.cosine_similarity(ax().float(), self.keys.float(), dim=-1)  # (n, e)
-        if self.known is not None:
-            cosine = cosine.masked_fill(~self.known, float("-inf"))
+        cosine = cosine.masked_fill(~self.known, float("-inf"))
         idx = torch.arange(len(self.keys), device=x.device).expand_as(cosine)
         return Mixture(idx, self.logit.float().sigmoid() * (cosine / 0.8).softmax(-1))
 
@@ -71,18 +66,14 @@ class Samora(Gated):
     made_by = "train.py samora"
     has_task_adapter = True
     has_temperature = False
-    follows_the_pool = True
+    key = ()
 
     def __init__(self, name: str, top_k=2, task: str | None = None):
         super().__init__(name, top_k)
+        self.key = (name, None)  # its adapters aren't the pool's: it has a batch to itself
         self.task = task
         self.per_task = "samora:{}" if name == "samora_known" else ""
         self.answers_composites = not self.per_task
-
-    @property
-    def key(self) -> tuple:
-        """Not the pool's adapters: no other method shares a batch with it."""
-        return (self.name, None)
 
     def file(self, mole: Mole) -> Path:
         """POOL/baselines/samora/gates/samora.safetensors. Raises InputError where it isn't there."""
@@ -90,13 +81,9 @@ class Samora(Gated):
         self.need(file, self.made_by)
         return file
 
-    def tasks(self, mole: Mole) -> list[str]:
-        """What the file was trained on."""
-        return read_metadata(self.file(mole)).get("tasks", "").split("\n")
-
     def check(self, mole: Mole) -> None:
         """The file has to be there, and to know the task."""
-        known = self.tasks(mole)
+        known = read_metadata(self.file(mole)).get("tasks", "").split("\n")
         if self.task not in (None, *known):
             hint = nearest(self.task, known) or ", only on " + ", ".join(known)
             raise InputError(f"method {self.name}: not trained on {self.task!r}{hint}")
@@ -112,7 +99,7 @@ class Samora(Gated):
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's gates. Raises InputError for those of another base or of other experts."""
         rows = GateFile(self.file(mole), pool, mole.model.fingerprint(), (), self.made_by)
-        tasks = self.tasks(mole)
+        tasks = rows.metadata.get("tasks", "").split("\n")
         gates = {path: SamoraGate(A.new_zeros(A.shape[:2]), len(tasks)) for path, A in pool.A.items()}
         for gate in rows.fill(gates, mole.dtype).values():
             gate.known = rows.known
@@ -120,66 +107,44 @@ class Samora(Gated):
         return gates
 
 
-# Training -----------------------------------------------------------------------------------------
-
-
 @dataclass
-class SamoraRun(LoRARun):
+class SamoraRun(NewAdaptersRun):
     """Options of `train.py samora`."""
 
     target: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])  # Linears
+    alpha: Above0 = 8.0  # scale is alpha / r; as released it is 1
     experts: Count = 3  # experts of each Linear
-    orthogonality: NotNegative = 1e-3  # weight of: A A^T and B_j^T B_j are the identity
-    matching: NotNegative = 1e-2  # weight of: a key is like its expert
+    orthogonality: NotNegative = 1e-3  # weight of the loss that makes A A^T and B_j^T B_j the identity
+    matching: NotNegative = 1e-2  # weight of the loss that makes keys like their experts
     unknown: Share = 0.5  # share of examples that are trained as of an unknown task
     w_start: NotNegative = 0.0  # standard deviation of w at the start; at 0 all tasks begin alike
     batch_size: BatchSize = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 2e-4  # peak learning rate
 
 
-def new_experts(model: Llama, args: SamoraRun, generator: torch.Generator) -> Pool:
-    """A pool of expert_1, ...: one A for all, uniform within 1/sqrt(i), and B zero."""
-    shapes = target_shapes(model, args)
-    A = {}
-    B = {}
-    for path, (o, i) in shapes.items():
-        A[path] = (torch.rand(args.r, i, generator=generator) * 2 - 1) / i**0.5
-        B[path] = torch.zeros(o, args.r)
-    config = peft_config(args.r, args.r, args.dropout, args.target, base_name(args.model))
-    names = [f"expert_{j + 1}" for j in range(args.experts)]
-    experts = [Adapter(name, A, B, dict.fromkeys(A, 1.0), config) for name in names]
-    return Pool.of(experts, shapes, device=model.head_weight.device, alloc_B=alloc_B_of(model))
+class SamoraTraining(GatesTraining):
+    """The experts' loss; `params` {name: tensor} is what trains: the pool's B, and its first A as A."""
 
-
-class SamoraTraining:
-    """What trains and by which loss, as gates_step() asks for it."""
-
-    padded = False
-
-    def __init__(self, model: Llama, tasks: list[str], args: SamoraRun):
+    def __init__(self, model: Llama, pool: Pool, tasks: list[str], args: SamoraRun):
+        super().__init__(model.train(), pool, {}, args)
         generator = torch.Generator().manual_seed(args.seed)
-        self.model = model.train()
         self.tasks = tasks
-        self.args = args
-        self.pool = new_experts(model, args, generator)
-        self.gates = {}
-        self.params = {"e_t": torch.randn(len(tasks), 8, generator=generator)}
-        for path, A in self.pool.A.items():
+        self.params = {"e_t": torch.randn(len(tasks), 8, generator=generator).to(model.head_weight.device)}
+        for path, A in pool.A.items():
+            w = torch.randn(8, 1, generator=generator).to(A.device) * args.w_start
             keys = torch.randn(args.experts, args.r, generator=generator)
-            self.gates[path] = SamoraGate(keys.to(A.device), len(tasks))
-            w = torch.randn(8, 1, generator=generator) * args.w_start
-            new = {"A": A[:1].clone(), "B": self.pool.B[path], "S": torch.ones(args.r), "w": w}
-            new["c"] = self.gates[path].keys
-            self.params |= {f"{path}.{name}": param.to(A.device) for name, param in new.items()}
-        self.linears = attach(model, self.pool, self.gates, dropout=args.dropout)
+            gate = self.gates[path] = SamoraGate(keys.to(A.device), len(tasks))
+            new = (A[:1].clone(), pool.B[path], A.new_ones(args.r), w, gate.keys)
+            self.params |= zip([f"{path}.{letter}" for letter in "ABSwc"], new, strict=True)
+        self.linears = attach(model, pool, self.gates, dropout=args.dropout)
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
         """(The loss of a part of a step's examples, what to log), as shares of the step's tokens."""
-        args = self.args
         row = torch.tensor([self.tasks.index(task) for task in batch.tasks])
-        row[torch.rand(len(row)) < args.unknown] = -1
-        e_t = self.params["e_t"]
-        e_t = torch.cat([e_t, e_t.mean(0, True)])[row][batch.part[batch.real]]  # (n, 8)
+        row[torch.rand(len(row)) < self.args.unknown] = -1
+        e_t = torch.cat([self.params["e_t"], self.params["e_t"].mean(0, True)])[row][
+            batch.part[batch.real]
+        ]  # (n, 8)
         penalties = 0
         for path, linear in self.linears.items():
             A, B, S, w, c = (self.params[f"{path}.{name}"] for name in "ABSwc")
@@ -188,25 +153,25 @@ class SamoraTraining:
             linear.gate.logit = e_t @ w  # (n, 1)
             penalties = penalties + penalties_of(A, B, c) * batch.real.sum() / n
         lm_loss = lm_losses(self.model, batch).sum() / n_response
-        loss = lm_loss + args.orthogonality * penalties[0] + args.matching * penalties[1]
+        loss = lm_loss + self.args.orthogonality * penalties[0] + self.args.matching * penalties[1]
         logged = {"lm_loss": lm_loss, "orthogonality": penalties[0], "matching": penalties[1]}
         return loss, {name: value.item() for name, value in logged.items()}
 
-    def finish(self) -> None:
-        """Puts what was trained into the pool and the gates, as they are used."""
+    def finish(self) -> Pool:
+        """The pool, and in gates what they read, as they are used."""
         for path, gate in self.gates.items():
-            A, B, S, w = (self.params[f"{path}.{name}"] for name in "ABSw")
+            A, B, S, w, _ = (self.params[f"{path}.{name}"] for name in "ABSwc")
             self.pool.A[path].copy_(A.expand(len(B), -1, -1))
-            self.pool.B[path].mul_(S)
-            gate.of_task.data = (self.params["e_t"] @ w).T.expand(len(B), -1)
+            B.mul_(S)  # the pool's
+            gate.of_task.data = (self.params["e_t"] @ w).T.expand(len(B), -1)  # (e, tasks)
+        return self.pool
 
 
 def penalties_of(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     """(2,): orthogonality and matching of the loss; A (1, r, i), B (e, o, r), c (e, r)."""
     squares = torch.cat([A @ A.mT, B.mT @ B])  # (1 + e, r, r)
     errors = (squares - torch.eye(c.shape[1], device=c.device)).square().mean((1, 2))
-    b = F.normalize(B.mean(1), dim=-1, eps=SHORTEST).log_softmax(-1)  # (e, r)
-    c = F.normalize(c, dim=-1, eps=SHORTEST).log_softmax(-1)
+    b, c = (F.normalize(v, dim=-1, eps=1e-3).log_softmax(-1) for v in (B.mean(1), c))  # (e, r)
     matching = F.kl_div(c, b, reduction="batchmean", log_target=True)  # KL(b || c)
     return torch.stack([errors[0] + errors[1:].mean(), matching])
 
@@ -215,20 +180,21 @@ def train_samora(args: SamoraRun) -> None:
     """Trains the experts and writes POOL/baselines/samora."""
     tasks = load_tasks(required(args, "tasks"), args.only)
     folder = Path(required(args, "pool"))
-    with alone(folder / "runs" / "samora"):
+    run = folder / "runs" / "samora"
+    with alone(run):
         known, model, _, examples = begin(tasks, folder, args)
-        bound = {"base": model.fingerprint(), **data_of(tasks, examples)}
-        checkpoint = Checkpoint(folder / "runs" / "samora", args, bound)
+        checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
         if checkpoint.finished:
             return finished(checkpoint)
-        training = SamoraTraining(model, list(tasks), args)
-        pool = training.pool
+        rows = [row for task in tasks.values() for row in task.train]
+        learners = [Task(f"expert_{j + 1}", "", rows, []) for j in range(args.experts)]
+        training = SamoraTraining(model, new_pool(model, learners, args), list(tasks), args)
         fit(checkpoint, training.params, args, lambda step: gates_step(training, pick(examples, step, args)))
-        training.finish()
         home = PoolFolder(folder / "baselines" / "samora", {}, template=known.template)
+        pool = training.finish()
         files = save_adapters(pool, pool.names, model, home, args)
-        saved = Pool.load({name: home.path / "adapters" / name for name in pool.names}, pool.shapes)
+        pool = Pool.load({name: home.path / "adapters" / name for name in pool.names}, pool.shapes)
         file = home.path / "gates" / "samora.safetensors"
         about = {"tasks": "\n".join(tasks)}
-        save_gates(file, training.gates, saved, args.experts, saved.names, model.fingerprint(), about)
+        save_gates(file, training.gates, pool, args.experts, pool.names, model.fingerprint(), about)
         checkpoint.finish(home.path, [*files, file])

@@ -42,25 +42,19 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass
-class LoRARun(TemplateOptions, Run):
-    """Options of the runs that train A and B."""
+class NewAdaptersRun(TemplateOptions, Run):
+    """Options of the runs that make adapters."""
 
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
     only: list[str] = field(default_factory=list)  # train this task alone; repeatable; default all
     r: Rank = 8  # rank
+    alpha: Above0 = 16.0  # scale is alpha / r
     dropout: Annotated[float, Number(float, 0, 0.98)] = 0.1  # LoRA dropout
     target: list[str] = field(default_factory=lambda: list(LINEARS))  # Linears to adapt; repeatable
     max_length: Count = 512  # longer examples are left out; at most the model's context
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
-
-
-@dataclass
-class NewAdaptersRun(LoRARun):
-    """Options of the runs that make an adapter for each task."""
-
-    alpha: Above0 = 16.0  # scale is alpha / r
     samples: Whole = 20  # prompts kept beside each adapter for retrieval
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved adapters
 
 
 @dataclass
@@ -137,7 +131,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
 
 
 def begin(
-    tasks: dict[str, Task], folder: Path, args: LoRARun
+    tasks: dict[str, Task], folder: Path, args: NewAdaptersRun
 ) -> tuple[PoolFolder, Llama, Tokenizer, Examples]:
     """What a run that makes adapters begins with: the pool `folder`, which may be new, the frozen base,
     its tokenizer, and {task: its tokenized examples}. Raises InputError, also where write_pool()
@@ -186,7 +180,7 @@ def check_adapter_options(args: AdaptersRun) -> None:
         raise InputError("--late_start is for adapters that gates choose among: leave it out with --joint")
 
 
-def check_new_adapters(args: LoRARun) -> None:
+def check_new_adapters(args: NewAdaptersRun) -> None:
     """The same for what all runs that make adapters have."""
     for target in args.target:
         if not target.endswith(LINEARS):
@@ -196,7 +190,7 @@ def check_new_adapters(args: LoRARun) -> None:
     asked_template(args)
 
 
-def target_shapes(model: Llama, args: LoRARun) -> dict[str, tuple[int, int]]:
+def target_shapes(model: Llama, args: NewAdaptersRun) -> dict[str, tuple[int, int]]:
     """{module path: (o, i)} of --target's Linears. Raises InputError for one that isn't there."""
     shapes = linear_shapes(model)
     for target in args.target:
@@ -284,7 +278,7 @@ def clip_each(stacks: list[torch.Tensor], limit: float) -> float:
 
 
 def save_adapters(
-    pool: Pool, names: Iterable[str], model: Llama, known: PoolFolder, args: LoRARun
+    pool: Pool, names: Iterable[str], model: Llama, known: PoolFolder, args: NewAdaptersRun
 ) -> list[Path]:
     """Writes the adapters, then a pool.json that names them beside those that were there.
 
