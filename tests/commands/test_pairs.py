@@ -23,6 +23,7 @@ WRITERS = {
     "fit": ("gates --fit own --top_k 1 --steps 1 --batch_size 8", ["meteora_top1"]),
     "lorahub": ("lorahub --steps 2", ["lorahub:animals"]),
     "retriever": ("retriever --steps 1 --prompts 5", ["selection", "mixture", "fusion", "adaptersoup"]),
+    "samora": ("samora --steps 1 --batch_size 2", ["samora", "samora:animals"]),
     "router": ("router --share 1 --steps 1 --batch_size 2", ["ramole"]),
 }
 for kind in KINDS:

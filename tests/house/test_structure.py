@@ -38,6 +38,7 @@ COMMANDS = {
     ("generate.py",): "Options", ("train.py", "base"): "BaseRun", ("train.py", "adapters"): "AdaptersRun",
     ("train.py", "gates"): "MeteoraRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
+    ("train.py", "samora"): "SamoraRun",
     ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench",
     ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
     ("bench.py", "train"): "TrainBench",
