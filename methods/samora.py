@@ -25,10 +25,9 @@ from methods.protocol import Gated
 from methods.session import Mole
 from model import Llama
 from moe_lora import AX, Mixture, attach
-from pool.folder import PoolFolder, read_pool
+from pool.folder import PoolFolder
 from pool.gate_files import GateFile, save_gates
-from pool.load import load_pool
-from pool.slots import Pool
+from pool.slots import Pool, alloc_B_of
 from tasks.folders import Batch, Task, load_tasks, pick
 from training.adapters import NewAdaptersRun, begin, new_pool, save_adapters
 from training.checkpoint import Checkpoint
@@ -45,13 +44,11 @@ class SamoraGate(nn.Module):
         super().__init__()
         self.keys = nn.Parameter(keys)  # c (e, r)
         self.of_task = nn.Parameter(keys.new_zeros(len(keys), n_tasks))  # e_t . w, the same for all experts
-        self.known = torch.ones(len(keys), dtype=torch.bool, device=keys.device)  # slots that have a key
         self.logit = None  # e_t . w: (e,), or (n, 1) in training
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """ax() (n, e, r), or (n, 1, r) in training -> Mixture of all e experts."""
         cosine = F.cosine_similarity(ax().float(), self.keys.float(), dim=-1)  # (n, e)
-        cosine = cosine.masked_fill(~self.known, float("-inf"))
         idx = torch.arange(len(self.keys), device=x.device).expand_as(cosine)
         return Mixture(idx, self.logit.float().sigmoid() * (cosine / 0.8).softmax(-1))
 
@@ -93,8 +90,11 @@ class Samora(Gated):
         return []
 
     def pool_of(self, mole: Mole) -> Pool:
-        """The experts."""
-        return load_pool(mole.model, mole.base_name, read_pool(self.file(mole).parents[1]))
+        """The experts that the file names."""
+        file = self.file(mole)
+        names = read_metadata(file).get("names", "").split("\n")
+        folders = {name: file.parents[1] / "adapters" / name for name in names}
+        return Pool.load(folders, mole.shapes, mole.dtype, mole.device, alloc_B=alloc_B_of(mole.model))
 
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
         """The file's gates. Raises InputError for those of another base or of other experts."""
@@ -102,7 +102,6 @@ class Samora(Gated):
         tasks = rows.metadata.get("tasks", "").split("\n")
         gates = {path: SamoraGate(A.new_zeros(A.shape[:2]), len(tasks)) for path, A in pool.A.items()}
         for gate in rows.fill(gates, mole.dtype).values():
-            gate.known = rows.known
             gate.logit = gate.of_task[:, tasks.index(self.task)] if self.task else gate.of_task.mean(1)
         return gates
 

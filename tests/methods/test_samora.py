@@ -21,7 +21,7 @@ from helpers_training import assert_same, contents, examples, killed_at_write, o
 from methods.batch import check_method, set_methods
 from methods.samora import SamoraRun, SamoraTraining
 from model import load_llama
-from moe_lora import Recorder, attach, detach
+from moe_lora import attach, detach
 from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.folder import read_pool, write_pool
 from pool.load import load_base
@@ -120,23 +120,15 @@ def test_the_experts_in_peft(small_model, folder):
         assert all(torch.equal(A, other.A[path]) for other in others), path
 
 
-@torch.no_grad()
-def test_an_adapter_without_a_key_is_never_chosen(small_model, copied):
-    """Somebody's adapter beside the experts has no key: a key of zeros would give it a share."""
+def test_an_adapter_beside_the_experts_is_none(small_model, copied):
+    """Somebody's adapter in their folder has no key: with one of zeros it would get a share."""
     home = read_pool(copied / HOME)
     before = logits_of(load(small_model, copied), ["samora"])
     home.adapters["mine"] = copied / HOME / "adapters" / "mine"
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    mine = random_adapter("mine", linear_shapes(load_base(small_model)), R, targets=targets)
-    save_adapter(mine, home.adapters["mine"])
+    save_adapter(random_adapter("mine", linear_shapes(load_base(small_model)), R), home.adapters["mine"])
     write_pool(home)
-    mole = load(small_model, copied)
-    set_methods(mole, ["samora"])
-    with Recorder(mole.model, IDS.shape[1]) as recorder:
-        after = mole.model(IDS[:1])
-    weights = recorder.read(IDS.shape[1])  # (m, n, e)
-    assert weights.shape[-1] == E + 1 and close(after, before, 1e-5)
-    assert not weights[..., mole.attached[1].slot("mine")].any()
+    assert torch.equal(logits_of(load(small_model, copied), ["samora"]), before)
+    assert not torch.equal(logits_of(load(small_model, copied / HOME), ["adapter:mine"]), before)
 
 
 def test_eval_tells_the_task_or_not(small_model, folder, tmp_path, monkeypatch, capsys):
