@@ -47,7 +47,7 @@ class SamoraGate(nn.Module):
         self.logit = None  # e_t . w: (e,), or (n, 1) in training
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
-        """ax() (n, e, r), or (n, 1, r) in training -> Mixture of all e experts."""
+        """ax() (n, e, r) -> Mixture of all e experts."""
         cosine = F.cosine_similarity(ax().float(), self.keys.float(), dim=-1)  # (n, e)
         idx = torch.arange(len(self.keys), device=x.device).expand_as(cosine)
         return Mixture(idx, self.logit.float().sigmoid() * (cosine / 0.8).softmax(-1))
