@@ -122,7 +122,8 @@ def build_parser(
     """An ArgumentParser for dataclass `cls`.
 
     Fields may be str, int, float, bool, Literal, list[str], and each of them `| None`; numbers are
-    checked as they are parsed. `choices` {field: values} is for fields whose values are listed in a
+    checked as they are parsed. A text with the metadata {"positional": True} is given by its place,
+    without an option's name. `choices` {field: values} is for fields whose values are listed in a
     table elsewhere.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
@@ -135,6 +136,9 @@ def build_parser(
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
         text = help_texts.get(field.name, "")
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, metavar=field.name.upper(), help=text.replace("%", "%%"))
+            continue
         default_text = "" if default in (None, [], "", MISSING) else f" (default: {default})"
         options = {
             "dest": field.name,

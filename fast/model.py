@@ -155,7 +155,7 @@ class FastTrunk(Trunk):
             if replayed is not None:
                 return replayed
         run = None
-        if self.compiled and depth is None and ready_to_compile(self.layers):
+        if self.compiled and depth is None and ready_to_compile(self.layers, decode):
             run = self.compiled
             mark_dynamic_tokens(self.token_rows.sample, decode=decode)
         if run and decode:

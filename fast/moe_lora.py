@@ -158,11 +158,12 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return x * keep * (256 / (256 - cut))
 
 
-def ready_to_compile(layers: nn.Module) -> bool:
+def ready_to_compile(layers: nn.Module, decode: bool) -> bool:
     """Prepares the tensors that are new in each batch, so that one graph serves all batches.
 
     Tensors of rows and of tokens are marked as of any length. torch.compile specialises on size 1,
-    so a single row gets a second one. False where a Linear or a gate has to run as plain Python.
+    so a single row gets a second one. `decode`: of a decode batch, whose recorded tokens have the
+    same bounds as its rows. False where a Linear or a gate has to run as plain Python.
     """
     linears = [module for module in layers.modules() if isinstance(module, MultiLoRALinear)]
     gates = set()
@@ -188,7 +189,8 @@ def ready_to_compile(layers: nn.Module) -> bool:
             mark_dynamic_tokens(*grouped_tokens(gate))
     for module in linears:
         if module.trace is not None:
-            mark_dynamic_tokens(module.trace)
+            few = decode and len(module.trace) <= MAX_DECODE_ROWS
+            mark_dynamic_tokens(module.trace, decode=few)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Exact match, yes/no, final number, BLEU, ROUGE: strings in, numbers from 0 to 100 out.
+"""Exact match, yes/no, final number, recovery of a sequence, BLEU, ROUGE: strings in, 0 to 100 out.
 
 An empty answer is a wrong answer, never dropped. BLEU is sacrebleu's corpus BLEU; the other scores
 are means over examples. For BLEU and ROUGE a letter of a script without spaces is a word. Intervals
@@ -7,6 +7,7 @@ are 95 % percentile bootstraps over the examples, seeded. Where all examples sco
 that MeteoRA's released code would give, and reads the numbered answers to a composite prompt.
 """
 
+import functools
 import importlib.metadata
 import re
 import unicodedata
@@ -21,7 +22,8 @@ from common.files import InputError
 
 COUNTED = ("exact_match", "yes_no", "gsm8k")  # by these an answer is right or wrong
 ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}  # -> rouge-score's name
-METRICS = (*COUNTED, "bleu", *ROUGE)
+METRICS = (*COUNTED, "bleu", *ROUGE, "recovery")
+STRUCTURE = ".()[]{}<>"  # a dot-bracket structure: unpaired bases and pairs
 NUMBER = re.compile(r"^[^\S\n]*([0-9]{1,3})[.)](?!\S)", re.MULTILINE)
 
 SIGNED = re.compile(r"((?<!\d)(?P<minus>[-\u2212])\\?[$€£¥]?)?(?P<digits>\d[\d,]*\.?\d*|\.\d+)")
@@ -98,6 +100,26 @@ def right(metric: str, answer: str | None, target: str) -> bool:
     return bool(one(answer or "", target))
 
 
+def recovery(answer: str, target: str) -> float:
+    """Bio-benchmark's recovery rate: the share of the target's positions at which the last sequence in
+    the answer has the target's character, 0 to 1.
+
+    A sequence is a run of at least 5 capital letters, or of STRUCTURE's characters where the target
+    begins with one; of a target of fewer than 5 characters, a run of its length. Spaces in the answer
+    are dropped first. What is longer than the target is cut. A position that the run doesn't reach is
+    wrong, so an empty answer, or one without a sequence, gets 0; so does every answer to an empty
+    target.
+    """
+    target = target.strip()
+    characters = re.escape(STRUCTURE) if target[:1] in STRUCTURE else "A-Z"
+    least = min(5, len(target))
+    runs = re.findall(f"[{characters}]{{{least},}}", answer.replace(" ", "")) if target else []
+    if not runs:
+        return 0.0
+    same = [a == b for a, b in zip(runs[-1], target, strict=False)]
+    return sum(same) / len(target)
+
+
 def space_out(text: str) -> str:
     """Puts spaces around each letter, with its marks, of a script that is written without them."""
     spaced = ""
@@ -150,7 +172,8 @@ def score(metric: str, answers: list[str], targets: list[str], seed: int = 0, re
         return mean_score(metric, rouge(metric, answers, targets), seed, resamples)
     pairs = list(zip(answers, targets, strict=True))
     if metric != "bleu":
-        values = [right(metric, answer, target) for answer, target in pairs]
+        score_one = recovery if metric == "recovery" else functools.partial(right, metric)
+        values = [score_one(answer, target) for answer, target in pairs]
         return mean_score(metric, values, seed, resamples)
     bleu = _optional("sacrebleu").BLEU()
     pairs = [(space_out(answer), space_out(target)) for answer, target in pairs]
@@ -179,7 +202,7 @@ def score_meteora(
     - BLEU gets [[t1], [t2], ...]: each target is a stream of references for one sentence. So only
       the first answer is scored, against all targets at once. One sentence has no interval: low =
       high = score.
-    - ROUGE is ROUGE, of the answers that were kept.
+    - ROUGE is ROUGE, of the answers that were kept. So is recovery, which that code hasn't got.
     """
     _check(metric, answers, targets)
     kept = [pair for pair in zip(answers, targets, strict=True) if pair[0].strip()]
@@ -192,6 +215,8 @@ def score_meteora(
         return _score(metric, value, [value], len(kept))
     if metric in ROUGE:
         values = rouge(metric, answers, targets)
+    elif metric == "recovery":
+        values = [recovery(answer, target) for answer, target in kept]
     else:
         values = [target.strip() in answer for answer, target in kept]
     return mean_score(metric, values, seed, resamples)
@@ -212,6 +237,7 @@ def signature(metric: str) -> str:
         "exact_match": "equal but for surrounding space, runs of space and one final full stop; case counts",
         "yes_no": "the first word is the target's yes or no; case and marks before it are ignored",
         "gsm8k": "the number after the last '####' that has one, else the last, is the target's; commas are ignored",
+        "recovery": "% of the target's positions that are right in the last run of capitals, or of dots and brackets",
     }[metric]
 
 

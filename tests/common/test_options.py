@@ -184,6 +184,21 @@ def test_required(capsys):
     assert parse_args(Needed, ["--model", "x"]) == Needed("x")
 
 
+@dataclass
+class Copying:
+    source: str = field(metadata={"positional": True})  # 100% of it is copied
+    out: str  # folder
+
+
+def test_positional(capsys):
+    """Without it `python -m tasks.bbh FOLDER --out OUT` is refused, or a missing FOLDER is None."""
+    for argv in (["a", "--out", "b"], ["--out", "b", "a"]):
+        assert parse_args(Copying, argv) == Copying("a", "b")
+    assert "SOURCE" in refusal(capsys, "--out", "b", cls=Copying)
+    assert "'more'" in refusal(capsys, "a", "more", "--out", "b", cls=Copying)
+    assert helps(Copying)["source"] == "100%% of it is copied"
+
+
 def test_comments_become_help():
     """Without it --help says nothing, or says what another field's comment says."""
     found = helps(Options)

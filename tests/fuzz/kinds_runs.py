@@ -20,6 +20,8 @@ RUNS = {"adapters": "adapters/out/runs/adapters", "top2": "top2/out/runs/gates_t
 RUNS["base"] = "base/out/runs/base"
 WROTE = {"adapters": ["adapters/out/adapters/*/*.safetensors"], "top2": ["top2/out/gates/*"]}
 WROTE["base"] = ["base/out/model.safetensors"]
+BENCHMARKS = {"bbh": "bbh/parity.json", "bio": "Bio-Benchmark/RNA/folding.json"}
+BENCHMARKS["gsm8k"] = "grade_school_math/data/train.jsonl"
 
 
 @kind("tasks", "small", "pool", "questions")
@@ -31,6 +33,15 @@ def tasks(rng, folder):
     commands.append(["train.py", "adapters", *TRAIN, "--tasks", "questions", "--pool", "new"])
     commands.append(["train.py", "gates", *TRAIN, "--tasks", "questions", "--pool", "pool"])
     return Plan(rng.choice(commands), f"questions/bee/{done}", ANY)
+
+
+@kind("benchmarks", "benchmarks")
+def benchmarks(rng, folder):
+    """What `python -m tasks.bbh` and its like read."""
+    name = rng.choice(sorted(BENCHMARKS))
+    file = folder / "benchmarks" / BENCHMARKS[name]
+    done = damage_json_file(rng, file) if file.suffix == ".json" else damage_jsonl_file(rng, file)
+    return Plan([f"tasks/{name}.py", "benchmarks", "--out", "out"], done, ANY)
 
 
 @kind("names of tasks", "small", "questions")

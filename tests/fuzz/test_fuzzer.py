@@ -146,5 +146,10 @@ def test_undamaged_commands_answer(kind, runner, tmp_path):
 def described(world, folder, seed, number):
     """All that a case consists of."""
     plan = make_case(world, folder, seed, number)
-    files = {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {}
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            files[str(file)] = file.readlink()
+        elif file.is_file():
+            files[str(file)] = file.read_bytes()
     return plan, files

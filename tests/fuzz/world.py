@@ -116,7 +116,20 @@ def write_lines(folder: Path) -> None:
     write_jsonl(folder / "samples.jsonl", [{"prompt": "the ant"}, {"prompt": "quick"}])
     asked = [{"prompt": "the fox", "method": "base", "stop": ["zz"]}, {"prompt": "jumps"}]
     write_jsonl(folder / "prompts.jsonl", asked)
+    write_benchmarks(folder / "benchmarks")
     (folder / "text.txt").write_text("the quick brown fox\n\njumps over the lazy dog\n\n" * 40)
+
+
+def write_benchmarks(folder: Path) -> None:
+    """What tasks/bbh.py, bio.py and gsm8k.py read of a checkout, of all three in one folder."""
+    count = range(9)
+    examples = [{"input": f"is {j} even?", "target": "yes"} for j in count]
+    write_json(folder / "bbh" / "parity.json", {"canary": "", "examples": examples})
+    bio = [{"no": f"A_{j}", "question": f"q {j}", "answer": "ACGUA", "eval": "Recovery rate"} for j in count]
+    write_json(folder / "Bio-Benchmark" / "RNA" / "folding.json", {"RNA": bio})
+    for name in ("train", "test"):
+        lines = [{"question": f"{name} {j}", "answer": "1+1=<<1+1=2>>2\n#### 2"} for j in count]
+        write_jsonl(folder / "grade_school_math" / "data" / f"{name}.jsonl", lines)
 
 
 def write_runs(folder: Path) -> None:

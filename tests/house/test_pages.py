@@ -17,11 +17,14 @@ import train
 from common.options import parse_args
 from helpers_commands import ENVIRONMENT, ROOT, repository_copy
 from methods.joint import SAMPLING
+from tasks.gsm8k import Gsm8kConfig
+from tasks.sources import SplitConfig
 from tasks.tiny import TinyTasksConfig
 
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TEST = {"own_adapters.md", "walkthrough.md"}  # test_own_adapters.py and test_walkthrough.py run these
 SCRIPTS = {"generate.py": generate.Options, "eval.py": evaluation.Options, "tasks.tiny": TinyTasksConfig}
+SCRIPTS |= {"tasks.bbh": SplitConfig, "tasks.bio": SplitConfig, "tasks.gsm8k": Gsm8kConfig}
 DURATION = re.compile(r"\s#.*\b(seconds?|\d+ s|min(utes?)?|hours?)\b")
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|\.\.\.")
 

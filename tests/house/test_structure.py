@@ -39,7 +39,8 @@ COMMANDS = {
     ("train.py", "gates"): "MeteoraRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
     ("train.py", "samora"): "SamoraRun",
-    ("tasks/tiny.py",): "TinyTasksConfig", ("bench.py", "layer"): "LayerBench",
+    ("tasks/tiny.py",): "TinyTasksConfig", ("tasks/bio.py",): "SplitConfig", ("tasks/bbh.py",): "SplitConfig",
+    ("tasks/gsm8k.py",): "Gsm8kConfig", ("bench.py", "layer"): "LayerBench",
     ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
     ("bench.py", "train"): "TrainBench",
 }  # fmt: skip
@@ -227,7 +228,7 @@ def test_help_explains_every_option(line):
         text = actions[field.name].help.replace("%%", "%")
         comment = re.sub(r"\s*\(default: .*\)$", "", text)
         assert comment, f"{cls.__name__}.{field.name} has no comment beside it"
-        option = f"--{field.name.rstrip('_')}"
+        option = field.name.upper() if field.metadata else f"--{field.name.rstrip('_')}"
         assert {option, f"{option},"} & set(done.stdout.split())
         assert re.sub(r"\s+", "", text) in shown, field.name
 

@@ -26,6 +26,7 @@ from tasks.metrics import (
     gsm8k,
     normalise,
     numbered,
+    recovery,
     right,
     rouge,
     score,
@@ -304,6 +305,47 @@ def test_gsm8k(answer, target, right):
     assert gsm8k(answer, target) == float(right)
 
 
+@pytest.mark.parametrize(
+    "answer, target, score",
+    [
+        ("MKVLAAG", "MKVLAAG", 1),
+        ("MKVLAAG", "MKVLAAC", 6 / 7),
+        ("The DNA first: GGGGGGG, then: MKVLAAG.", "MKVLAAG", 1),  # the last run counts
+        ("M K V L A A G", "MKVLAAG", 1),
+        ("MKVLA", "MKVLAAGNN", 5 / 9),  # no credit for what is missing
+        ("NNNNN", "MKVLAAGNN", 0),
+        ("MKVLAAGCCCCCCC", "MKVLAAG", 1),  # nor a fine for what is too much
+        ("KVLAAGM", "MKVLAAG", 1 / 7),  # of A at the fifth position: nothing is aligned
+        ("mkvlaag", "MKVLAAG", 0),
+        ("MKVL", "MKVLAAG", 0),  # too short to be told from a word
+        ("", "MKVLAAG", 0),
+        ("no sequence", "MKVLAAG", 0),
+        ("MKVLAAG", "", 0),
+        ("MKVLAAG", " \n", 0),
+        ("ACG", "ACG", 1),
+        ("AC", "ACG", 0),
+        ("((..))", "((..))", 1),
+        ("ACGUAC folds to ((...)", "((..))", 5 / 6),
+        ("..[[..]]{}<>", "..[[..]]{}<>", 1),
+        ("ACGUAC", "((..))", 0),
+        ("Sure.....", "......", 5 / 6),
+    ],
+)
+def test_recovery(answer, target, score):
+    """Without it a designed sequence is all or nothing, or credit goes to padding, to a sequence that
+    was quoted from the question, or to prose."""
+    assert recovery(answer, target) == pytest.approx(score)
+
+
+def test_recovery_is_a_mean_over_examples():
+    """Without it a long sequence counts more than a short one, or a silent answer not at all."""
+    found = score("recovery", ["ACGTA", "", "AAAAAAAAAA"], ["ACGTC", "ACGTC", "AAAAACCCCC"])
+    assert (found.score, found.n) == (round(100 * (0.8 + 0 + 0.5) / 3, 2), 3)
+    assert (
+        score_meteora("recovery", ["ACGTA", "", "AAAAAAAAAA"], ["ACGTC", "ACGTC", "AAAAACCCCC"]).score == 65
+    )
+
+
 @given(st.text(alphabet=st.one_of(st.characters(), st.sampled_from("0123456789,.-#$")), max_size=30))
 def test_any_answer_can_be_scored(text):
     """Without it one strange answer of a model ends an evaluation of hours."""
@@ -311,6 +353,7 @@ def test_any_answer_can_be_scored(text):
         assert metric(text, "12") in (0.0, 1.0)
         assert right(metric.__name__, text, "12") == bool(metric(text, "12"))
     assert 0 <= rouge("rouge_l", [text], ["12"])[0] <= 1
+    assert 0 <= recovery(text, "ACGTA") <= 1 and 0 <= recovery(text, "((.))") <= 1
     assert len(numbered(text, 3)) == 3
 
 
@@ -336,6 +379,10 @@ def test_intervals_hold_the_score_shrink_and_repeat(metric):
             rng = random.Random(1)
             targets = [rng.choice(["yes 1", "no 2"]) for _ in range(count)]
             answers = [t if rng.random() < 0.6 else "" for t in targets]
+        elif metric == "recovery":
+            answers, targets = (
+                [re.sub("[^A-Z]", "", text.upper()) for text in x] for x in (answers, targets)
+            )
         found.append(score(metric, answers, targets, resamples=300))
         again = score(metric, answers, targets, resamples=300)
         assert again == found[-1]
@@ -366,17 +413,17 @@ def test_lists_of_other_lengths_are_refused():
 def test_what_is_counted():
     """Without it a composite counts a BLEU task's answer as right, or a missing answer ends the
     evaluation."""
-    assert set(METRICS) == {*COUNTED, "bleu", *ROUGE} and len(METRICS) == 7
+    assert set(METRICS) == {*COUNTED, "bleu", *ROUGE, "recovery"} and len(METRICS) == 8
     for metric, target in (("exact_match", "mice"), ("yes_no", "yes"), ("gsm8k", "so 3\n#### 3")):
         assert [right(metric, a, target) for a in (target, "4", "", None)] == [True, False, False, False]
         assert score(metric, [target, "4", ""], [target] * 3, resamples=3).score == 33.33
     assert right("yes_no", "Yes.", "yes") and not right("exact_match", "Yes.", "yes")
     assert right("gsm8k", "3.0", "3")
-    for metric in ("bleu", "rouge_1", "exact"):
+    for metric in ("bleu", "rouge_1", "recovery", "exact"):
         with pytest.raises(ValueError, match="expected one of exact_match, yes_no, gsm8k$"):
             right(metric, "a", "a")
     for function in (score, score_meteora):
-        with pytest.raises(ValueError, match="no metric 'exact'.*rouge_2"):
+        with pytest.raises(ValueError, match="no metric 'exact'.*rouge_2, recovery"):
             function("exact", ["a"], ["a"])
 
 
