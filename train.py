@@ -7,6 +7,7 @@
     python train.py router --model DIR --tasks DIR --pool DIR     RAMoLE's router over the retrieved
     python train.py lorahub --model DIR --tasks DIR --pool DIR    LoraHub's weights for each task
     python train.py drlora --model DIR --tasks DIR --pool DIR     adapters and gates together, growing ranks
+    python train.py samora --model DIR --tasks DIR --pool DIR     SAMoRA's experts for all tasks
 
 The base stays frozen and in its dtype (except in `base`); trained weights are float32. `--resume`
 continues a killed run, bit for bit as if it had not stopped. A run's options, log and checkpoint
@@ -32,7 +33,8 @@ from methods.joint import SAMPLING
 from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
 from methods.ramole import RouterRun, train_router
-from training.adapters import AdaptersRun, check_adapter_options, train_adapters
+from methods.samora import SamoraRun, train_samora
+from training.adapters import AdaptersRun, check_adapter_options, check_new_adapters, train_adapters
 from training.base import BaseRun, check_sizes, train_base
 from training.gates import GatesRun, train_gates
 
@@ -47,6 +49,7 @@ COMMANDS = {
     "lorahub": (LorahubRun, train_lorahub, None),
     "retriever": (RetrieverRun, train_retriever, None),
     "router": (RouterRun, train_router, None),
+    "samora": (SamoraRun, train_samora, check_new_adapters),
 }
 
 

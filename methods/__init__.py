@@ -20,6 +20,7 @@ from methods import (
     mixtures,
     once,
     ramole,
+    samora,
     smear,
     spectral,
 )
@@ -51,6 +52,7 @@ METHODS = (
     lora_retriever.AdapterSoup,
     ramole.Ramole,
     logo.LoGo,
+    samora.Samora,
     controls.RandomGates,
     controls.RandomAdapters,
 )

@@ -12,6 +12,7 @@ from methods.batch import method_names, set_methods
 from methods.joint import SAMPLING
 from methods.protocol import Trained
 from methods.ramole import router_loras, save_routers
+from methods.samora import SamoraRun, train_samora
 from model import load_llama
 from moe_lora import detach
 from pool.adapters import load_adapter
@@ -30,6 +31,7 @@ LORAHUB = {"ant": 0.5, "bee": -0.75, "cat": 1.25}
 FOUND = {"cat": 0.5, "ant": 0.25}  # what retrieval finds, or LoGo
 MIX = "mix:bee=0.75,cat=-0.5"
 FILLED_IN = {"adapter:NAME": "adapter:bee", "mix:NAME=WEIGHT,...": MIX, "lorahub:TASK": "lorahub:fox"}
+FILLED_IN["samora:TASK"] = "samora:fox"
 NAMED = [FILLED_IN.get(name, name) for name in METHODS]
 USABLE = [name for name in NAMED if name not in ("oracle", "lorahub")]
 IDS = torch.randint(3, 331, (5, 11), generator=torch.Generator().manual_seed(3))
@@ -62,8 +64,8 @@ def noise(*shape, seed):
 
 
 def write_every_part(folder, small_model):
-    """A pool folder with every part: three random adapters and random gates of all kinds; lora_f
-    and lora_b trained by the real command for a few steps."""
+    """A pool folder with every part: three random adapters and random gates of all kinds; lora_f,
+    lora_b and samora trained by the real commands for a few steps."""
     base = load_llama(small_model)
     adapters = write_adapters(folder / "pool" / "adapters", base, NAMES, size=0.1)
     write_pool(PoolFolder(folder / "pool", adapters, base.fingerprint(), TEMPLATE))
@@ -96,6 +98,7 @@ def write_every_part(folder, small_model):
     for router in routers.values():
         router.B.data += noise(*router.B.shape, seed=7) * 0.3
     save_routers(folder / "pool" / "router.safetensors", routers, base, {})
+    train_samora(SamoraRun(**paths, experts=5, r=3, w_start=1.0, steps=3, batch_size=2, lr=0.05))
     known = {name: pool.members[name].hash for name in NAMES}
     weights = {"fox": LORAHUB, "dog": {"bee": 1.0}, "ant": LORAHUB}
     write_json(folder / "pool" / "baselines" / "lorahub.json", {"adapters": known, "weights": weights})

@@ -20,6 +20,7 @@ from methods.drlora import DRLoRARun
 from methods.lorahub import LorahubRun
 from methods.meteora import MeteoraRun
 from methods.ramole import RouterRun
+from methods.samora import SamoraRun
 from model import load_llama
 from moe_lora import KnownAdapterGate, MeteoraGate, attach
 from pool.adapters import linear_shapes, load_adapter
@@ -74,6 +75,8 @@ def options(kind, model, out, **more):
     shared = paths | {"steps": 5, "save_every": 2, "lr": 1e-2}
     if kind == "adapters":
         return AdaptersRun(**shared | {"batch_size": 2, "r": 3, "alpha": 5.0, "dropout": 0.25} | more)
+    if kind == "samora":
+        return SamoraRun(**shared | {"batch_size": 5, "r": 3, "experts": 2} | more)
     if kind == "base":
         (out.parent / "text.txt").write_text(TEXT)
         sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -137,7 +140,7 @@ def run_folder(o):
         return Path(o.pool) / "runs" / f"gates_top{o.top_k}"
     if isinstance(o, BaseRun):
         return Path(o.model) / "runs" / "base"
-    names = {RouterRun: "router", DRLoRARun: "drlora"}
+    names = {RouterRun: "router", DRLoRARun: "drlora", SamoraRun: "samora"}
     return Path(o.pool) / "runs" / names.get(type(o), "adapters")
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -278,7 +278,7 @@ def clip_each(stacks: list[torch.Tensor], limit: float) -> float:
 
 
 def save_adapters(
-    pool: Pool, tasks: dict[str, Task], model: Llama, known: PoolFolder, args: NewAdaptersRun
+    pool: Pool, names: Iterable[str], model: Llama, known: PoolFolder, args: NewAdaptersRun
 ) -> list[Path]:
     """Writes the adapters, then a pool.json that names them beside those that were there.
 
@@ -286,7 +286,7 @@ def save_adapters(
     """
     adapters = dict(known.adapters)
     files = [known.path / "pool.json"]
-    for name in tasks:
+    for name in names:
         adapters[name] = known.path / "adapters" / name
         save_adapter(trained(pool, name, args), adapters[name])
         files += adapter_files(adapters[name])

@@ -24,6 +24,7 @@ WRITERS = {
     "lorahub": ("lorahub --steps 2", ["lorahub:animals"]),
     "drlora": ("drlora --steps 2 --grow_every 1 --batch_size 2", ["drlora", "adapter:animals"]),
     "retriever": ("retriever --steps 1 --prompts 5", ["selection", "mixture", "fusion", "adaptersoup"]),
+    "samora": ("samora --steps 1 --batch_size 2", ["samora", "samora:animals"]),
     "router": ("router --share 1 --steps 1 --batch_size 2", ["ramole"]),
 }
 for kind in KINDS:

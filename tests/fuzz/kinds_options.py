@@ -28,6 +28,7 @@ TRAINERS = {
     "lorahub": f"{POOLED} --tasks questions --steps 1",
     "retriever": f"{POOLED} --tasks questions --steps 1 --prompts 3",
     "router": f"{POOLED} --tasks questions --steps 1 --batch_size 3",
+    "samora": f"{POOLED} --tasks questions --steps 1 --batch_size 3",
 }
 ANSWER = f"generate.py {POOLED} --prompt hi --max_new_tokens 4 --json"
 INIT = f"generate.py {POOLED} --init"

@@ -98,6 +98,18 @@ def baselines(rng, folder):
     return part_of_adapter(rng, argv, adapter)
 
 
+@kind("samora's experts", "small", "pool")
+def samora(rng, folder):
+    home = folder / "pool" / "baselines" / "samora"
+    argv = [*POOL, "--method", "samora"]
+    draw = rng.random()
+    if draw < 0.5:
+        return part(rng, home / "gates" / "samora.safetensors", "samora", FREE["gates"])
+    if draw < 0.75:
+        return Plan(argv, damage_json_file(rng, home / "adapters" / "expert_3" / "adapter_config.json"), SAME)
+    return part_of_adapter(rng, argv, home / "adapters" / "expert_2")
+
+
 @kind("adapters of a pool", "small", "pool")
 def pool_adapters(rng, folder):
     adapter = folder / "pool" / "adapters" / rng.choice(["ant", "bee", "cat"])

@@ -39,6 +39,7 @@ COMMANDS = {
     ("train.py", "gates"): "MeteoraRun", ("train.py", "lorahub"): "LorahubRun", ("eval.py",): "Options",
     ("train.py", "retriever"): "RetrieverRun", ("train.py", "router"): "RouterRun",
     ("train.py", "drlora"): "DRLoRARun",
+    ("train.py", "samora"): "SamoraRun",
     ("tasks/tiny.py",): "TinyTasksConfig", ("tasks/bio.py",): "SplitConfig", ("tasks/bbh.py",): "SplitConfig",
     ("tasks/gsm8k.py",): "Gsm8kConfig", ("bench.py", "layer"): "LayerBench",
     ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",

@@ -18,6 +18,8 @@ NOT_THE_ONE = {
     MIX: "uses others",
     "lora_f": "uses one that isn't in the pool",
     "lora_b": "uses one that isn't in the pool",
+    "samora": "uses experts that aren't in the pool",
+    "samora:fox": "uses experts that aren't in the pool",
     "lorahub:fox": "weighs it by what its search has found",
     "loraflow": "adds a bias to the softmax",
     "meteora_once": "uses none before its gate",
@@ -30,7 +32,8 @@ NOT_THE_ONE = {
     "dare_ab": "drops entries",
     "dare_ba": "drops entries",
 }
-NAMED = ("base", "adapter:bee", MIX, "lora_f", "lora_b")  # exclude has no meaning for them, or is an error
+# exclude has no meaning for them, or is an error
+NAMED = ("base", "adapter:bee", MIX, "lora_f", "lora_b", "samora", "samora:fox")
 
 
 @pytest.fixture(scope="module")
