@@ -91,7 +91,7 @@ def fixed_adapter(mole: Mole, method: FixedMixture | Merged, args) -> Adapter:
     """The one adapter that the method is."""
     name = Path(args.export).name
     if isinstance(method, FixedMixture):
-        return mixture_adapter(mole.pool, method.weights(mole, mole.pool, [], args.exclude), name)
+        return mixture_adapter(mole.pool, method.weights(mole, [], args.exclude), name)
     return method.merge(mole, [], args.exclude)
 
 

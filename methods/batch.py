@@ -137,7 +137,7 @@ def set_methods(
     mole.slots_in_use = mole.slots(needed) if in_slots else {}
     pool = _attach(mole, shared, requests, gate_temperature, backend, tuple(sorted(exclude)))
     shared.prepare(mole, requests)
-    choices = [method.weights(mole, pool, found, exclude) for method, found in requests]
+    choices = [method.weights(mole, found, exclude) for method, found in requests]
     idx, weight = fixed_rows(pool, choices)
     routed = torch.tensor([isinstance(method, Gated) for method in methods])
     set_gates(mole.gates, idx.to(mole.device), weight.to(mole.device), routed.to(mole.device))

@@ -96,6 +96,6 @@ class RandomAdapters(FixedMixture):
             rankings.append(ranking[: self.count or k])
         return rankings
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """1/k each."""
         return {name: 1 / len(found) for name, _ in found}

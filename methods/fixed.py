@@ -6,7 +6,6 @@ from common.files import InputError
 from common.printable import shown
 from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
-from pool.slots import Pool
 
 
 class Base(FixedMixture):
@@ -43,7 +42,7 @@ class Mix(FixedMixture):
         """Those adapters."""
         return list(self.mixture)
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """As they were given."""
         return self.mixture
 
@@ -95,9 +94,9 @@ class Uniform(FixedMixture):
         """All but those of `exclude`."""
         return all_but(mole.pool, exclude)
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """1/e each."""
-        used = all_but(pool, exclude)
+        used = all_but(mole.pool, exclude)  # a gate beside it may have a pool with others
         return {name: 1 / len(used) for name in used}
 
 

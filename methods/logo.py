@@ -20,7 +20,6 @@ from methods.protocol import FixedMixture, all_but, warn_if_uneven
 from methods.session import Mole, Ranking
 from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
-from pool.slots import Pool
 
 # Everyday prompts: an adapter's output on them is what is usual for it.
 EVERYDAY = (
@@ -59,7 +58,7 @@ class LoGo(FixedMixture):
         some = "none" if len(lacking) == len(mole.pool.members) else f"{len(lacking)} not"
         return "logo_top1", f"no gates, and {some} with samples: --init adds them"
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """Scores over their sum."""
         total = sum(score for _, score in found) or 1.0
         return {name: score / total for name, score in found}

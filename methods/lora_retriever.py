@@ -40,7 +40,6 @@ from pool.adapters import Adapter, load_adapter, save_samples
 from pool.folder import check_pool_base, is_pool, open_pool
 from pool.load import load_base, read_adapters
 from pool.retriever import LlamaEncoder, Retriever, save_retriever, strip_shared
-from pool.slots import Pool
 from pool.stacks import average_factors
 from tasks.folders import Task, load_tasks, some_tasks
 from tasks.metrics import mean_score
@@ -61,7 +60,7 @@ class Selection(ByText, FixedMixture):
         """The best."""
         return [found[0][0]]
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """The best, at weight 1."""
         return {found[0][0]: 1.0}
 
@@ -80,7 +79,7 @@ class RetrievedMixture(ByText, FixedMixture):
     about = "LoraRetriever: the k best, each weighing 1/k"
     paper = "2402.09997"
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """1/k each."""
         return {name: 1 / len(found) for name, _ in found}
 

@@ -85,8 +85,8 @@ class Method:
         """Names of the adapters that have to be in slots for a request: those it retrieved."""
         return [name for name, _ in found]
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
-        """{adapter of `pool`: weight} of a request, empty where its mixture isn't fixed."""
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
+        """{adapter: weight} of a request, empty where its mixture isn't fixed."""
         return {}
 
     def check_exclude(self, exclude: tuple) -> None:
@@ -298,7 +298,7 @@ class Merged(Method):
         """The Adapter."""
         raise AttributeError(f"{type(self).__name__} has no merge()")
 
-    def weights(self, mole: Mole, pool: Pool, found: Ranking, exclude: tuple) -> dict[str, float]:
+    def weights(self, mole: Mole, found: Ranking, exclude: tuple) -> dict[str, float]:
         """The derived adapter, at weight 1."""
         return {self.label(found): 1.0}
 
