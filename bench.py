@@ -1,6 +1,6 @@
 """Speed of the operation, of decoding, of prefill and of training, beside the machine's limits.
 
-    python bench.py layer|decode|prefill|train|split [--model DIR] [--dtype float32]
+    python bench.py layer|decode|prefill|train|methods|split [--model DIR] [--dtype float32]
     python bench.py cache [--adapters 1000] [--slots 8,32,128,512]
 
 `split` holds the pool in a process of its own. `cache` needs no model: it counts how many requests
@@ -55,6 +55,7 @@ from evaluation.timed import (
     with_adapters,
     with_requests,
 )
+from evaluation.timed_methods import MethodsBench, bench_methods
 from fast.compiled import MAX_DECODE_ROWS, can_compile, compile_function, mark_dynamic_tokens
 from fast.kernels import alloc_B, lora_mix
 from fast.matmul import linear
@@ -253,14 +254,15 @@ def cell(value: object) -> str:
 COMMANDS = {
     "layer": (LayerBench, bench_layer), "decode": (DecodeBench, bench_decode),
     "prefill": (PrefillBench, bench_prefill), "train": (TrainBench, bench_train),
-    "split": (SplitBench, bench_split), "cache": (CacheBench, bench_cache),
+    "methods": (MethodsBench, bench_methods), "split": (SplitBench, bench_split),
+    "cache": (CacheBench, bench_cache),
 }  # fmt: skip
 
 
 def main() -> None:
     """The command: measures, and prints what show() shows."""
     options = {name: cls for name, (cls, _) in COMMANDS.items()}
-    about = "Time the operation, decoding, prefill, training or a pool apart, or size a pool."
+    about = "Time the operation, decoding, prefill, training, methods or a pool apart, or size a pool."
     command, args = parse_command(options, description=about)
     if not isinstance(args, Bench):  # nothing of it depends on the machine
         return show(vars(args), bench_cache(args))

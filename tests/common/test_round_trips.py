@@ -132,7 +132,8 @@ def test_tensors(folder, named, metadata):
 
 # Options ------------------------------------------------------------------------------------------
 
-BENCHES = ["LayerBench", "DecodeBench", "PrefillBench", "TrainBench", "SplitBench", "CacheBench"]
+BENCHES = ["LayerBench", "DecodeBench", "PrefillBench", "TrainBench", "MethodsBench", "SplitBench",
+           "CacheBench"]  # fmt: skip
 OPTIONS = [import_module(name).Options for name in ("generate", "eval")]
 OPTIONS += [getattr(import_module("bench"), name) for name in BENCHES]
 OPTIONS += [cls for cls, *_ in COMMANDS.values()]

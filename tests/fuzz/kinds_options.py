@@ -36,7 +36,7 @@ EXPORT = f"generate.py {POOLED} --mix ant=0.5,bee=0.5 --export new"
 SCORE = f"eval.py {POOLED} --tasks questions --methods base --max_new_tokens 3 --limit 1"
 BENCH = {
     "layer": bench.LayerBench, "decode": bench.DecodeBench, "prefill": bench.PrefillBench, "train": bench.TrainBench,
-    "split": bench.SplitBench, "cache": bench.CacheBench,
+    "methods": bench.MethodsBench, "split": bench.SplitBench, "cache": bench.CacheBench,
 }  # fmt: skip
 
 

@@ -43,7 +43,8 @@ COMMANDS = {
     ("tasks/tiny.py",): "TinyTasksConfig", ("tasks/bio.py",): "SplitConfig", ("tasks/bbh.py",): "SplitConfig",
     ("tasks/gsm8k.py",): "Gsm8kConfig", ("bench.py", "layer"): "LayerBench",
     ("bench.py", "decode"): "DecodeBench", ("bench.py", "prefill"): "PrefillBench",
-    ("bench.py", "train"): "TrainBench", ("bench.py", "split"): "SplitBench", ("bench.py", "cache"): "CacheBench",
+    ("bench.py", "train"): "TrainBench", ("bench.py", "methods"): "MethodsBench",
+    ("bench.py", "split"): "SplitBench", ("bench.py", "cache"): "CacheBench",
 }  # fmt: skip
 
 
