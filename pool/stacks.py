@@ -27,7 +27,7 @@ def aligned_pool(pool: Pool) -> Pool:
     B = U S. Padding stays zero: so do the rows of A whose singular value is zero up to rounding.
     """
     like = next(iter(pool.A.values()))
-    aligned = Pool(pool.shapes, pool.capacity, pool.rank, like.dtype, like.device, pool.alloc_B)
+    aligned = Pool(dict(pool.shapes), pool.capacity, pool.rank, like.dtype, like.device, pool.alloc_B)
     dtype = torch.promote_types(like.dtype, torch.float32)
     for path, A in pool.A.items():
         U, S, Vh = factored_svd(A.to(dtype), pool.B[path].to(dtype))
