@@ -9,7 +9,7 @@ from common.options import BatchSize, Count
 from evaluation.bench_options import Bench
 from evaluation.measure import Limits, in_turn, spread
 from evaluation.timed import Decoder, prompts
-from methods.batch import check_method, for_task, retrieve, set_methods, split_methods
+from methods.batch import check_name, for_task, retrieve, set_methods, split_methods
 from methods.session import find_mole, load_weights
 from pool.load import TINY
 
@@ -53,11 +53,13 @@ def bench_methods(args: MethodsBench, limits: Callable[[], Limits]) -> list[dict
 
 def decoder(args: MethodsBench, method: str, b: int) -> Decoder:
     """A Decoder of b requests that `method` routes. Of a method that is another one for each task, each
-    request has another task's."""
-    mole = load_weights(find_mole(args.model or TINY, args.pool or None), args.dtype, args.device)
-    names = [for_task(mole, method, mole.pool.names[row % len(mole.pool.names)]) for row in range(b)]
+    request has another task's. Raises InputError where the pool lacks the method's parts."""
+    mole = find_mole(args.model or TINY, args.pool or None)
+    adapters = mole.pool.names or [""]
+    names = [for_task(mole, method, adapters[row % len(adapters)]) for row in range(b)]
     for name in names:
-        check_method(mole, name, args.top_k)
+        check_name(mole, name, args.top_k)  # before the weights are read
+    load_weights(mole, args.dtype, args.device)
     ids = prompts(args, b, args.context, mole.model.config.vocab_size)
     texts = [mole.tokenizer.decode(row) for row in ids.tolist()]
     found = retrieve(mole, names, texts, args.retrieve, (), ids.tolist())

@@ -656,7 +656,9 @@ NAMES = {
     "adapter": method("adapter:speling", "no adapter 'speling'", "did you mean spelling"),
     "far adapter": method("adapter:zzz", "no adapter 'zzz'", "counting, spelling"),
     "method": method("meteorra", "no method 'meteorra'", "did you mean meteora"),
-    "far method": method("zzz", "no method 'zzz'", "base, oracle, adapter:NAME", "meteora_top2, meteora_once"),
+    "far method": method(
+        "zzz", "no method 'zzz'", "base, oracle, adapter:NAME", "meteora_top2, meteora_once"
+    ),
     "no adapters": method("uniform", "--pool", "--adapter", pool=False),
     "no gates": method("meteora", "meteora_top2.safetensors", "train.py gates --top_k 2"),
     "no such gates": (

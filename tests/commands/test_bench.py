@@ -13,8 +13,11 @@ from bench import TrainBench
 from common.files import InputError
 from evaluation.measure import InSubprocess, in_turn, spread
 from evaluation.timed import adapters_trainer, examples, steps_of, with_requests
+from evaluation.timed_methods import MethodsBench, decoder
 from helpers_commands import command
+from helpers_models import write_adapters
 from helpers_training import write_tasks
+from model import load_llama
 from moe_lora import attached
 from tasks.folders import collate
 
@@ -52,6 +55,8 @@ def test_layer():
     (["decode", "--repeats", "0"], "--repeats is 0, expected a whole number from 1 to 1,000,000"),
     (["layer", "--width", "1000000x1000000", "--n", "1", "--e", "3", "--k", "1"], "--width 1000000x1000000"),
     (["decode", "--e", "1000000"], "1000000 adapters of rank 8 need "),
+    (["methods", "--methods", "arow"], "no method 'arow', did you mean arrow"),
+    (["methods", "--methods", "soft"], "method soft: needs "),
     (["decode", "--union", "²"], "--union is '²', expected whole numbers"),
     (["prefill", "--gguf", "nowhere.gguf"], "--gguf: nowhere.gguf: no such file"),
     (["cache", "--slots", "8", "--adapters", "7"], "--slots has 8, expected at most 7, the --adapters"),
@@ -87,6 +92,30 @@ def test_peers(small_model):
                           for batch in ("", ", batch")]  # fmt: skip
     table = run("train", "--model", small_model, "--e", "3", "--gated", "5", "--tokens", "7")
     assert table[1]["row"] == "transformers + peft, one by one"
+
+
+def test_each_request_of_the_oracle_has_an_adapter_of_its_own(small_model, tmp_path):
+    """Requests that share an adapter read less memory than those of a table's other rows."""
+    write_adapters(tmp_path, load_llama(small_model), ["ant", "bee", "cat"])
+    args = MethodsBench(model=str(small_model), pool=str(tmp_path), dtype="float32", device="cpu", tokens=3)
+    oracle = decoder(args, "oracle", 5)
+    gate = next(iter(attached(oracle.model).values())).gate
+    assert gate.idx[:, 0].tolist() == [0, 1, 2, 0, 1] and gate.weight[:, 0].tolist() == [1] * 5
+    assert oracle().shape == (5, 4)  # the first token, too
+
+
+@pytest.mark.slow
+def test_methods(small_model, tmp_path):
+    """A ratio to another row than its column says would make any method fast."""
+    write_adapters(tmp_path, load_llama(small_model), ["ant", "bee", "cat"])
+    sizes = ["--tokens", "3", "--context", "5", "--batch_size", "2"]
+    table = run(
+        "methods", "--model", small_model, "--pool", tmp_path, "--methods", "base,oracle,arrow", *sizes
+    )
+    assert [row["row"] for row in table] == ["base", "oracle", "arrow"]
+    for row in table:
+        for batch in ("", ", batch of 2"):
+            assert row[f"/ base{batch}"] == pytest.approx(row[f"ms{batch}"] / table[0][f"ms{batch}"])
 
 
 @pytest.mark.slow
