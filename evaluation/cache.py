@@ -1,10 +1,10 @@
-"""How many slots a pool needs: the share of requests that find their adapter in one.
+"""How many slots a pool needs: the share of requests that find their adapter in a slot (the hit rate).
 
 Requests arrive as a Poisson process, each for an adapter drawn from Zipf's law, p_j ~ 1 / j^zipf, as
-in InfiniLoRA (arXiv 2604.07173). An adapter that is in no slot is loaded, and the one that was needed
-longest ago leaves. Only the order of the requests decides who leaves, so the share is the same at
-every rate; the rate turns it into loads a second. A request takes no time here. So the slots must
-also hold the adapters of all requests that are answered at a time.
+in InfiniLoRA (arXiv 2604.07173). An adapter that is in no slot is loaded, and the least recently used
+one leaves. The hit rate depends on the order of the requests alone, so it is the same at any rate of
+requests; the rate only says how many loads a second that is. A request takes no time here. In reality
+the slots must also hold the adapters of all requests that are being answered.
 """
 
 import math
@@ -24,18 +24,18 @@ from pool.recency import Recency
 class CacheBench:
     """Options of `bench.py cache`."""
 
-    adapters: Count = 1000  # adapters that requests name
+    adapters: Count = 1000  # number of adapters that requests ask for
     zipf: Annotated[float, Number(float, 0, 10)] = 1.2  # exponent of their popularity, 0 = all alike
-    slots: Counts = "8,32,128,512"  # slots of the pool; several are a row each
-    share: ShareAbove0 = 0.95  # the least number of slots for this share of requests is a row, too
-    requests: Count = 200_000  # simulated requests, of which the first tenth isn't counted
+    slots: Counts = "8,32,128,512"  # slots of the pool; a row for each number
+    share: ShareAbove0 = 0.95  # hit rate whose least number of slots is one more row
+    requests: Count = 200_000  # simulated requests; the first tenth isn't counted
     rate: Above0 = 10.0  # requests a second
     seed: Seed = 0  # seed for the requests
 
 
 def bench_cache(args: CacheBench) -> list[dict]:
-    """A row for each number of slots: the share found in a slot, simulated and by Che's approximation,
-    in percent, adapters loaded a second, and for how many seconds one stays that nobody asks for."""
+    """A row for each number of slots: the hit rate in percent, simulated and by Che's approximation; the
+    adapters loaded a second; the seconds that an adapter stays if nobody asks for it."""
     p = popularity(args.adapters, args.zipf)
     generator = np.random.default_rng(args.seed)
     requests = generator.choice(args.adapters, size=args.requests, p=p).tolist()
@@ -58,17 +58,17 @@ def bench_cache(args: CacheBench) -> list[dict]:
 
 
 def popularity(adapters: int, zipf: float) -> np.ndarray:
-    """Zipf's law: the share of requests that name each adapter, the most popular first (adapters,)."""
+    """(adapters,): each adapter's share of the requests by Zipf's law, the most popular first."""
     p = np.arange(1, adapters + 1, dtype=np.float64) ** -zipf
     return p / p.sum()
 
 
 def simulate(requests: list[int], slots: int) -> float:
-    """The share of `requests`, adapters by falling popularity, that find theirs in one of the slots.
+    """The hit rate of `requests`, which are adapters numbered by falling popularity.
 
-    Who leaves is what decides in a Pool, too. At the beginning the most popular adapters are in the
-    slots. The first tenth of the requests isn't counted, so that the beginning doesn't matter; for
-    that a tenth has to be more than the T requests for which an adapter stays.
+    Recency decides who leaves, as in a Pool. At the beginning the most popular adapters are in the
+    slots. So that this doesn't matter, the first tenth of the requests isn't counted; it has to be more
+    than the T requests for which an adapter stays.
     """
     resident = Recency()
     for adapter in reversed(range(slots)):
@@ -88,18 +88,18 @@ def simulate(requests: list[int], slots: int) -> float:
 
 
 def in_slot(p: np.ndarray, T: float) -> np.ndarray:
-    """1 - (1 - p_j)^T, the probability that adapter j was asked for in the last T requests."""
+    """(adapters,): 1 - (1 - p_j)^T, the probability that one of the last T requests asked for j."""
     with np.errstate(divide="ignore", invalid="ignore"):  # where p is 1, and where T is 0
         return np.nan_to_num(-np.expm1(T * np.log1p(-p)))
 
 
 def che_share(p: np.ndarray, T: float) -> float:
-    """The sum over j of p_j (1 - (1 - p_j)^T): the share of requests that find their adapter."""
+    """The hit rate by Che: the sum over j of p_j (1 - (1 - p_j)^T)."""
     return 1.0 if math.isinf(T) else float(p @ in_slot(p, T))
 
 
 def stay(p: np.ndarray, slots: int) -> float:
-    """T, from the sum over j of 1 - (1 - p_j)^T = slots; infinite where all adapters have one."""
+    """The T at which the sum over j of 1 - (1 - p_j)^T is `slots`; infinite if each adapter has one."""
     return solve(lambda T: in_slot(p, T).sum(), slots) if slots < len(p) else math.inf
 
 
@@ -108,7 +108,7 @@ def least_slots(p: np.ndarray, share: float) -> int:
     if share == 1:
         return len(p)
     T = solve(lambda T: che_share(p, T), share)
-    return math.ceil(in_slot(p, T).sum() - 1e-6)  # less what bisection leaves open
+    return math.ceil(in_slot(p, T).sum() - 1e-6)  # so that bisection's error adds no slot
 
 
 def solve(increasing: Callable[[float], float], value: float) -> float:

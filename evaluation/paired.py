@@ -2,8 +2,8 @@
 
     difference = score(method) - score(other),   both over the same resampled examples
 
-Examples are easy or hard for all methods alike. That part of the variance cancels out, so the interval
-is narrower than those of the two scores suggest.
+An example that is hard for one method is often hard for the other. This part of the variance cancels, so
+the interval is narrower than those of the two scores suggest.
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ from tasks.metrics import draws, resampled_scores
 
 
 def compare_on_tasks(rows: list[dict], tasks: dict[str, Task], other: str, seed: int) -> dict[str, dict]:
-    """Rows of answers.jsonl -> {method: difference to `other` of the means over the tasks}, for all
-    other methods. The examples of one task are resampled independently of those of another."""
+    """Rows of answers.jsonl -> {method: its mean over the tasks minus that of the method `other`}, each
+    as differences() gives it. The examples of each task are resampled independently."""
     found = {}
     for method, answers in by_method(rows, "task").items():
         scores = []
@@ -32,7 +32,8 @@ def compare_on_tasks(rows: list[dict], tasks: dict[str, Task], other: str, seed:
 def compare_on_composites(
     rows: list[dict], asked: dict[int, list[Composite]], tasks: dict[str, Task], other: str, seed: int
 ) -> dict[str, dict[str, dict]]:
-    """Rows of answers.jsonl -> {size: {method: difference to `other` of the right answers a prompt}}."""
+    """Rows of answers.jsonl -> {questions a prompt: {method: its right answers a prompt minus those of
+    the method `other`}}, each as differences() gives it."""
     found = {}
     for method, answers in by_method(rows, "composite").items():
         for n, texts in answers.items():
@@ -44,7 +45,7 @@ def compare_on_composites(
 
 
 def by_method(rows: list[dict], key: str) -> dict[str, dict]:
-    """Rows -> {method: {what the rows have under `key`: its answers, in order}}."""
+    """Rows -> {method: {value of the field `key`: the method's answers, in order}}."""
     found = {}
     for row in rows:
         found.setdefault(row["method"], {}).setdefault(row[key], []).append(row["answer"])
@@ -52,8 +53,8 @@ def by_method(rows: list[dict], key: str) -> dict[str, dict]:
 
 
 def differences(scores: dict[str, np.ndarray], other: str, digits: int) -> dict[str, dict]:
-    """{method: [score, that of each resample]} -> {method: {"difference", "low", "high"}} without
-    `other`."""
+    """{method: its score, then that of each resample} -> {method: {"difference", "low", "high"}}: the
+    score minus that of `other`, with its 95 % interval. `other` itself is left out."""
     found = {}
     for method, values in scores.items():
         if method != other:

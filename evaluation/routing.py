@@ -1,7 +1,10 @@
 """What routing looks like on held-out responses, and how often a task's own adapter is found.
 
-ESS    = (sum over j of |weight_j|)^2 / sum over j of weight_j^2    adapters that a token in effect uses
-load_j = |weight_j| over the weight of all adapters, both summed over tokens and Linears
+ESS    = (sum over j of |weight_j|)^2 / sum over j of weight_j^2
+load_j = (sum of |weight_j|) / (sum of |weight| over all adapters),  sums over tokens and Linears
+
+ESS (effective sample size) is how many adapters a token in effect uses: 1 for one adapter, k for k of
+equal weight.
 """
 
 from collections import Counter
@@ -25,17 +28,17 @@ MAX_TOKENS = 4096  # of a forward pass, with padding
 
 @torch.inference_mode()
 def measure_routing(mole: Mole, tasks: dict[str, Task], method: str, args) -> dict:
-    """How `method` routes the test splits' response tokens, each read with the target's tokens before
-    it: {"routing": RoutingSums.routing(), "gates": RoutingSums.gates()}.
+    """How `method` routes the response tokens of the test splits, read from the targets (teacher
+    forcing): {"routing": RoutingSums.routing(), "gates": RoutingSums.gates()}.
 
-    "gates" is there for gates that were trained with each task's own adapter as their label, unless
-    that is hidden; "routing" where any token uses an adapter of the pool by a weight of its own: not
-    where adapters are merged into one or into W.
+    "routing" is absent where no token uses an adapter of the pool by a weight of its own, as with
+    adapters that are merged into one or into W. "gates" is there only for gates that were trained with
+    each task's own adapter as their label, and not where that adapter is hidden.
     """
     kind = find_method(mole, method, args.top_k)
     if mole.pool is None or not kind.needs_adapters or isinstance(kind, Merged):
         return {}
-    if mole.tokenizer.eos_id is None:  # no response has an end that could be read
+    if mole.tokenizer.eos_id is None:  # encode() needs it to end a response
         return {}
     sums = RoutingSums()
     labelled = kind.gates_know_tasks and not (args.ood or args.unseen)
@@ -50,8 +53,9 @@ def measure_routing(mole: Mole, tasks: dict[str, Task], method: str, args) -> di
 
 
 def set_up(mole: Mole, method: str, task: Task, args) -> Iterator[Batch]:
-    """The task's test examples in batches, the model set up for each as for answering it. Those whose
-    response the model can't read are left out: too long for the context, or with ids that it lacks."""
+    """Yields the task's test examples in batches. Before each the model is set up as for answering it.
+    Examples that the model can't read are left out: longer than the context, or with ids beyond the
+    vocabulary."""
     used = for_task(mole, method, task.name)
     hidden = hidden_from(mole, method, task.name, args)
     config = mole.model.config
@@ -73,18 +77,18 @@ def set_up(mole: Mole, method: str, task: Task, args) -> Iterator[Batch]:
 
 
 class RoutingSums:
-    """Sums over the response tokens of batches, each with the m Linears that are attached."""
+    """Sums over the response tokens of all batches and over the attached Linears."""
 
     def __init__(self):
         self.tokens = 0
         self.ess = 0.0
-        self.choices = 0  # pairs of a token and a Linear in which it uses an adapter
+        self.choices = 0  # pairs of a token and a Linear in which it uses any adapter
         self.load = Counter()  # {adapter: weight}
-        self.labelled = 0  # tokens of tasks whose own adapter is there
-        self.right = Counter()  # {module path: tokens whose first choice is that adapter}
+        self.labelled = 0  # tokens of tasks whose own adapter is the label
+        self.right = Counter()  # {module path: tokens at which the largest logit is the label's}
 
     def add(self, mole: Mole, batch: Batch, own: str) -> None:
-        """One forward pass of the batch; `own`: the adapter that is the gates' label, "" for none."""
+        """Adds the batch, by one forward pass. `own`: the adapter that is the gates' label, "" for none."""
         pool = mole.attached[1]
         response = (batch.real & ~batch.prompt).flatten()  # (n,)
         linears = attached(mole.model).items() if own else ()
@@ -104,7 +108,7 @@ class RoutingSums:
         gate_loss.remove()
         names = {pool.slot(name): name for name in pool.resident}
         for trace in recorder.traces:
-            weight = trace[response].abs().double()  # (n, e); a mix's weights may overflow float32's squares
+            weight = trace[response].abs().double()  # (n, e); float64: a mix may have weights of any size
             ess = effective_number(weight)
             self.ess += float(ess.sum())
             self.choices += int((ess > 0).sum())
@@ -112,8 +116,8 @@ class RoutingSums:
             self.load.update({name: load[slot] for slot, name in names.items()})
 
     def routing(self) -> dict:
-        """{"ess": mean over tokens and Linears in which they use an adapter, "load": {adapter: % of
-        the weight}, "tokens"}; {} where no token uses any."""
+        """{"ess": mean over the pairs of a token and a Linear in which it uses any adapter, "load":
+        {adapter: its % of the weight}, "tokens": their number}; {} where no token uses any."""
         if not self.choices:
             return {}
         total = sum(self.load.values())
@@ -121,11 +125,11 @@ class RoutingSums:
         return {"ess": round(self.ess / self.choices, 3), "load": load, "tokens": self.tokens}
 
     def gates(self) -> dict:
-        """How often a gate's first choice is the task's own adapter, in percent of the tokens.
+        """How often a gate's largest logit is that of the task's own adapter, in % of the tokens.
 
-        "right" is the mean over all gates but q, k, v of layer 0, "first_qkv" the mean over these
-        three, which see the token's embedding alone, "linears" each gate by its Linear's module path;
-        "tokens" is how many tokens that were. {} where no gate has such a label.
+        "first_qkv": the mean over the gates of q, k, v of layer 0, which see the token's embedding
+        alone. "right": the mean over all other gates. "linears": {module path: that of its gate}.
+        "tokens": the number of tokens. {} where no gate has a label.
         """
         if not self.labelled:
             return {}

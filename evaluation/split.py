@@ -1,4 +1,4 @@
-"""What it costs and what it saves to hold the pool in a process of its own.
+"""`bench.py split`: what it costs and what it saves to hold the pool in a process of its own.
 
 InfiniLoRA (arXiv 2604.07173) takes the adapters out of the processes that hold a base and its KV
 cache, so that several of these share one pool. Here each wrapped Linear sends its x to the process
@@ -7,9 +7,9 @@ of the pool, and adds what comes back:
     y = W x + delta,   delta = sum over the k adapters of  weight_j * scale_j * B_j A_j x
 
 `overlapped` computes W x while the pool's process computes delta. Which adapters a token uses is
-sent once a forward. The processes are ranks of torch.distributed: 0 is the pool's, the others have
-a base each. They talk by gloo on the loopback interface. The bases with a pool of their own, which
-these are compared with, are further processes. Nothing is compiled: no graph can wait for a message.
+sent once a forward. The processes are ranks of torch.distributed: rank 0 has the pool, each other
+rank a base. They talk through gloo on the loopback interface. They are compared with bases that have
+a pool of their own, in further processes. Nothing is compiled: no graph can wait for a message.
 """
 
 import contextlib
@@ -43,16 +43,16 @@ from pool.folder import read_pool
 from pool.load import load_base
 from pool.slots import Pool
 
-BASES = (1, 2)  # processes with a base that decode at the same time; each number has its rows
+BASES = (1, 2)  # how many bases decode at the same time; each number has its own rows
 HOST = "127.0.0.1"
-FOREVER = timedelta(days=1)  # a process that has ended closes its connections: no need for a timeout
+FOREVER = timedelta(days=1)  # no timeout is needed: a process that ends closes its connections
 
 
 @dataclass
 class SplitBench(Bench):
     """Options of `bench.py split`."""
 
-    device: str = "cpu"  # gloo sends from the CPU's memory, so no other one
+    device: str = "cpu"  # cpu alone, as gloo sends from its memory
     threads: Whole = 1  # CPU threads of each process, 0 = one a core
     model: str = ""  # folder or hub name ORG/NAME[@REVISION], default tiny/
     pool: str = ""  # pool folder; default: random adapters
@@ -60,18 +60,19 @@ class SplitBench(Bench):
     e: Count = 28  # random adapters in the pool
     context: Count = 64  # tokens of the prompt
     tokens: Count = 16  # tokens decoded in a repetition
-    batch_size: BatchSize = 4  # requests that a base decodes together, each with an adapter of its own
+    batch_size: BatchSize = 4  # requests that a base decodes together, each with its own adapter
 
 
 def bench_split(args: SplitBench, limits: Callable[[], Limits]) -> list[dict]:
-    """Milliseconds a step, bytes sent and received a token, and private memory of the processes.
+    """A row for each number of bases and place of the pool: milliseconds a step, bytes sent and received
+    a token, private memory of the processes.
 
-    Raises InputError where a process has ended, or the greedy tokens aren't those of the pool at home.
+    Raises InputError where a process has ended, and where greedy tokens aren't those of the pool at home.
     """
     if args.device != "cpu":
         raise InputError(f"--device is {args.device!r}, expected cpu: gloo sends from its memory")
     if args.pool:
-        read_pool(args.pool)  # a mistake in its name shows before anything is loaded
+        read_pool(args.pool)  # raises for a wrong name before anything is loaded
     with processes(args) as (pool, homes, sharing):
         kinds = {
             "base": (sharing, "base"), "pool at home": (homes, "pool"),
@@ -104,7 +105,7 @@ def bench_split(args: SplitBench, limits: Callable[[], Limits]) -> list[dict]:
 
 
 def memory(bases: list[InSubprocess], pools: list[InSubprocess]) -> dict[str, float]:
-    """Private memory in MB, of which other processes use nothing, if the system tells it."""
+    """Private memory in MB, which no other process shares; {} where the system doesn't tell it."""
     sizes = [list(map(private_bytes, group)) for group in (bases, pools)]
     if None in sizes[0] + sizes[1]:
         return {}
@@ -114,7 +115,7 @@ def memory(bases: list[InSubprocess], pools: list[InSubprocess]) -> dict[str, fl
 
 
 def private_bytes(process: InSubprocess) -> int | None:
-    """The memory of a process that it shares with no other one; None where the system isn't Linux."""
+    """The bytes of a process that it shares with no other; None where the system isn't Linux."""
     try:
         lines = Path(f"/proc/{process.process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -127,15 +128,15 @@ def private_bytes(process: InSubprocess) -> int | None:
 
 @contextlib.contextmanager
 def processes(args: SplitBench) -> Iterator[tuple[InSubprocess, list[InSubprocess], list[InSubprocess]]]:
-    """The pool's process, those of bases with a pool of their own, and those of bases that share the
-    pool's process. All are ended at the end, however it comes."""
+    """Yields (the pool's process, those of bases with a pool of their own, those of bases that share the
+    pool's process). Ends all of them afterwards, also after an error."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # at a free port
     makes = [partial(pool_process, port=store.port)]
     for port in (None, store.port):
         makes += [partial(base_process, port=port, number=number) for number in range(max(BASES))]
     started = []
     try:
-        with late_signals():  # so that `started` has all that have started
+        with late_signals():  # so that no process starts without being in `started`
             for make in makes:
                 started.append(InSubprocess(make, args, wait=False))
         results(started)
@@ -146,8 +147,8 @@ def processes(args: SplitBench) -> Iterator[tuple[InSubprocess, list[InSubproces
 
 
 def results(running: list[InSubprocess], others: list[InSubprocess] = ()) -> list:
-    """What each of the `running` processes gives, when all have. Raises InputError as soon as one of
-    them, or of the `others`, has ended."""
+    """Waits for all the `running` processes -> what each gives. Raises InputError as soon as one of them,
+    or of the `others`, has ended."""
     given = {}
     while len(given) < len(running):
         pipes = {process.pipe: process for process in (*running, *others) if process not in given}
@@ -157,7 +158,7 @@ def results(running: list[InSubprocess], others: list[InSubprocess] = ()) -> lis
 
 
 def join(rank: int, port: int) -> None:
-    """Makes this process a rank, by the store of the process that has started it."""
+    """Makes this process a rank; `port` is that of the store of the process that has started it."""
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
     store = dist.TCPStore(HOST, port, is_master=False)
@@ -177,7 +178,7 @@ def load_adapters(args: SplitBench, shapes: dict[str, tuple[int, int]]) -> Pool:
 
 
 def pool_process(args: SplitBench, port: int) -> None:
-    """Loads the pool, without the base's weights, and computes deltas for every base from now on."""
+    """Loads the pool, without the base's weights, and starts a thread that computes deltas for each base."""
     join(0, port)
     with torch.device("meta"), without_init():
         shapes = linear_shapes(Llama(LlamaConfig(**read_config(args.model))))
@@ -190,7 +191,7 @@ def pool_process(args: SplitBench, port: int) -> None:
 
 @torch.inference_mode()
 def compute_deltas(pool: Pool, base: int) -> None:
-    """Answers the rank `base`, forward after forward. Ends the process where that rank has ended."""
+    """Answers each forward of the rank `base`. Ends this process when that rank has ended."""
 
     def receive(*shape, dtype):
         y = torch.empty(shape, dtype=dtype)
@@ -213,9 +214,12 @@ def compute_deltas(pool: Pool, base: int) -> None:
 
 
 def base_process(args: SplitBench, port: int | None, number: int) -> Callable[[str], tuple[list, int]]:
-    """A base that decodes: run("base"), run("pool") or run("overlapped") -> (token ids of each row,
-    bytes sent and received). Without `port` it has a pool of its own, else it is one of those that
-    share the pool's process. `number`: which of these, as each has other requests."""
+    """A base that decodes -> a function run("base"), run("pool") or run("overlapped"), which returns
+    (token ids of each row, bytes sent and received).
+
+    With `port` the base shares the pool's process. Without it, it has a pool of its own. `number` says
+    which base it is: each decodes other requests.
+    """
     if port:
         join(1 + number, port)
     model = load_base(args.model, args.dtype, args.device, fast=False)
@@ -248,16 +252,16 @@ def base_process(args: SplitBench, port: int | None, number: int) -> Callable[[s
 
 
 class Link:
-    """A base's connection to the process of the pool. `size` counts the bytes that go both ways."""
+    """A base's connection to the process of the pool. `size`: bytes sent and received."""
 
     def __init__(self):
         self.overlap = False
         self.size = 0
-        self.linears = 0  # those wrapped so far
+        self.linears = 0  # number of Linears wrapped so far
         self.next = 0  # the Linear whose turn it is
 
     def pool_there(self) -> SimpleNamespace:
-        """What attach() and fixed_rows() have to know of the pool there: paths, names and slots."""
+        """What attach() and fixed_rows() need to know of the pool there: paths, names and slots."""
         received = [None]
         dist.broadcast_object_list(received, 0)
         facts = received[0]
@@ -265,14 +269,14 @@ class Link:
         return SimpleNamespace(A=none, B=none, scale=none, names=list(facts.slots), slot=facts.slots.get)
 
     def begin(self, mixture: Mixture) -> None:
-        """Before the first Linear of a forward: which adapters its tokens use."""
+        """Sends which adapters the tokens use; called before the first Linear of a forward."""
         self.send(torch.tensor(mixture.idx.shape))
         self.send(mixture.idx)
         self.send(mixture.weight)
 
     def ask(self, number: int, x: Tensor, delta: Tensor) -> Callable[[], None]:
-        """Sends x (n, i) of Linear `number`; the function that it returns waits until delta (n, o) is
-        there. Raises ValueError for a Linear whose turn it isn't."""
+        """Sends x (n, i) of Linear `number`. Returns a function that waits until delta (n, o) has been
+        received. Raises ValueError for a Linear whose turn it isn't."""
         if number != self.next:
             raise ValueError(f"Linear {number} runs, and the process of the pool expects {self.next}")
         self.next = (number + 1) % self.linears
@@ -296,7 +300,7 @@ class Link:
 
 @contextlib.contextmanager
 def needs_the_pool() -> Iterator[None]:
-    """gloo's error, where a connection is closed, becomes one line."""
+    """Makes one line of gloo's error where a connection is closed. Raises InputError."""
     try:
         yield
     except RuntimeError:

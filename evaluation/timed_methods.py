@@ -1,4 +1,4 @@
-"""What each method of choosing adapters costs in a decode step: `bench.py methods`."""
+"""`bench.py methods`: what each method of choosing adapters costs in a decode step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class MethodsBench(Bench):
     retrieve: Count = 3  # adapters retrieved for a prompt
     context: Count = 64  # tokens of the prompt
     tokens: Count = 16  # tokens decoded in a repetition
-    batch_size: BatchSize = 16  # requests decoded together, beside one by itself
+    batch_size: BatchSize = 16  # requests decoded together; one alone is timed too
 
 
 def bench_methods(args: MethodsBench, limits: Callable[[], Limits]) -> list[dict]:
-    """Milliseconds a step of each method, of one request and of `batch_size`, and how many times the
-    first method's. No row is compiled: some methods can't be. Each has a model of its own in memory.
-    Raises InputError where the pool lacks a method's parts."""
+    """A row for each method: milliseconds a step, and their ratio to the first method's, for one request
+    and for `batch_size`. No row is compiled, as some methods can't be. Each method and batch size has a
+    model of its own in memory. Raises InputError where the pool lacks a method's parts."""
     methods = split_methods(args.methods)
     rows = {}
     for method in methods:
@@ -52,8 +52,8 @@ def bench_methods(args: MethodsBench, limits: Callable[[], Limits]) -> list[dict
 
 
 def decoder(args: MethodsBench, method: str, b: int) -> Decoder:
-    """A Decoder of b requests that `method` routes. Of a method that is another one for each task, each
-    request has another task's. Raises InputError where the pool lacks the method's parts."""
+    """A Decoder of b requests that `method` routes. If the method has another name for each task, the
+    requests take the tasks in turn. Raises InputError where the pool lacks the method's parts."""
     mole = find_mole(args.model or TINY, args.pool or None)
     adapters = mole.pool.names or [""]
     names = [for_task(mole, method, adapters[row % len(adapters)]) for row in range(b)]

@@ -1,12 +1,12 @@
-"""Adaptive Shared Experts (arXiv 2510.00570): some adapters take part for every token, and one
-softmax weighs them together with those that the gate has chosen.
+"""Adaptive Shared Experts (arXiv 2510.00570): every token uses some shared adapters, and one softmax
+weighs them together with the routed adapters that the gate has chosen.
 
     idx    = all shared adapters, and the best of the others by  G x,  k in all
     weight = softmax over these k of  G x / T
-    loss   = MeteoRA's, whose gate term has the logits of the routed adapters alone
+    loss   = MeteoRA's, with a gate term over the logits of the routed adapters alone
 
-The shared ones are PEFT folders of POOL/baselines, by default lora_b, which has learnt all tasks.
-They join the pool for this method only. The loss is GateTermTraining's (training/gates.py).
+The shared adapters are PEFT folders of POOL/baselines, by default lora_b, which has learnt all tasks.
+They join the pool for this method only. GateTermTraining (training/gates.py) computes the loss.
 """
 
 from collections.abc import Iterable
@@ -33,15 +33,15 @@ from training.gates import GateTermRun, GateTermTraining
 class AseRun(GateTermRun):
     """Options of `train.py gates --kind ase`."""
 
-    shared: list[str] = field(default_factory=lambda: ["lora_b"])  # adapter all use; repeatable
+    shared: list[str] = field(default_factory=lambda: ["lora_b"])  # adapter that all tokens use; repeatable
 
 
 class AseGate(nn.Module):
     """The shared slots and the best of the routed ones, k in all, weighed by one softmax.
 
-    `shared` (S,) int64: slots that every token uses. `known` (e,) bool: the slots that G was trained
-    for; with fewer of them k is smaller. With `keep_logits`, `logits` keeps the last forward's
-    (n, e), -inf for all but the routed slots.
+    `shared` (number of shared adapters,) int64: slots that every token uses. `known` (e,) bool: the
+    slots that G was trained with. If there are fewer than k of them, k is smaller. With `keep_logits`,
+    `logits` (n, e) keeps those of the last forward, -inf for all but the routed slots.
     """
 
     linear_in = staticmethod(linear_in)
@@ -74,8 +74,8 @@ class AseGate(nn.Module):
 def ase_gates(
     pool: Pool, k: int, temperature=1.0, known: Tensor | None = None, shared: Iterable[str] = ()
 ) -> dict[str, AseGate]:
-    """{module path: gate} with G zero; `shared` are names of the pool's adapters, `known` (capacity,)
-    bool by default the slots in use."""
+    """{module path: AseGate with G zero (capacity, i)}. `shared`: names of adapters of `pool`. `known`
+    (capacity,) bool: by default the slots in use."""
     gates = {}
     for path, A in pool.A.items():
         slots = torch.tensor([pool.slot(name) for name in shared], dtype=torch.int64, device=A.device)
@@ -111,7 +111,7 @@ class Ase(TopKGates):
     new_gates = staticmethod(ase_gates)
 
     def check(self, mole: Mole) -> None:
-        """The file and the shared adapters' folders have to be there."""
+        """Raises InputError where the file or a shared adapter's folder isn't there."""
         super().check(mole)
         self.shared(mole)
 
@@ -142,8 +142,8 @@ class Ase(TopKGates):
 
     @classmethod
     def check_run(cls, args, names: list[str]) -> None:
-        """Raises InputError for a k without a routed adapter, or beyond all, and for shared names that
-        the pool has."""
+        """Raises InputError where --top_k leaves no routed adapter or is larger than the number of all
+        adapters, and where an adapter of the pool has the name of a shared one."""
         check_twice("--shared", args.shared)
         if both := set(names) & set(args.shared):
             raise InputError(f"--shared {min(both)}: an adapter of the pool has that name")
@@ -154,7 +154,7 @@ class Ase(TopKGates):
 
     @classmethod
     def more_adapters(cls, known: PoolFolder, args) -> dict[str, Path]:
-        """The shared ones."""
+        """{shared adapter: its folder}."""
         return shared_folders(known.path, args.shared)
 
     @classmethod
@@ -164,7 +164,7 @@ class Ase(TopKGates):
 
     @classmethod
     def training(cls, model, pool: Pool, args) -> GateTermTraining:
-        """Attaches new gates and returns what trains them."""
+        """Attaches new gates to `model` and returns what trains them."""
         gates = ase_gates(pool, args.top_k, args.gate_temperature, shared=args.shared)
         attach(model, pool, gates)
         return GateTermTraining(model, pool, gates, args)

@@ -1,14 +1,14 @@
-"""Controls: adapters chosen at random. What a method gains over these, it gains by its choice.
+"""Controls: adapters chosen at random. What a method gains over these is due to its choice.
 
 random_gate         weight = softmax over the k largest of  G x / rms(x) / T,   G (e, i) random
 random_adapters     weight_j = 1 / k for k adapters drawn for the request
 
-A row of G is normal with variance 1/i, and x is divided by its root mean square. So over random G
-each logit has variance 1 in every Linear, and the k weights of a token differ. With k = 2 of 28
-adapters the larger one is about 0.6.
+The entries of G are normal with variance 1/i, and x is divided by its root mean square. So over
+random G each logit has variance 1 in every Linear, and the k weights of a token differ. With k = 2
+of 28 adapters the larger one is about 0.6.
 
-Each draw is a function of the seed and of names: of the Linear and the adapter, or of the prompt
-and the adapter. So it depends neither on the pool's order nor on what other adapters there are.
+Each draw is a function of the seed, of the adapter's name, and of the Linear's path or the prompt. So
+it depends neither on the pool's order nor on what other adapters there are.
 """
 
 import random
@@ -30,21 +30,23 @@ class RandomGate(MeteoraGate):
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of k adapters per token."""
-        x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-12)  # whatever the Linear, logits of one size
+        x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-12)  # logits of variance 1 in every Linear
         return super().forward(x, sample, ax)
 
 
 def random_gates(
     pool: Pool, k: int, temperature: float = 1.0, known: Tensor | None = None, seed: int = 0
 ) -> dict[str, RandomGate]:
-    """{module path: RandomGate}; `known` (capacity,) bool marks the slots that may be chosen."""
+    """{module path: RandomGate with G (capacity, i)}; `known` (capacity,) bool marks the slots that may
+    be chosen."""
     gates = {}
     for path, A in pool.A.items():
         i = A.shape[2]
         G = torch.zeros(pool.capacity, i)
         for name in pool.resident:
-            draw = random.Random(f"{seed}/{path}/{name}").getrandbits(63)
-            G[pool.slot(name)] = torch.randn(i, generator=torch.Generator().manual_seed(draw)) * i**-0.5
+            row_seed = random.Random(f"{seed}/{path}/{name}").getrandbits(63)
+            generator = torch.Generator().manual_seed(row_seed)
+            G[pool.slot(name)] = torch.randn(i, generator=generator) * i**-0.5
         gates[path] = RandomGate(G.to(A.device), k, temperature, known)
     return gates
 
@@ -62,7 +64,7 @@ class RandomGates(Gated):
 
     @property
     def key(self) -> tuple:
-        """k and the seed stand for its gates."""
+        """k and the seed identify its gates."""
         return (POOL[0], f"random_gate_top{self.top_k}:{self.seed}")
 
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
@@ -72,7 +74,7 @@ class RandomGates(Gated):
 
 
 class RandomAdapters(FixedMixture):
-    """k random adapters for each prompt, the same for the same prompt."""
+    """k random adapters for each prompt; equal prompts get the same."""
 
     pattern = "random_adapters" + SUFFIX
     names = ("random_adapters", "random_adapters_top1")
@@ -86,7 +88,7 @@ class RandomAdapters(FixedMixture):
         self.seed = int(seed or 0)
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
-        """The k adapters of the largest random scores, 0 to 1."""
+        """The k adapters with the largest random scores, 0 to 1."""
         rankings = []
         for prompt in prompts:
             scores = {}

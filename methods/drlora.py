@@ -4,9 +4,9 @@
     f_j     = moving average of adapter j's mean weight in this Linear
     g_j     = moving average of the sum of |p dL/dp| over the numbers p of A_j and B_j
 
-At a growth each Linear shares out its part of e (target_r - r) ranks: by falling score an adapter takes a
-tenth of its free ranks, at least one, in turns until all are spent. Then g_j of those that grew is set to 0.
-The loss doesn't jump: new columns of B are zero, the others are multiplied by what divides alpha / r_j.
+At each growth a Linear shares out a part of e (target_r - r) ranks. In order of falling score each adapter
+takes a tenth of its free ranks, at least one, until the part is spent. Then g_j of those that grew is set to
+0. The loss doesn't jump: new columns of B_j are zero, and the old ones are multiplied by new r_j / old r_j.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from training.loop import compile_for, finished, fit, required
 
 
 class DRLoRA(TrainedGates):
-    """MeteoRA's gates, top-k, over the adapters that were trained with them."""
+    """MeteoRA's top-k gates over the adapters that were trained with them."""
 
     pattern = "drlora"
     names = ("drlora",)
@@ -48,7 +48,7 @@ class DRLoRA(TrainedGates):
 
     @classmethod
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
-        """The pool's gates, whose k is the file's."""
+        """drlora where the pool has its gates, unless a k is asked for: theirs is in the file."""
         file = cls("drlora").file(mole)
         found = file and file.exists() and not k_asked
         return ("drlora", f"trained with their gates, gates/{file.name}") if found else None
@@ -58,7 +58,7 @@ class DRLoRA(TrainedGates):
 class DRLoRARun(NewAdaptersRun):
     """Options of `train.py drlora`."""
 
-    lm_weight = 1.0  # no option: for GateTermTraining, as is the next
+    lm_weight = 1.0  # not an option: GateTermTraining reads it, and the next
     adapters_too = True
     r: Rank = 4  # rank at the start
     target_r: Rank = 8  # mean rank at the end
@@ -72,7 +72,7 @@ class DRLoRARun(NewAdaptersRun):
 
 
 def check_drlora_options(args: DRLoRARun) -> None:
-    """Raises InputError for ranks out of order, and where no growth fits into the steps."""
+    """Raises InputError unless r <= target_r <= max_r, and where no growth fits into the steps."""
     check_new_adapters(args)
     if not args.r <= args.target_r <= args.max_r:
         raise InputError(f"--target_r is {args.target_r}, expected --r {args.r} to --max_r {args.max_r}")
@@ -81,13 +81,13 @@ def check_drlora_options(args: DRLoRARun) -> None:
 
 
 def growth_steps(args: DRLoRARun) -> range:
-    """The steps, from 0, with a growth after their backward pass."""
+    """The steps, counted from 0, after whose backward pass ranks grow."""
     first = round(args.warmup * args.steps) + args.grow_every - 1
     return range(first, args.steps - round(args.cooldown * args.steps), args.grow_every)
 
 
 def share_out(scores: list[float], ranks: list[int], budget: int, max_r: int) -> list[int]:
-    """A Linear's ranks (e), none above `max_r`, after a growth of `budget` ranks by scores (e)."""
+    """Scores (e) and ranks (e) of a Linear -> its ranks, at most `max_r`, after `budget` more are shared."""
     ranks = list(ranks)
     order = sorted(range(len(ranks)), key=lambda j: -scores[j])
     while budget:
@@ -101,7 +101,7 @@ def share_out(scores: list[float], ranks: list[int], budget: int, max_r: int) ->
 
 class DRLoRATraining(GateTermTraining):
     """Trains adapters and gates by MeteoRA's loss. The stacks have max_r ranks, and A is random in all of
-    them. Beyond an adapter's rank B is zero and gets no gradient, and so neither does A."""
+    them. Beyond an adapter's rank B is zero and its gradient is cleared, so A gets no gradient either."""
 
     def __init__(self, model, pool: Pool, examples: Examples, args: DRLoRARun):
         super().__init__(model, pool, meteora_gates(pool, args.top_k), args)
@@ -117,19 +117,19 @@ class DRLoRATraining(GateTermTraining):
         """Forward and backward of one step -> the values to log."""
         self.used.zero_()
         for scale, ranks in zip(self.pool.scale.values(), self.ranks, strict=True):
-            scale.copy_(self.args.alpha / ranks)  # the ranks may be a checkpoint's
+            scale.copy_(self.args.alpha / ranks)  # anew, as a checkpoint may have set the ranks
         with self.recorder:
             return gates_step(self, pick(self.examples, step, self.args))
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """See GatesTraining; `used` gets the mean weights of the step."""
+        """See GatesTraining; adds to `used` this part's share of the step's mean weights (m, e)."""
         found = super().loss(batch, n, n_response)
         self.used += self.recorder.read(sum(batch.lengths)).sum(1) / n
         return found
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
-        """Updates f and g, lets ranks grow if it is time, and keeps B zero beyond the ranks."""
+        """Updates f and g, grows ranks if `step` is one for it, and keeps B zero beyond the ranks."""
         sums = []
         for A, B in zip(self.pool.A.values(), self.pool.B.values(), strict=True):
             sums.append((A * A.grad).abs().sum((1, 2)) + (B * B.grad).abs().sum((1, 2)))
@@ -142,8 +142,8 @@ class DRLoRATraining(GateTermTraining):
             B.grad.mul_(columns)  # (e, 1, r)
 
     def grow(self, event: int, events: int) -> None:
-        """Growth number `event` of `events`. The gradient of B is divided by what B is multiplied by.
-        AdamW's moments stay as they are: that would cancel in their quotient, which makes its step."""
+        """Growth `event`, from 0, of `events`. Where B is multiplied by a factor, its gradient is divided
+        by it. AdamW's moments stay: its step is their quotient, in which a common factor cancels."""
         total = self.pool.capacity * (self.args.target_r - self.args.r)
         budget = total * (event + 1) // events - total * event // events
         scores = self.f * self.g / (self.ranks + 1) ** 1.2  # (m, e)
@@ -157,7 +157,7 @@ class DRLoRATraining(GateTermTraining):
         self.ranks.copy_(torch.tensor(new))
 
     def adapters(self) -> list[Adapter]:
-        """The adapters without padding; B has the scale in it."""
+        """The adapters without ranks that aren't in use; B contains the scale."""
         made = []
         for slot, name in enumerate(self.pool.names):
             factors = {}

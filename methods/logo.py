@@ -1,14 +1,14 @@
 """LoGo (arXiv 2511.07129): the adapters that a prompt's last token excites most, by one forward pass.
 
-logo            score_j = ||B_j A_j x|| / ||x||, x the last token's input, as a multiple of what it
-                is for everyday prompts; the geometric mean over the Linears that the adapter has
-logo_norm       score_j = s_j ||B_j A_j x||, as in the paper; the mean over all Linears
-logo_entropy    score_j = 1 / entropy of softmax(s_j B_j A_j x); the mean over all Linears
+logo            score_j = geometric mean over j's Linears of  (||B_j A_j x|| / ||x||) / usual_j
+logo_norm       score_j = mean over all Linears of  scale_j ||B_j A_j x||, as in the paper
+logo_entropy    score_j = mean over all Linears of  1 / entropy of softmax(scale_j B_j A_j x)
 ..._last        the same in the last block's q_proj alone, as in the released code
 
-The paper's score compares adapters by their size: one of a higher scale, or on more Linears, wins
-whatever is asked. As a multiple of what is usual for the adapter itself, scale, rank and the choice
-of Linears cancel out (LOG.md has both, measured).
+x is a Linear's input for the prompt's last token; usual_j is the same ratio for everyday prompts. The
+paper's score compares adapters by their size: one of a higher scale, or on more Linears, wins
+whatever is asked. Dividing by usual_j cancels scale, rank and the choice of Linears (LOG.md has
+figures of both).
 """
 
 import torch
@@ -32,7 +32,7 @@ EVERYDAY = (
 
 
 class LoGo(FixedMixture):
-    """The k adapters of the highest scores, weighed by them."""
+    """The k adapters with the highest scores, weighed by them."""
 
     pattern = r"logo(_norm|_entropy)?(_last)?(?:_top([1-9][0-9]{0,5}))?"
     names = ("logo", "logo_top1", "logo_norm", "logo_entropy", "logo_last", "logo_norm_last_top20")
@@ -48,12 +48,12 @@ class LoGo(FixedMixture):
         self.last = bool(last)
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
-        """The k adapters of the highest scores."""
+        """The k adapters with the highest scores."""
         return logo(mole, ids, self.best or k, exclude, self.measure, self.last)
 
     @classmethod
     def default(cls, mole: Mole, k: int, k_asked: bool) -> tuple[str, str] | None:
-        """Where there is nothing but adapters: without training and samples it is the best (LOG.md)."""
+        """logo_top1: the best method where nothing is trained and samples are missing (LOG.md)."""
         lacking = [member for member in mole.pool.members.values() if not member.adapter.samples]
         some = "none" if len(lacking) == len(mole.pool.members) else f"{len(lacking)} not"
         return "logo_top1", f"no gates, and {some} with samples: --init adds them"
@@ -65,8 +65,11 @@ class LoGo(FixedMixture):
 
 
 class LogoProbe(nn.Module):
-    """LoGo's look at one Linear: no token uses an adapter, `score` (e,) is of the last token: log
-    (||B_j A_j x|| / ||x||), or, as `measure` says, of "norm" or "entropy"."""
+    """Computes the scores of one Linear, in which no token uses an adapter.
+
+    `score` (e,) is that of the last token: log(||B_j A_j x|| / ||x||), or the term of logo_norm or
+    logo_entropy where `measure` is "norm" or "entropy".
+    """
 
     sequential = True
 
@@ -96,9 +99,9 @@ class LogoProbe(nn.Module):
 
 @torch.inference_mode()
 def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), measure="", last=False) -> list[Ranking]:
-    """For each of the prompts `ids` the k adapters of the highest scores, by a forward pass of the
-    base; `last`: by its last q_proj. Raises InputError where every adapter is excluded, and where no
-    adapter changes that q_proj."""
+    """For each of the prompts `ids` the k adapters with the highest scores, by a forward pass of the
+    base. With `last` only the last block's q_proj counts. Raises InputError where every adapter is
+    excluded, and where no adapter changes that q_proj."""
     pool = mole.pool
     names = all_but(pool, exclude)
     if not names:
@@ -122,7 +125,7 @@ def logo(mole: Mole, ids: list[list[int]], k: int, exclude=(), measure="", last=
 
 
 def last_q_proj(mole: Mole) -> int:
-    """Which of the pool's Linears is the last block's q_proj. Raises InputError where none is."""
+    """The position in pool.A of the last block's q_proj. Raises InputError where it isn't there."""
     path = f"model.layers.{mole.model.config.num_hidden_layers - 1}.self_attn.q_proj"
     if path not in mole.pool.A:
         raise InputError(f"method logo_last: no adapter of the pool changes {path}: use logo")
@@ -130,8 +133,8 @@ def last_q_proj(mole: Mole) -> int:
 
 
 def usual(mole: Mole) -> Tensor:
-    """(Linears, e): the mean of the probes' scores for everyday prompts, computed anew where the
-    pool or the template has changed."""
+    """(Linears, e): the mean of the probes' scores over the everyday prompts. Kept until the pool or the
+    template changes."""
     key = (id(mole.pool), mole.pool.version, mole.pool.capacity, mole.template)
     if mole.logo_usual is None or mole.logo_usual[0] != key:
         ids = [encode_wrapped(mole.tokenizer, mole.template, prompt) for prompt in EVERYDAY]
@@ -140,7 +143,7 @@ def usual(mole: Mole) -> Tensor:
 
 
 def probe(mole: Mole, ids: list[list[int]], measure: str = "") -> Tensor:
-    """The probes' scores of each prompt's last token: (prompts, Linears, e)."""
+    """(prompts, Linears, e): the probes' scores for each prompt's last token."""
     pool = mole.pool
     probes = {path: LogoProbe(pool.B[path], pool.scale[path], measure) for path in pool.A}
     found = []

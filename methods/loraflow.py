@@ -32,16 +32,16 @@ Reads = Literal["input", "residual"]
 class LoRAFlowRun(GatesRun):
     """Options of `train.py gates --kind loraflow`."""
 
-    reads: Reads = "input"  # what a gate sees: its Linear's input, or the residual before the norm
-    bias_start: Signed = 0.0  # what the bias of each adapter starts at
+    reads: Reads = "input"  # what a gate reads: its Linear's input, or the residual before the norm
+    bias_start: Signed = 0.0  # bias of every adapter at the start
 
 
 class LoRAFlowGate(nn.Module):
-    """LoRA-Flow: softmax(G h / T) + bias over all e slots, which needn't sum to 1.
+    """LoRA-Flow: softmax(G h / T) + bias over all e slots. The weights needn't sum to 1.
 
-    `known` (e,) bool: the slots that G and bias were trained for; the others weigh 0. h is x or,
-    with `reads_residual`, what keep() was given last. The mixture is kept for the layer's other
-    Linears, which come after this one.
+    `known` (e,) bool: the slots that G and bias were trained with; the others weigh 0. h is x or, with
+    `reads_residual`, the residual stream that keep() got last. `mixture` is kept for the layer's other
+    Linears, which run after this one.
     """
 
     sequential = True
@@ -50,7 +50,7 @@ class LoRAFlowGate(nn.Module):
         self, G: Tensor, bias: Tensor, known: Tensor | None = None, temperature=1.0, reads_residual=False
     ):
         super().__init__()
-        self.weight = nn.Parameter(G)  # G (e, i or h)
+        self.weight = nn.Parameter(G)  # G (e, i), or (e, width of the residual stream)
         self.bias = nn.Parameter(bias)  # (e,)
         known = torch.ones(len(G), dtype=torch.bool, device=G.device) if known is None else known
         self.register_buffer("known", known, persistent=False)
@@ -60,7 +60,7 @@ class LoRAFlowGate(nn.Module):
         self.mixture = None
 
     def keep(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        """A hook of the layer's input_layernorm: keeps its input, the residual stream (n, h)."""
+        """A pre-hook of the layer's input_layernorm: keeps its input, the residual stream."""
         self.residual = inputs[0]
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
@@ -82,8 +82,9 @@ def layer_of(path: str) -> str:
 def loraflow_gates(
     pool: Pool, known: Tensor | None = None, reads: Reads = "input", temperature=1.0, bias_start=0.0
 ) -> dict[str, nn.Module]:
-    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, G zero and so uniform at the
-    start, SharedMixtures on the others. `known` (capacity,) bool, by default the slots in use."""
+    """{module path: gate}: a LoRAFlowGate on each layer's first Linear, SharedMixtures on the others. As
+    G is zero, the softmax is uniform at the start. `known` (capacity,) bool: by default the slots in
+    use."""
     gates = {}
     leaders = {}
     for path in sorted(pool.A, key=running_order):
@@ -93,7 +94,7 @@ def loraflow_gates(
             continue
         A = pool.A[path]
         o, i = pool.shapes[path]
-        writes_residual = path.endswith(("o_proj", "down_proj"))
+        writes_residual = path.endswith(("o_proj", "down_proj"))  # the other Linears read it
         width = o if reads == "residual" and writes_residual else i
         mask = member_mask(pool, A.device) if known is None else known
         G = torch.zeros(pool.capacity, width, device=A.device)
@@ -113,7 +114,7 @@ class LoRAFlow(TrainedGates):
     decides = "per token and layer"
     kind = "loraflow"
     Run = LoRAFlowRun
-    has_temperature = False  # the file has it
+    has_temperature = False  # it is in the file
 
     @classmethod
     def kept(cls, args: LoRAFlowRun) -> dict[str, str]:
@@ -122,8 +123,8 @@ class LoRAFlow(TrainedGates):
 
     @classmethod
     def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, nn.Module]:
-        """loraflow_gates() as the file's metadata say; a file without them has the defaults. Raises
-        InputError for values that are none."""
+        """loraflow_gates() as the file's metadata say; without these, by the defaults. Raises InputError
+        for values that aren't valid."""
         reads = rows.metadata.get("reads", LoRAFlowRun.reads)
         if reads not in get_args(Reads):
             raise InputError(f"{rows.file}: reads is {shown(reads)}, expected {' or '.join(get_args(Reads))}")
@@ -133,7 +134,7 @@ class LoRAFlow(TrainedGates):
 
     @classmethod
     def training(cls, model, pool: Pool, args: LoRAFlowRun) -> GatesTraining:
-        """Attaches gates of zero, with the hooks that they need."""
+        """Attaches new gates with the hooks that they need, and returns what trains them."""
         gates = loraflow_gates(pool, None, args.reads, args.gate_temperature, args.bias_start)
         attach(model, pool, gates)
         cls.hooks(model, gates)
@@ -141,7 +142,7 @@ class LoRAFlow(TrainedGates):
 
     @staticmethod
     def hooks(model, gates: dict[str, nn.Module]) -> list:
-        """Handles of the hooks that show the residual stream to the gates that read it."""
+        """Adds the hooks that pass the residual stream to the gates that read it -> their handles."""
         handles = []
         for path, gate in gates.items():
             if getattr(gate, "reads_residual", False):

@@ -1,10 +1,10 @@
 """MeteoRA's gate, once: the gate of one Linear chooses a token's adapters for all Linears after it.
 
     weight = softmax over the k largest of  G x / T,   x the input of the Linear --decide_at
-    loss   = MeteoRA's, whose gate term has this one gate
+    loss   = MeteoRA's, with a gate term for this one gate
 
-AdaFuse (arXiv 2603.11873) decides once a token, too. Linears that run before the gate use no
-adapter. The loss is GateTermTraining's (training/gates.py).
+AdaFuse (arXiv 2603.11873) also decides once a token. Linears that run before the gate use no
+adapter. GateTermTraining (training/gates.py) computes the loss.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pool.gate_files import GateFile
 from pool.slots import Pool
 from training.gates import GateTermRun, GateTermTraining
 
-FIRST = "model.layers.0.self_attn.o_proj"  # layer 0's q, k and v see the token's embedding alone
+FIRST = "model.layers.0.self_attn.o_proj"  # the first that sees more than the token's embedding
 
 
 @dataclass
@@ -32,7 +32,7 @@ class OnceRun(GateTermRun):
 
 
 class DecidingGate(MeteoraGate):
-    """A MeteoraGate whose mixture the Linears after it use, too."""
+    """A MeteoraGate that keeps its mixture for the Linears after it."""
 
     sequential = True
     mixture = None
@@ -44,7 +44,7 @@ class DecidingGate(MeteoraGate):
 
 
 class NoAdapter(nn.Module):
-    """The gate of a Linear that runs before the deciding one: weight 0."""
+    """The gate of a Linear that runs before the deciding one: it uses no adapter."""
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """x (n, i) -> Mixture of one adapter, of weight 0."""
@@ -60,9 +60,9 @@ def once_gates(
     decide_at: str = FIRST,
     source: str = "--decide_at",
 ) -> dict[str, nn.Module]:
-    """{module path: gate}: a DecidingGate of zero at `decide_at`, NoAdapters before it and
-    SharedMixtures after it. Raises InputError, which begins with `source`, where no adapter of the
-    pool adapts that Linear."""
+    """{module path: gate}: at `decide_at` a DecidingGate with G zero, before it NoAdapters, after it
+    SharedMixtures. `known` (capacity,) bool marks the slots that may be chosen. Raises InputError,
+    which begins with `source`, where no adapter of the pool adapts that Linear."""
     if decide_at not in pool.A:
         hint = nearest(decide_at, pool.A) or f", as {next(iter(pool.A))}"
         raise InputError(f"{source} is {decide_at!r}, expected a Linear that an adapter adapts{hint}")
@@ -77,7 +77,7 @@ def once_gates(
 
 
 class MeteoraOnce(TopKGates):
-    """One decision a token."""
+    """One gate, whose mixture all Linears after it use."""
 
     pattern = r"meteora_once(?:_top([1-9][0-9]{0,5}))?"
     names = ("meteora_once", "meteora_once_top1", "meteora_once_top2")
@@ -92,7 +92,7 @@ class MeteoraOnce(TopKGates):
 
     @property
     def has_temperature(self) -> bool:
-        """Of one weight there is no softmax."""
+        """With k = 1 the weight is 1 at any temperature."""
         return self.top_k > 1
 
     @classmethod
@@ -102,13 +102,13 @@ class MeteoraOnce(TopKGates):
 
     @classmethod
     def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, nn.Module]:
-        """once_gates() that decide where the file's do."""
+        """once_gates() that decide at the file's Linear."""
         decide_at = rows.metadata.get("decide_at", "")
         return once_gates(pool, rows.k, temperature, rows.known, decide_at, f"{rows.file}: decide_at")
 
     @classmethod
     def training(cls, model, pool: Pool, args) -> GateTermTraining:
-        """Attaches new gates and returns what trains them."""
+        """Attaches new gates to `model` and returns what trains them."""
         gates = once_gates(pool, args.top_k, args.gate_temperature, decide_at=args.decide_at)
         attach(model, pool, gates)
         return GateTermTraining(model, pool, gates, args)

@@ -42,9 +42,9 @@ class Method:
 
     needs_adapters = True  # without a pool it is an error
     retrieves = ""  # how it ranks adapters for each prompt: "by text", "by a forward pass", "at random"
-    per_task = ""  # where it is another method for each task, that one's name, {} for the task
+    per_task = ""  # if the method has a name for each task: that name, with {} for the task
     is_ceiling = False  # each task with its own adapter, whatever is hidden from others
-    has_task_adapter = False  # is one task's adapter, or one that has learnt all tasks
+    has_task_adapter = False  # uses one task's adapter, or one that has learnt all tasks
     trained_on_pool = False  # knows the adapters that it was trained with, and no others
     gates_know_tasks = False  # its gates were trained with each task's own adapter as their label
     has_temperature = False  # its choice depends on the gate temperature
@@ -126,7 +126,7 @@ class Gated(Method):
 
     @property
     def key(self) -> tuple:
-        """The name stands for its gates."""
+        """The name identifies its gates."""
         return ("pool", self.name)
 
     def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:
@@ -138,13 +138,13 @@ class Gated(Method):
         return mole.pool
 
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
-        """{module path: gate} for `pool`, a pool_of(). They choose neither empty slots nor the adapters
-        of `exclude` (names): see member_mask()."""
+        """{module path: gate} for `pool`, which is that of pool_of(). The gates choose neither empty slots
+        nor the adapters named in `exclude`: see member_mask()."""
         raise AttributeError(f"{type(self).__name__} has no gates()")
 
     @staticmethod
     def hooks(model, gates: dict[str, nn.Module]) -> list:
-        """The handles of hooks that the gates need on other modules of the model, once attached."""
+        """Adds the hooks on other modules of the model that attached gates need -> their handles."""
         return []
 
 
@@ -204,12 +204,12 @@ class Trained(Method):
 
     @classmethod
     def more_adapters(cls, known: PoolFolder, args) -> dict[str, Path]:
-        """{name: PEFT folder} of adapters that belong to no task, which join the pool's `known`."""
+        """{name: PEFT folder} of adapters of no task, which join those of the pool `known`."""
         return {}
 
     @classmethod
     def kept(cls, args) -> dict[str, str]:
-        """What the file's metadata say besides names, hashes, k and base: GateFile.metadata."""
+        """{key: text} of the file's metadata besides names, hashes, k and base (GateFile.metadata)."""
         return {}
 
     @classmethod
@@ -233,17 +233,17 @@ class TrainedGates(Trained, Gated):
 
     @property
     def key(self) -> tuple:
-        """The file's name stands for its gates."""
+        """The file's name identifies its gates."""
         return (POOL[0], self.file_name)
 
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
-        """The file's gates, rows joined to the pool's slots."""
+        """The file's gates: each adapter's row is copied to its slot in the pool."""
         rows = GateFile(self.file(mole), pool, mole.model.fingerprint(), exclude, self.made_by)
         return rows.fill(self.gates_of(rows, pool, temperature), mole.dtype)
 
     @classmethod
     def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, nn.Module]:
-        """{module path: gate} that the file's rows are copied into."""
+        """{module path: new gate}, into which the file's rows are then copied."""
         return cls.new_gates(pool, rows.k, temperature, rows.known)
 
     @classmethod
@@ -256,7 +256,7 @@ class TrainedGates(Trained, Gated):
 
 
 class TopKGates(TrainedGates):
-    """A kind of trained gate whose names say k: KIND_topK, and where it is left open KIND."""
+    """A kind of trained gate named KIND_topK, or KIND where --top_k says k."""
 
     uses_top_k = True
 
@@ -311,7 +311,7 @@ class OwnLinears(Method):
 
     @property
     def key(self) -> tuple:
-        """The name stands for its Linears."""
+        """The name identifies its Linears."""
         return (self.name, None)
 
     def in_memory(self, mole: Mole, found: Ranking, exclude: tuple) -> list[str]:

@@ -1,13 +1,13 @@
-"""SAMoRA (arXiv 2604.19048): a few experts for all tasks. They share one A; each has its B and a key.
+"""SAMoRA (arXiv 2604.19048): a few experts for all tasks. They share one A; each has its own B and a key.
 
     h = A x,   g = softmax over j of  cos(h, c_j) / 0.8
     y = W x + sigmoid(e_t . w) * sum over j of  g_j B_j (S h)
     loss = LM + sum over Linears of  orthogonality * (mse(A A^T, I) + mean over j of mse(B_j^T B_j, I))
                                    + matching * mean over j of KL(softmax(n(b_j)) || softmax(n(c_j)))
 
-Key c_j and the diagonal of S have r numbers, e_t of task t and w of a Linear have eight. b_j is the mean
-of the rows of B_j; n(v) = v / max(|v|, 1e-3), as v / |v| has no gradient at 0, where B starts. For an
-unknown task e_t is the mean over the tasks. Each expert is saved with a copy of A, and with B_j S as B.
+c_j (r,) is the key of expert j, S (r, r) diagonal, e_t (8,) the vector of task t, w (8,) that of a Linear.
+b_j is the mean of the rows of B_j. n(v) = v / max(|v|, 1e-3), as v / |v| has no gradient at 0, where B
+starts. For an unknown task e_t is the mean over the tasks. Each expert is saved as A and B_j S.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from pool.folder import PoolFolder
 from pool.gate_files import GateFile, save_gates
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Batch, Task, load_tasks, pick
-from training.adapters import NewAdaptersRun, begin, new_pool, save_adapters
+from training.adapters import LINEARS, NewAdaptersRun, begin, new_pool, save_adapters
 from training.checkpoint import Checkpoint
 from training.gates import GatesTraining, gates_step
 from training.inputs import data_of
@@ -79,18 +79,18 @@ class Samora(Gated):
         return file
 
     def check(self, mole: Mole) -> None:
-        """The file has to be there, and to know the task."""
+        """Raises InputError where the file isn't there, or wasn't trained on the task."""
         known = read_metadata(self.file(mole)).get("tasks", "").split("\n")
         if self.task not in (None, *known):
             hint = nearest(self.task, known) or ", only on " + ", ".join(known)
             raise InputError(f"method {self.name}: not trained on {self.task!r}{hint}")
 
     def in_memory(self, mole: Mole, found: list, exclude: tuple) -> list[str]:
-        """None: the experts aren't the pool's."""
+        """No names, as the experts aren't adapters of mole.pool."""
         return []
 
     def pool_of(self, mole: Mole) -> Pool:
-        """The experts that the file names."""
+        """A pool of the experts that the file names."""
         file = self.file(mole)
         names = read_metadata(file).get("names", "").split("\n")
         folders = {name: file.parents[1] / "adapters" / name for name in names}
@@ -110,19 +110,19 @@ class Samora(Gated):
 class SamoraRun(NewAdaptersRun):
     """Options of `train.py samora`."""
 
-    target: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])  # Linears
-    alpha: Above0 = 8.0  # scale is alpha / r; as released it is 1
-    experts: Count = 3  # experts of each Linear
+    target: list[str] = field(default_factory=lambda: list(LINEARS[:4]))  # Linears to adapt; repeatable
+    alpha: Above0 = 8.0  # scale is alpha / r, which is 1 as released
+    experts: Count = 3  # number of experts, which all tasks share
     orthogonality: NotNegative = 1e-3  # weight of the loss that makes A A^T and B_j^T B_j the identity
     matching: NotNegative = 1e-2  # weight of the loss that makes keys like their experts
-    unknown: Share = 0.5  # share of examples that are trained as of an unknown task
-    w_start: NotNegative = 0.0  # standard deviation of w at the start; at 0 all tasks begin alike
+    unknown: Share = 0.5  # share of examples that are trained as if their task were unknown
+    w_start: NotNegative = 0.0  # standard deviation of w at the start; with 0 all tasks start alike
     batch_size: BatchSize = 16  # examples a step, of all tasks in turn
     lr: NotNegative = 2e-4  # peak learning rate
 
 
 class SamoraTraining(GatesTraining):
-    """The experts' loss; `params` {name: tensor} is what trains: the pool's B, and its first A as A."""
+    """The experts' loss. `params` {name: tensor}: what is trained, with one A (1, r, i) a Linear."""
 
     def __init__(self, model: Llama, pool: Pool, tasks: list[str], args: SamoraRun):
         super().__init__(model.train(), pool, {}, args)
@@ -138,12 +138,11 @@ class SamoraTraining(GatesTraining):
         self.linears = attach(model, pool, self.gates, dropout=args.dropout)
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
-        """(The loss of a part of a step's examples, what to log), as shares of the step's tokens."""
+        """See GatesTraining; `unknown` of the examples get the mean of e_t."""
+        vectors = torch.cat([self.params["e_t"], self.params["e_t"].mean(0, True)])  # (tasks + 1, 8)
         row = torch.tensor([self.tasks.index(task) for task in batch.tasks])
-        row[torch.rand(len(row)) < self.args.unknown] = -1
-        e_t = torch.cat([self.params["e_t"], self.params["e_t"].mean(0, True)])[row][
-            batch.part[batch.real]
-        ]  # (n, 8)
+        row[torch.rand(len(row)) < self.args.unknown] = -1  # the mean
+        e_t = vectors[row][batch.part[batch.real]]  # (n, 8)
         penalties = 0
         for path, linear in self.linears.items():
             A, B, S, w, c = (self.params[f"{path}.{name}"] for name in "ABSwc")
@@ -157,19 +156,19 @@ class SamoraTraining(GatesTraining):
         return loss, {name: value.item() for name, value in logged.items()}
 
     def finish(self) -> Pool:
-        """The pool, and in gates what they read, as they are used."""
+        """The pool with the trained A and B S; the gates get e_t . w of each task."""
         for path, gate in self.gates.items():
             A, B, S, w, _ = (self.params[f"{path}.{name}"] for name in "ABSwc")
             self.pool.A[path].copy_(A.expand(len(B), -1, -1))
-            B.mul_(S)  # the pool's
+            B.mul_(S)  # in place: B is the pool's tensor
             gate.of_task.data = (self.params["e_t"] @ w).T.expand(len(B), -1)  # (e, tasks)
         return self.pool
 
 
 def penalties_of(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-    """(2,): orthogonality and matching of the loss; A (1, r, i), B (e, o, r), c (e, r)."""
-    squares = torch.cat([A @ A.mT, B.mT @ B])  # (1 + e, r, r)
-    errors = (squares - torch.eye(c.shape[1], device=c.device)).square().mean((1, 2))
+    """A (1, r, i), B (e, o, r), c (e, r) -> (2,): the orthogonality and the matching of one Linear."""
+    gram = torch.cat([A @ A.mT, B.mT @ B])  # (1 + e, r, r)
+    errors = (gram - torch.eye(c.shape[1], device=c.device)).square().mean((1, 2))
     b, c = (F.normalize(v, dim=-1, eps=1e-3).log_softmax(-1) for v in (B.mean(1), c))  # (e, r)
     matching = F.kl_div(c, b, reduction="batchmean", log_target=True)  # KL(b || c)
     return torch.stack([errors[0] + errors[1:].mean(), matching])

@@ -1,4 +1,4 @@
-"""A gate that decides nothing: it uses the mixture that another Linear's gate has just computed."""
+"""A gate that decides nothing: it returns the mixture that another Linear's gate has just computed."""
 
 from torch import Tensor, nn
 
@@ -7,13 +7,13 @@ from training.adapters import LINEARS
 
 
 class SharedMixture(nn.Module):
-    """Uses the mixture of its leader, a gate that has run before it and keeps its `mixture`."""
+    """Returns the `mixture` of its leader, a gate that has run before it for the same tokens."""
 
     sequential = True
 
     def __init__(self, leader: nn.Module):
         super().__init__()
-        self.leader = (leader,)  # in a tuple it is no submodule: counted, saved and moved once
+        self.leader = (leader,)  # in a tuple, so that it is no submodule, which would be saved twice
 
     def forward(self, x: Tensor, sample: Tensor, ax: AX) -> Mixture:
         """The leader's Mixture for the same tokens."""
@@ -21,6 +21,6 @@ class SharedMixture(nn.Module):
 
 
 def running_order(path: str) -> tuple[int, int]:
-    """(layer, place in the layer) of a Linear. A pool's own order may be another, after an adapter of
-    more Linears has joined."""
+    """(layer, position in the layer) of the Linear at `path`: Linears sorted by it are in the order in
+    which they run. The order of pool.A differs once an adapter with more Linears has joined."""
     return int(path.split(".")[2]), LINEARS.index(path.rpartition(".")[2])

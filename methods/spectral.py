@@ -1,12 +1,11 @@
-"""SpectR (arXiv 2504.03454) and LAG (arXiv 2507.05346): tokens go by how much of them lies in the
-directions that an adapter reads; no training.
+"""SpectR (arXiv 2504.03454) and LAG (arXiv 2507.05346): a token uses the adapters in whose input
+directions most of it lies; no training.
 
-The pool is aligned first (pool/stacks.py): A_j has the right singular vectors of B_j A_j as its rows,
-the strongest first. So A_j x says how much of x each of them reads.
+The pool is aligned first (pool/stacks.py): the rows of A_j are the right singular vectors of B_j A_j,
+that of the largest singular value first. So A_j x says how much of x lies along each of them.
 
     SpectR   score_j = ||A_j x||,  softmax over the k largest
-    LAG      the same, but only the 20 adapters of the largest |first entry of A_j x|, Arrow's score,
-             are compared
+    LAG      the same among the 20 adapters with the largest |first entry of A_j x|, Arrow's score
 """
 
 import torch.nn.functional as F
@@ -22,11 +21,11 @@ SHORTLIST = 20  # adapters that LAG compares by their norm
 
 
 class SpectralGate(nn.Module):
-    """The k adapters of the largest ||A_j x||, softmax over these at a temperature.
+    """The k adapters with the largest ||A_j x||, weighed by a softmax over these norms.
 
-    `known` (e,) bool: the slots that may be chosen. `S` (e, r): the singular values, by which A_j x
-    is multiplied first; its norm is then that of B_j A_j x. `first` (e, i): the first rows of A, by
-    which each token gets a shortlist.
+    `known` (e,) bool: the slots that may be chosen. With `S` (e, r), the singular values, the score is
+    ||S_j A_j x||, which is ||B_j A_j x||. With `first` (e, i), the first rows of A, LAG's shortlist
+    comes first.
     """
 
     def __init__(self, known: Tensor, k: int, temperature=1.0, S: Tensor | None = None, first=None):
@@ -44,26 +43,26 @@ class SpectralGate(nn.Module):
         if self.first is None:
             top, idx = self.largest(self.norms(ax(), self.S), self.k)
         else:
-            arrow = F.linear(x.float(), self.first.float()).abs()  # (n, e)
-            _, short = self.largest(arrow, self.shortlist)
+            arrow_score = F.linear(x.float(), self.first.float()).abs()  # (n, e)
+            _, short = self.largest(arrow_score, self.shortlist)  # (n, shortlist)
             norms = self.norms(ax(short), None if self.S is None else self.S[short])
-            top, place = norms.topk(self.k, dim=-1)
-            idx = short.gather(1, place)
+            top, position = norms.topk(self.k, dim=-1)
+            idx = short.gather(1, position)
         return Mixture(idx, F.softmax((top - top[:, :1]) / self.temperature, dim=-1))
 
     def largest(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """scores (n, e) -> the k largest of known slots, and which slots these are: both (n, k)."""
+        """scores (n, e) -> the k largest among known slots, and their slots: both (n, k)."""
         return scores.masked_fill(~self.known, float("-inf")).topk(k, dim=-1)
 
     @staticmethod
     def norms(ax: Tensor, S: Tensor | None) -> Tensor:
-        """||A_j x||, or ||S_j A_j x||: ax (n, e or k, r) -> (n, e or k) float32."""
+        """||A_j x||, or with S ||S_j A_j x||: ax (n, adapters, r) -> (n, adapters) float32."""
         ax = ax.float()
         return (ax if S is None else ax * S).norm(dim=-1)
 
 
 class SpectR(Gated):
-    """Compares all adapters."""
+    """All adapters, compared by the norm of A_j x."""
 
     pattern = "spectr(_weighted)?"
     names = ("spectr", "spectr_weighted")
@@ -80,7 +79,7 @@ class SpectR(Gated):
         return aligned_pool(mole.pool)
 
     def gates(self, mole: Mole, pool: Pool, temperature: float, exclude: tuple) -> dict[str, nn.Module]:
-        """SpectralGates over the adapters of an aligned pool, but those of `exclude`."""
+        """{module path: SpectralGate} over an aligned pool's adapters without those of `exclude`."""
         warn_if_uneven(pool, self.name)
         known = member_mask(pool, mole.device, exclude)
         gates = {}
@@ -92,7 +91,7 @@ class SpectR(Gated):
 
 
 class LAG(SpectR):
-    """Compares the 20 best by Arrow's score."""
+    """The 20 adapters of the best Arrow score, compared by the norm of A_j x."""
 
     pattern = "lag(_weighted)?"
     names = ("lag", "lag_weighted")

@@ -1,8 +1,8 @@
-"""How alike a pool's adapters are: the cosines of what they add to the base.
+"""How alike a pool's adapters are: the cosines between what they add to the base.
 
-cos(j, l) = <s_j B_j A_j, s_l B_l A_l> / (||s_j B_j A_j|| ||s_l B_l A_l||)
+    cos(j, l) = <scale_j B_j A_j, scale_l B_l A_l> / (||scale_j B_j A_j|| ||scale_l B_l A_l||)
 
-over all Linears together. Where these are near 1, a choice among the adapters changes little.
+Products and norms are over all Linears together. Near 1, a choice between the two changes little.
 """
 
 from itertools import combinations
@@ -14,11 +14,13 @@ from pool.stacks import member_stacks
 
 
 def cosines(pool: Pool, names: list[str]) -> torch.Tensor:
-    """(e, e) float64, in the order of `names`; 0 where an adapter's B A is zero. B A is never formed:
-    <B_j A_j, B_l A_l> = sum over both ranks of (B_j^T B_l) * (A_j A_l^T)."""
+    """(e, e) float64 for the e adapters `names`, in their order; 0 where an adapter's B A is zero.
+
+    B A is never formed: <B_j A_j, B_l A_l> is the sum of the entries of (B_j^T B_l) * (A_j A_l^T).
+    """
     inner = torch.zeros(len(names), len(names), dtype=torch.float64)
     for _, A, B in member_stacks(pool, names):
-        A = A.double()  # (e, r, i); what float32 holds can overflow it when squared
+        A = A.double()  # (e, r, i); in float32, squares could overflow
         B = B.double()  # (e, o, r)
         for j in range(len(names)):
             both = (B[j].mT @ B) * (A[j] @ A.mT)  # (e, r, r)
@@ -28,8 +30,8 @@ def cosines(pool: Pool, names: list[str]) -> torch.Tensor:
 
 
 def describe_cosines(pool: Pool) -> dict:
-    """{"mean": over all pairs, "largest", "pair": the two adapters that are most alike}, {} where
-    there are no two."""
+    """{"mean", "largest": of the cosines of all pairs, "pair": the two most alike adapters}; {} with
+    fewer than two adapters."""
     names = sorted(pool.names)
     if len(names) < 2:
         return {}

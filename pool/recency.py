@@ -1,11 +1,11 @@
-"""Which adapter leaves its slot for another: of those that can, the one that was needed longest ago."""
+"""Which adapter leaves its slot for another: the least recently used (LRU) of those that can."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 
 class Recency:
-    """Names in the order in which they were last needed, those needed longest ago first."""
+    """Names in the order in which they were last needed, the least recently used first."""
 
     def __init__(self):
         self._names = OrderedDict()
@@ -20,14 +20,14 @@ class Recency:
         return len(self._names)
 
     def need(self, name: str) -> None:
-        """`name` is needed now: of all names it leaves last."""
+        """`name` is needed now: it moves to the end."""
         self._names[name] = None
         self._names.move_to_end(name)
 
     def leaver(self, can_leave: Callable[[str], bool] = lambda name: True) -> str:
-        """The name that leaves next, of those that can. Raises StopIteration where none can."""
+        """The first name that can leave. Raises StopIteration where none can."""
         return next(filter(can_leave, self._names))
 
     def forget(self, name: str) -> None:
-        """`name` has left."""
+        """`name` has left its slot."""
         del self._names[name]

@@ -23,8 +23,9 @@ def factored_svd(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.
 def aligned_pool(pool: Pool) -> Pool:
     """The pool's resident adapters in the same slots, with other factors of the same B A.
 
-    Of B A = U S V^T it has A = V^T, whose rows have length 1, the largest singular value first, and
-    B = U S. Padding stays zero: so do the rows of A whose singular value is zero up to rounding.
+    Where B A = U S V^T is the SVD, the new A is V^T and the new B is U S. The rows of A have length 1,
+    that of the largest singular value first. Where a singular value is zero up to rounding, the row of
+    A and the column of B are zero, as in padding.
     """
     like = next(iter(pool.A.values()))
     aligned = Pool(dict(pool.shapes), pool.capacity, pool.rank, like.dtype, like.device, pool.alloc_B)

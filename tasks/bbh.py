@@ -19,7 +19,7 @@ from tasks.sources import SplitConfig, filled_text, find_files, split, write_tas
 
 
 def read_file(file: Path, share: float) -> Task:
-    """The task of a file {"examples": [{"input", "target"}]}. Raises InputError naming the entry."""
+    """The task of a file {"examples": [{"input", "target"}]}. Raises InputError that names the entry."""
     rows = []
     for number, entry in enumerate(read_field(file, read_json(file), "examples", [dict])):
         where = f"{file}: examples[{number}]"

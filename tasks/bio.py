@@ -1,8 +1,8 @@
 """Bio-benchmark (Jiang et al., 2025, arXiv 2503.04013) as task folders, one a file of questions.
 
-FOLDER is a checkout of github.com/jiangjyjy/Bioinformatics_Benchmark. Each entry says by its field
-`eval` how it is scored; METRIC_OF has the metric for it. An answer of several fields is right if all are.
-RNA structures get recovery where the paper has a distance between two graphs.
+FOLDER is a checkout of github.com/jiangjyjy/Bioinformatics_Benchmark. An entry's field `eval` says how it
+is scored, and METRIC_OF has the metric for it. An answer of several fields is right if all are. RNA
+structures are scored by recovery, where the paper has a distance between two graphs.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
@@ -21,7 +21,7 @@ from common.printable import shown
 from tasks.folders import Task
 from tasks.sources import SplitConfig, filled_text, find_files, split, write_tasks
 
-# {eval, in lower case: the metric}; None: it needs another program or a judge, so the file is left out
+# {eval in lower case: metric}. None: it needs another program or a judge, so the file is left out.
 METRIC_OF = {
     "accuracy": "exact_match",
     "accuracy, points": "exact_match",
@@ -39,7 +39,7 @@ METRIC_OF = {
 
 
 def read_entries(file: Path) -> list[dict]:
-    """The entries of a file: a list, or an object with one list. Raises InputError."""
+    """The entries of a file, which is a list or an object with one list. Raises InputError."""
     value = parse_json(read_text(file), file)
     if isinstance(value, dict) and len(value) == 1:
         (value,) = value.values()
@@ -49,8 +49,8 @@ def read_entries(file: Path) -> list[dict]:
 
 
 def metric_of(where: str, entry: dict) -> str | None:
-    """The metric for an entry's `eval`; one set has a field "Accuracy" in its place. Raises InputError
-    for any that isn't in METRIC_OF."""
+    """The metric for an entry's `eval`, in place of which one set has a field "Accuracy". Raises
+    InputError for an `eval` that isn't in METRIC_OF."""
     name = entry.get("eval", "accuracy" if "Accuracy" in entry else None)
     if not isinstance(name, str) or name.lower() not in METRIC_OF:
         raise InputError(f"{where}: eval is {shown(name)}, expected one of {'; '.join(METRIC_OF)}")
@@ -58,7 +58,7 @@ def metric_of(where: str, entry: dict) -> str | None:
 
 
 def response_of(where: str, answer: Any) -> str:
-    """The text of an answer. A list of references gives its first, an object its free_form_answer or,
+    """The text of an answer: of a list of references the first, of an object its free_form_answer or,
     without one, a line "NAME: TEXT" for each field. Raises InputError."""
     if isinstance(answer, dict):
         answer = answer.get("free_form_answer", answer)
@@ -72,8 +72,8 @@ def response_of(where: str, answer: Any) -> str:
 
 
 def read_file(file: Path, share: float) -> Task | None:
-    """The task of a file; None, with a warning, where no metric here can score it. Raises InputError
-    naming the entry."""
+    """The task of a file. Warns and returns None where no metric here can score it. Raises InputError,
+    which names the entry."""
     entries = {f"{file}: entry {number}": entry for number, entry in enumerate(read_entries(file))}
     metrics = {metric_of(where, entry) for where, entry in entries.items()}
     if len(metrics) > 1:

@@ -1,8 +1,8 @@
 """GSM8K (Cobbe et al., 2021) as the task folder gsm8k, with its own train and test split.
 
 FOLDER is a checkout of github.com/openai/grade-school-math. The response is the final number alone or,
-with --steps, the worked solution, which ends in "#### 72". The metric is gsm8k for both: it reads the
-number after "####", else the last one, so the two kinds of adapters have comparable scores.
+with --steps, the worked solution, which ends in "#### 72". The metric gsm8k reads the number after "####",
+else the last one, so adapters trained with either have comparable scores.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds, ends in one line
@@ -29,11 +29,11 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator's: <<48/2=24>>
 class Gsm8kConfig(SourceConfig):
     """Options of `python -m tasks.gsm8k`."""
 
-    steps: bool = False  # responses are worked solutions, not the final numbers alone
+    steps: bool = False  # responses are the worked solutions, not the final numbers alone
 
 
 def read_split(file: Path, steps: bool) -> list[Row]:
-    """The rows of a file with {"question", "answer"} a line. Raises InputError naming the question."""
+    """The rows of a file of {"question", "answer"} lines. Raises InputError that names the question."""
     rows = []
     for number, line in enumerate(read_jsonl(file, ("question", "answer")), 1):
         where = f"{file}: question {number}"

@@ -19,21 +19,21 @@ Row = dict[str, str]  # {"prompt", "response"}
 
 @dataclass
 class SourceConfig:
-    """Options of the commands."""
+    """Options of the commands that read a benchmark."""
 
     folder: str = field(metadata={"positional": True})  # checkout of the benchmark's repository
-    out: str  # folder that gets one task folder a set of questions
+    out: str  # folder to write the task folders into
 
 
 @dataclass
 class SplitConfig(SourceConfig):
-    """Those of a benchmark without a training split."""
+    """Options for a benchmark without a training split."""
 
     test: Annotated[float, Number(float, 0.01, 0.99)] = 0.2  # share of the questions kept for testing
 
 
 def find_files(folder: str | Path, pattern: str) -> list[Path]:
-    """The files of `folder` that `pattern` describes, sorted. Raises InputError where there is none."""
+    """The files of `folder` that match the glob `pattern`, sorted. Raises InputError where none does."""
     found = sorted(Path(folder).glob(pattern))
     if not found:
         plain = pattern.replace("[!.]", "")
@@ -42,7 +42,7 @@ def find_files(folder: str | Path, pattern: str) -> list[Path]:
 
 
 def filled_text(where: str, field_name: str, value: Any) -> str:
-    """`value`, a text that isn't blank. Raises InputError, which begins with `where`: file and entry."""
+    """`value`, checked to be a text that isn't blank. Raises InputError, which begins with `where`."""
     text = check(f"{where}: {field_name}", value, str)
     if not text.strip():
         raise InputError(f"{where}: {field_name} is {text!r}, expected a text that isn't empty")
@@ -50,13 +50,13 @@ def filled_text(where: str, field_name: str, value: Any) -> str:
 
 
 def in_test(prompt: str, share: float) -> bool:
-    """Whether a prompt is in the test split, which gets about `share` of the prompts. That depends on
-    the prompt alone: neither on its neighbours nor on their order, and equal prompts stay together."""
+    """Whether a prompt is in the test split, which gets about `share` of the prompts. It depends on the
+    prompt alone, not on other prompts or their order, and equal prompts stay together."""
     return int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def split(file: Path, metric: str, rows: list[Row], share: float) -> Task:
-    """The task of a file's rows, named after the file, split by in_test(). Raises InputError."""
+    """A Task of the rows, named after the file, split by in_test(). Raises InputError for an empty split."""
     test = [row for row in rows if in_test(row["prompt"], share)]
     train = [row for row in rows if not in_test(row["prompt"], share)]
     if not train or not test:
@@ -66,11 +66,11 @@ def split(file: Path, metric: str, rows: list[Row], share: float) -> Task:
 
 
 def write_tasks(out: str | Path, tasks: list[Task]) -> None:
-    """Writes OUT/NAME for every task, and says so.
+    """Writes OUT/NAME for every task, and prints a line for each.
 
-    A folder gets its name once it is complete: until then it is .NAME.partial, which no command reads.
-    A task that is there already, with the same examples, stays. Raises InputError where there is
-    another one, before anything is written.
+    A folder gets its name once it is complete. Until then it is .NAME.partial, which no command reads.
+    An existing folder with the same examples stays. Raises InputError for one with other examples,
+    before anything is written.
     """
     check_twice(out, [task.name for task in tasks])
     new = []

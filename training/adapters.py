@@ -43,7 +43,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class NewAdaptersRun(TemplateOptions, Run):
-    """Options of the runs that make adapters."""
+    """Options of every run that trains new adapters."""
 
     tasks: str = ""  # folder of task folders, or a file of {adapter, prompt, response} lines
     pool: str = ""  # pool folder to write or add to
@@ -133,9 +133,9 @@ def _train_adapters(tasks, folder, run, args, sampling):
 def begin(
     tasks: dict[str, Task], folder: Path, args: NewAdaptersRun
 ) -> tuple[PoolFolder, Llama, Tokenizer, Examples]:
-    """What a run that makes adapters begins with: the pool `folder`, which may be new, the frozen base,
-    its tokenizer, and {task: its tokenized examples}. Raises InputError, also where write_pool()
-    would lose adapters."""
+    """What a run that trains new adapters begins with: (the pool `folder`, which may be new; the frozen
+    base; its tokenizer; {task: its tokenized examples}). Raises InputError, also where a new pool.json
+    would leave out adapters."""
     known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
     if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
         found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
@@ -146,7 +146,7 @@ def begin(
 
 
 def new_pool(model: Llama, learners: list[Task], args: NewAdaptersRun) -> Pool:
-    """A pool of a new_adapter() for each of `learners`, float32. Raises InputError where the machine has
+    """A float32 pool with a new_adapter() for each of `learners`. Raises InputError where the machine has
     too little memory to train them."""
     targets = target_shapes(model, args)
     device = model.head_weight.device
@@ -181,7 +181,7 @@ def check_adapter_options(args: AdaptersRun) -> None:
 
 
 def check_new_adapters(args: NewAdaptersRun) -> None:
-    """The same for what all runs that make adapters have."""
+    """The same for the options of NewAdaptersRun."""
     for target in args.target:
         if not target.endswith(LINEARS):
             raise InputError(f"--target {target}: no such Linear, expected some of {', '.join(LINEARS)}")

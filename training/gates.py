@@ -90,7 +90,7 @@ def _train_gates(kind, known, names, tasks, run, args):
         return finished(checkpoint)
     if not checkpoint.file.exists():
         check_adapters_help(model, tokenizer, pool, examples, known.template, args.seed)
-    torch.manual_seed(args.seed)  # of gates that begin at random
+    torch.manual_seed(args.seed)  # for gates that start at random
     gates = kind.fit(model, pool, examples, args)
     if gates is None:
         training = kind.training(model, pool, args)
@@ -112,7 +112,7 @@ def _train_gates(kind, known, names, tasks, run, args):
 
 
 class GatesTraining:
-    """What a run trains and by which loss: here the LM loss alone. Kinds derive their own."""
+    """What a run trains, and by which loss: here the LM loss alone. Other losses are derived classes."""
 
     padded = False  # True: examples stay whole rows of a batch, they are not packed
 
@@ -123,8 +123,11 @@ class GatesTraining:
         self.args = args
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """(The loss of a part of a step's examples, the values to log), as shares of the step's `n`
-        tokens and `n_response` tokens of responses."""
+        """(loss of `batch`, a part of a step's examples; {name: value to log}).
+
+        Both are shares of the step's means, over its `n` tokens or its `n_response` response tokens, so
+        the parts add up.
+        """
         lm_loss = lm_losses(self.model, batch, self.padded).sum() / n_response
         return self.args.lm_weight * lm_loss.float(), {"lm_loss": lm_loss.item()}
 
@@ -154,7 +157,7 @@ class GateTermTraining(GatesTraining):
         return loss + args.beta * gate_term, shown
 
     def finish(self) -> None:
-        """Gates keep no logits any more."""
+        """The gates stop keeping their logits."""
         self.gate_loss.remove()
 
 
@@ -198,8 +201,8 @@ def gates_step(training: GatesTraining, picked: list[Example]) -> dict[str, floa
 
 
 def save_pool(known: PoolFolder, pool: Pool, more: Iterable[str], args: GatesRun) -> Pool:
-    """Writes the trained adapters as a new pool, those of `more` beside it, and loads them all: gates
-    are bound to their hashes."""
+    """Writes the trained adapters as a new pool, those of `more` to its baselines/. Returns all of them,
+    loaded anew, as gates are bound to the hashes of the files."""
     folder = Path(args.adapters_too)
     paths = saved_folders(folder, pool.names, more)
     for name, path in paths.items():
@@ -209,6 +212,6 @@ def save_pool(known: PoolFolder, pool: Pool, more: Iterable[str], args: GatesRun
 
 
 def saved_folders(folder: Path, names: list[str], more: Iterable[str]) -> dict[str, Path]:
-    """{adapter: its folder} of a new pool: POOL/adapters/NAME, or POOL/baselines/NAME for those of
-    `more`, which belong to no task."""
+    """{adapter: its folder} in a new pool: POOL/baselines/NAME for those of `more`, which belong to no
+    task, else POOL/adapters/NAME."""
     return {name: folder / ("baselines" if name in more else "adapters") / name for name in names}
