@@ -97,9 +97,7 @@ def check_options(args: Options) -> tuple[list[str], list[int], list[float]]:
     if args.composite and Path(args.tasks).is_file():
         needed = "solves training examples before it asks others, and a file has no others"
         raise InputError(f"--composite {needed}: name a folder of task folders with --tasks")
-    methods = list(dict.fromkeys(filter(None, map(str.strip, split_methods(args.methods)))))
-    if not methods:
-        raise InputError("--methods names none")
+    methods = split_methods(args.methods)
     if args.against and args.against not in methods:
         raise InputError(f"--against is {args.against!r}, expected one of --methods: {', '.join(methods)}")
     if args.against and args.meteora_metrics:
@@ -132,7 +130,7 @@ def evaluate(
                 targets = [row["response"] for row in task.test]
                 scores[name] = asdict(score_one(task.metric, cell["answers"], targets, args.seed))
                 for row, text in zip(task.test, cell["answers"], strict=True):
-                    rows.append({"method": method, "task": name, **row, "answer": text})
+                    rows.append({**row, "method": method, "task": name, "answer": text})
                 bar.update(len(targets))
             timing[method] = round(seconds, 2)
             results[method] = {**mean_of(scores), "tasks": scores}

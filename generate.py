@@ -56,7 +56,7 @@ class Options(TemplateOptions, Sampling):
     mix: list[str] = field(default_factory=list)  # NAME=WEIGHT,...: a fixed sum; one, or one a prompt
     top_k: Count = 2  # adapters a token uses (which gates: meteora_topK)
     gate_temperature: Above0 = 1.0  # temperature of MeteoRA's softmax over the k chosen adapters
-    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, mixture, fusion, logo)
+    retrieve: Count = 3  # adapters retrieved for a prompt (ramole, selection, fusion, logo, ...)
     exclude: list[str] = field(default_factory=list)  # NAME of an adapter never to be used; repeatable
     encoder: str = ""  # sentence-transformers folder to retrieve with, not the base's hidden states
     resident: Whole = 0  # adapters in memory at most, the others stay on disk; 0 = all

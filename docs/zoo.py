@@ -3,13 +3,17 @@
     python docs/zoo.py out/zoo
 
 OUT/with and OUT/without are folders of eval.py, with each task's own adapter in the pool and without it. Beside
-them are those of runs that differ: -28 with 28 adapters retrieved, -drlora over the pool that DR-LoRA made.
+them are -28, with 28 adapters retrieved, and -drlora, over the pool that DR-LoRA made. OUT-speed.txt and
+OUT-speed-drlora.txt are what `bench.py methods` printed.
 """
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -21,30 +25,33 @@ from common.tables import markdown  # noqa: E402
 from common.tensors import read_safetensors  # noqa: E402
 from evaluation.paired import compare_on_tasks  # noqa: E402
 from evaluation.tables import difference_cell  # noqa: E402
+from methods import FALLBACK  # noqa: E402
+from methods.batch import listed_method  # noqa: E402
+from pool.folder import PoolFolder  # noqa: E402
 from tasks.folders import Task  # noqa: E402
 
-RENAMED = {"-28": {"ramole": "ramole, 28 retrieved"}, "-drlora": {}}
 ANCHORS = {"with": "meteora_top2", "without": "ramole, 28 retrieved"}  # the others' differences are to these
 
 
 def read_runs(out: Path, setting: str) -> tuple[dict, dict, list[dict]]:
-    """OUT/SETTING and the runs beside it -> ({method: its results}, {size: {method: its composites}}, rows of
-    answers.jsonl on single prompts)."""
+    """OUT/SETTING and the runs beside it -> ({method: its results, and "pool", the folder}, {size: {method: its
+    composites}}, rows of answers.jsonl on single prompts)."""
     methods = {}
     composite = {}
     rows = []
-    for suffix, names in {"": {}, **RENAMED}.items():
+    for suffix, added in (("", ""), ("-28", ", 28 retrieved"), ("-drlora", "")):
         folder = out / f"{setting}{suffix}"
         results = read_json(folder / "results.json")
+        options = results["meta"]["options"]
         for name, found in results["methods"].items():
-            methods[names.get(name, name)] = found
+            methods[name + added] = found | {"pool": Path(options["pool"] or options["model"])}
         for size, scores in results["composite"].items():
             for name, found in scores.items():
-                composite.setdefault(size, {})[names.get(name, name)] = found
+                composite.setdefault(size, {})[name + added] = found
         for line in read_text(folder / "answers.jsonl").splitlines():
             row = json.loads(line)
             if "task" in row:
-                rows.append(row | {"method": names.get(row["method"], row["method"])})
+                rows.append(row | {"method": row["method"] + added})
     return methods, composite, rows
 
 
@@ -58,27 +65,32 @@ def compared(methods: dict, rows: list[dict], other: str) -> dict[str, dict]:
 
 
 def read_speed(out: Path) -> dict[str, dict]:
-    """{method: the row of `bench.py methods`}."""
+    """{method: its row of `bench.py methods`}."""
     found = {}
-    for name in ("speed-drlora.txt", "speed.txt"):
-        table = json.loads(read_text(out / name).splitlines()[-1])["table"]
+    for suffix in ("-speed-drlora.txt", "-speed.txt"):
+        table = json.loads(read_text(Path(f"{out}{suffix}")).splitlines()[-1])["table"]
         found |= {row["row"]: row for row in table}
     return found
 
 
-def trained_parameters(out: Path, method: str) -> int | None:
-    """How many numbers the method's own parts have; None where nothing but the adapters is trained."""
-    method = method.removesuffix(", 28 retrieved")
-    pool = out / ("drlora" if method == "drlora" else "pool")
-    files = (
-        pool / "gates" / f"{method}.safetensors",
-        pool / "baselines" / method / "adapter_model.safetensors",
-        pool / f"{method.replace('ramole', 'router')}.safetensors",
-    )
-    for file in filter(Path.exists, files):
-        tensors, _ = read_safetensors(file)
-        return sum(tensor.numel() for tensor in tensors.values())
-    return None
+def parameters(pool: Path, name: str) -> int:
+    """How many numbers the files hold that the method's training made. What experts share, which each of
+    their files has, counts once."""
+    method = listed_method(name) or FALLBACK.parse(name)
+    place = SimpleNamespace(folder=PoolFolder(pool, {}))
+    files = []
+    if hasattr(method, "folder"):
+        files = [method.folder(place) / "adapter_model.safetensors"]
+    elif hasattr(method, "file"):
+        file = method.file(place)
+        files = [file]
+        if file.is_relative_to(pool / "baselines"):  # a pool of its own
+            files += file.parents[1].glob("adapters/*/adapter_model.safetensors")
+    tensors = {}
+    for file in files:
+        for key, tensor in read_safetensors(file)[0].items():
+            tensors[key, tensor.view(torch.uint8).numpy().tobytes()] = tensor.numel()
+    return sum(tensors.values())
 
 
 def table(out: Path) -> Iterator[list]:
@@ -92,8 +104,8 @@ def table(out: Path) -> Iterator[list]:
         found = methods[name]
         hidden = without.get(name)
         ten = composite["10"].get(name)
-        step = speed.get(name.removesuffix(", 28 retrieved"), {})
-        trained = trained_parameters(out, name)
+        step = speed.get(name.partition(",")[0], {})
+        trained = parameters(found["pool"], name.partition(",")[0])
         yield [
             f"`{name}`",
             f"{found['mean']:.1f} ± {found['plus_minus']:.1f}",

@@ -128,15 +128,18 @@ class RoutingSums:
         """How often a gate's largest logit is that of the task's own adapter, in % of the tokens.
 
         "first_qkv": the mean over the gates of q, k, v of layer 0, which see the token's embedding
-        alone. "right": the mean over all other gates. "linears": {module path: that of its gate}.
-        "tokens": the number of tokens. {} where no gate has a label.
+        alone. "right": the mean over the others. Where all gates are of one kind, "right" is their mean,
+        and "first_qkv" is left out. "linears": {module path: that of its gate}. "tokens": the number of
+        tokens. {} where no gate has a label.
         """
         if not self.labelled:
             return {}
         linears = {path: 100 * count / self.labelled for path, count in self.right.items()}
         first = [share for path, share in linears.items() if path in FIRST_QKV]
         rest = [share for path, share in linears.items() if path not in FIRST_QKV]
-        found = {"right": mean(rest), "first_qkv": mean(first), "tokens": self.labelled}
+        found = {"right": mean(rest or first), "tokens": self.labelled}
+        if first and rest:
+            found["first_qkv"] = mean(first)
         return found | {"linears": {path: round(share, 2) for path, share in linears.items()}}
 
 
@@ -147,8 +150,8 @@ def effective_number(weight: Tensor) -> Tensor:
 
 
 def mean(values: list[float]) -> float:
-    """The mean to two decimals, 0 of none."""
-    return round(sum(values) / max(1, len(values)), 2)
+    """The mean to two decimals."""
+    return round(sum(values) / len(values), 2)
 
 
 def retrieval(mole: Mole, tasks: dict[str, Task]) -> dict[str, float]:

@@ -42,8 +42,8 @@ def table(
         if "gates" in result:
             gates = result["gates"]
             share = f"{gates['right']:.1f} % of {gates['tokens']} response tokens"
-            first = f"q, k, v of layer 0: {gates['first_qkv']:.1f} %"
-            lines.append(f"\n{printable(method)}: gates' first choice right on {share} ({first})")
+            first = f" (q, k, v of layer 0: {gates['first_qkv']:.1f} %)" if "first_qkv" in gates else ""
+            lines.append(f"\n{printable(method)}: gates' first choice right on {share}{first}")
     found = {method: result["routing"]["ess"] for method, result in results.items() if "routing" in result}
     if found:
         numbers = [f"{printable(method)} {ess:.2f}" for method, ess in found.items()]

@@ -10,7 +10,7 @@ from evaluation.bench_options import Bench
 from evaluation.measure import Limits, in_turn, spread
 from evaluation.timed import Decoder, prompts
 from methods.batch import check_name, for_task, retrieve, set_methods, split_methods
-from methods.session import find_mole, load_weights
+from methods.session import Mole, find_mole, load_weights
 from pool.load import TINY
 
 
@@ -34,6 +34,9 @@ def bench_methods(args: MethodsBench, limits: Callable[[], Limits]) -> list[dict
     and for `batch_size`. No row is compiled, as some methods can't be. Each method and batch size has a
     model of its own in memory. Raises InputError where the pool lacks a method's parts."""
     methods = split_methods(args.methods)
+    mole = find_mole(args.model or TINY, args.pool or None)
+    for method in methods:
+        requests(mole, args, method, 1)  # what is wrong is refused before weights are read
     rows = {}
     for method in methods:
         rows[method, 1] = decoder(args, method, 1)
@@ -51,14 +54,20 @@ def bench_methods(args: MethodsBench, limits: Callable[[], Limits]) -> list[dict
     return table
 
 
+def requests(mole: Mole, args: MethodsBench, method: str, b: int) -> list[str]:
+    """The method's name in each of b requests. If it has another name for each task, the requests take the
+    tasks in turn or, where these can't share a batch, all the first. Raises InputError where the pool
+    lacks its parts."""
+    tasks = mole.pool.names or [""]
+    names = [for_task(mole, method, tasks[row % len(tasks)]) for row in range(b)]
+    keys = {check_name(mole, name, args.top_k).key for name in names}
+    return names if len(keys) == 1 else names[:1] * b
+
+
 def decoder(args: MethodsBench, method: str, b: int) -> Decoder:
-    """A Decoder of b requests that `method` routes. If the method has another name for each task, the
-    requests take the tasks in turn. Raises InputError where the pool lacks the method's parts."""
+    """A Decoder of b requests that `method` routes, with a model of its own. Raises InputError."""
     mole = find_mole(args.model or TINY, args.pool or None)
-    adapters = mole.pool.names or [""]
-    names = [for_task(mole, method, adapters[row % len(adapters)]) for row in range(b)]
-    for name in names:
-        check_name(mole, name, args.top_k)  # before the weights are read
+    names = requests(mole, args, method, b)
     load_weights(mole, args.dtype, args.device)
     ids = prompts(args, b, args.context, mole.model.config.vocab_size)
     texts = [mole.tokenizer.decode(row) for row in ids.tolist()]

@@ -7,11 +7,11 @@ logit_j = |v_j . x|,   weight = softmax over the k largest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.protocol import Gated, member_mask, warn_if_uneven
+from methods.protocol import Gated, member_mask
 from methods.session import Mole
 from moe_lora import AX, Mixture
 from pool.slots import Pool
-from pool.stacks import factored_svd
+from pool.stacks import factored_svd, warn_if_uneven
 
 
 def arrow_prototypes(A: Tensor, B: Tensor) -> Tensor:

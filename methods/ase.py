@@ -21,7 +21,7 @@ from common.tensors import read_metadata
 from kernels import linear_in
 from methods.protocol import TopKGates, member_mask
 from methods.session import Mole
-from moe_lora import AX, Mixture, attach
+from moe_lora import AX, Mixture
 from pool.adapters import load_adapter
 from pool.folder import PoolFolder, check_twice, is_folder_name
 from pool.gate_files import GateFile
@@ -108,7 +108,6 @@ class Ase(TopKGates):
     Training = GateTermTraining
     trains_adapters = True
     gates_know_tasks = True
-    new_gates = staticmethod(ase_gates)
 
     def check(self, mole: Mole) -> None:
         """Raises InputError where the file or a shared adapter's folder isn't there."""
@@ -134,10 +133,15 @@ class Ase(TopKGates):
 
     @classmethod
     def gates_of(cls, rows: GateFile, pool: Pool, temperature: float) -> dict[str, AseGate]:
-        """AseGates with the file's shared adapters."""
+        """AseGates with the file's shared adapters. Raises InputError where one of them is excluded, or
+        all of the routed ones are."""
         shared = rows.metadata["shared"].split("\n")
         if rows.k <= len(shared):
             raise InputError(f"{rows.file}: k is {rows.k}, expected more than the {len(shared)} shared")
+        known = {name for name in pool.resident if rows.known[pool.slot(name)]}
+        if not set(shared) < known:
+            found = "a shared adapter is" if set(shared) - known else "all its routed adapters are"
+            raise InputError(f"{rows.file}: {found} excluded")
         return ase_gates(pool, rows.k, temperature, rows.known, shared)
 
     @classmethod
@@ -163,8 +167,6 @@ class Ase(TopKGates):
         return {"shared": "\n".join(args.shared)}
 
     @classmethod
-    def training(cls, model, pool: Pool, args) -> GateTermTraining:
-        """Attaches new gates to `model` and returns what trains them."""
-        gates = ase_gates(pool, args.top_k, args.gate_temperature, shared=args.shared)
-        attach(model, pool, gates)
-        return GateTermTraining(model, pool, gates, args)
+    def start_gates(cls, pool: Pool, args) -> dict[str, nn.Module]:
+        """Gates as the options say."""
+        return ase_gates(pool, args.top_k, args.gate_temperature, shared=args.shared)

@@ -22,8 +22,13 @@ def method_names() -> list[str]:
 
 
 def split_methods(names: str) -> list[str]:
-    """The methods of a list like base,mix:a=0.7,b=0.5,oracle: a part b=0.5 belongs to the mix."""
-    return re.split(r",(?![^,:]*=)", names)
+    """The methods of a list like base,mix:a=0.7,b=0.5,oracle, each once: a part b=0.5 belongs to the
+    mix. Raises InputError where there is none."""
+    methods = map(str.strip, re.split(r",(?![^,:]*=)", names))
+    methods = list(dict.fromkeys(filter(None, methods)))
+    if not methods:
+        raise InputError("--methods names none")
+    return methods
 
 
 def named_methods(args) -> list[str]:

@@ -20,13 +20,19 @@ from common.options import BatchSize, Count, NotNegative, Rank, Share
 from methods.protocol import TrainedGates
 from methods.session import Mole
 from moe_lora import Recorder, attach, meteora_gates
-from pool.adapters import Adapter
-from pool.folder import is_pool, read_pool
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
-from pool.stacks import derived_adapter
+from pool.stacks import cut_to_ranks
 from tasks.folders import Batch, load_tasks, pick
-from training.adapters import NewAdaptersRun, begin, check_new_adapters, new_pool, pool_params, save_adapters
+from training.adapters import (
+    NewAdaptersRun,
+    begin,
+    check_new_adapters,
+    new_pool,
+    pool_params,
+    pool_to_write,
+    save_adapters,
+)
 from training.adapters_help import Examples
 from training.checkpoint import Checkpoint
 from training.gates import GateTermTraining, gates_step
@@ -121,6 +127,11 @@ class DRLoRATraining(GateTermTraining):
         with self.recorder:
             return gates_step(self, pick(self.examples, step, self.args))
 
+    def set_scale(self) -> None:
+        """Sets the pool's scale to alpha / rank."""
+        for scale, ranks in zip(self.pool.scale.values(), self.ranks, strict=True):
+            scale.copy_(self.args.alpha / ranks)
+
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
         """See GatesTraining; adds to `used` this part's share of the step's mean weights (m, e)."""
         found = super().loss(batch, n, n_response)
@@ -143,7 +154,7 @@ class DRLoRATraining(GateTermTraining):
 
     def grow(self, event: int, events: int) -> None:
         """Growth `event`, from 0, of `events`. Where B is multiplied by a factor, its gradient is divided
-        by it. AdamW's moments stay: its step is their quotient, in which a common factor cancels."""
+        by it. AdamW's moments stay: for some steps they mix gradients of both scales."""
         total = self.pool.capacity * (self.args.target_r - self.args.r)
         budget = total * (event + 1) // events - total * event // events
         scores = self.f * self.g / (self.ranks + 1) ** 1.2  # (m, e)
@@ -156,18 +167,6 @@ class DRLoRATraining(GateTermTraining):
         self.g[factors > 1] = 0
         self.ranks.copy_(torch.tensor(new))
 
-    def adapters(self) -> list[Adapter]:
-        """The adapters without ranks that aren't in use; B contains the scale."""
-        made = []
-        for slot, name in enumerate(self.pool.names):
-            factors = {}
-            for path, r in zip(self.pool.A, self.ranks[:, slot].tolist(), strict=True):
-                B = self.pool.B[path][slot, :, :r] * (self.args.alpha / r)
-                factors[path] = self.pool.A[path][slot, :r], B
-            samples = self.pool.members[name].adapter.samples
-            made.append(replace(derived_adapter(self.pool, name, factors), samples=samples))
-        return made
-
 
 def train_drlora(args: DRLoRARun) -> None:
     """Trains an adapter for each task together with gates over them; writes POOL/adapters/NAME and
@@ -177,10 +176,9 @@ def train_drlora(args: DRLoRARun) -> None:
     run = folder / "runs" / "drlora"
     if args.top_k > len(tasks):
         raise InputError(f"--top_k is {args.top_k}, expected 1 to {len(tasks)}, the tasks of {args.tasks}")
-    if is_pool(folder) and read_pool(folder).adapters and not (run / "config.json").exists():
-        raise InputError(f"{folder}: has adapters, which others may be bound to: name a new --pool")
+    known = pool_to_write(folder, run)
     with alone(run):
-        known, model, tokenizer, examples = begin(tasks, folder, args)
+        model, _, examples = begin(tasks, known, args)
         checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
         if checkpoint.finished:
             return finished(checkpoint)
@@ -193,7 +191,9 @@ def train_drlora(args: DRLoRARun) -> None:
         rates = dict.fromkeys(gates, args.gate_lr / args.lr if args.lr else 0.0)
         compile_for(model, args, pick(examples, 0, args))
         fit(checkpoint, params, args, training.step, rates=rates, after_backward=training.after_backward)
-        files = save_adapters(Pool.of(training.adapters(), pool.shapes), tasks, model, known, args)
+        training.set_scale()
+        adapters = cut_to_ranks(pool, training.ranks)
+        files = save_adapters(Pool.of(adapters, pool.shapes), tasks, model, known, args)
         saved = Pool.load({name: folder / "adapters" / name for name in tasks}, pool.shapes)
         file = folder / "gates" / "drlora.safetensors"
         save_gates(file, training.gates, saved, args.top_k, saved.names, model.fingerprint())

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from common.files import InputError
 from common.template import encode_wrapped
-from methods.protocol import FixedMixture, all_but, warn_if_uneven
+from methods.protocol import FixedMixture, all_but
 from methods.session import Mole, Ranking
 from moe_lora import AX, Mixture, attach, detach
 from pool.retriever import base_alone
+from pool.stacks import warn_if_uneven
 
 # Everyday prompts: an adapter's output on them is what is usual for it.
 EVERYDAY = (
@@ -46,6 +47,11 @@ class LoGo(FixedMixture):
         self.best = int(k or 0)  # 0: as many as are retrieved
         self.measure = (measure or "").removeprefix("_")
         self.last = bool(last)
+
+    def check_adapters(self, mole: Mole) -> None:
+        """Raises InputError where logo_last finds no adapter in the Linear that it looks at."""
+        if self.last:
+            last_q_proj(mole)
 
     def retrieve(self, mole: Mole, prompts: list[str], ids, k: int, exclude: tuple) -> list[Ranking]:
         """The k adapters with the highest scores."""

@@ -20,10 +20,10 @@ from common.options import ABOVE_0, Signed
 from common.printable import shown
 from methods.protocol import TrainedGates, member_mask
 from methods.shared_mixture import SharedMixture, running_order
-from moe_lora import AX, Mixture, attach
+from moe_lora import AX, Mixture
 from pool.gate_files import GateFile
 from pool.slots import Pool
-from training.gates import GatesRun, GatesTraining
+from training.gates import GatesRun
 
 Reads = Literal["input", "residual"]
 
@@ -133,12 +133,9 @@ class LoRAFlow(TrainedGates):
         return loraflow_gates(pool, rows.known, reads, T)
 
     @classmethod
-    def training(cls, model, pool: Pool, args: LoRAFlowRun) -> GatesTraining:
-        """Attaches new gates with the hooks that they need, and returns what trains them."""
-        gates = loraflow_gates(pool, None, args.reads, args.gate_temperature, args.bias_start)
-        attach(model, pool, gates)
-        cls.hooks(model, gates)
-        return cls.Training(model, pool, gates, args)
+    def start_gates(cls, pool: Pool, args) -> dict[str, nn.Module]:
+        """Gates as the options say."""
+        return loraflow_gates(pool, None, args.reads, args.gate_temperature, args.bias_start)
 
     @staticmethod
     def hooks(model, gates: dict[str, nn.Module]) -> list:

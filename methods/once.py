@@ -16,7 +16,7 @@ from common.files import InputError
 from common.options import nearest
 from methods.protocol import TopKGates
 from methods.shared_mixture import SharedMixture, running_order
-from moe_lora import AX, MeteoraGate, Mixture, attach
+from moe_lora import AX, MeteoraGate, Mixture
 from pool.gate_files import GateFile
 from pool.slots import Pool
 from training.gates import GateTermRun, GateTermTraining
@@ -88,7 +88,6 @@ class MeteoraOnce(TopKGates):
     Run = OnceRun
     Training = GateTermTraining
     gates_know_tasks = True
-    new_gates = staticmethod(once_gates)
 
     @property
     def has_temperature(self) -> bool:
@@ -107,8 +106,6 @@ class MeteoraOnce(TopKGates):
         return once_gates(pool, rows.k, temperature, rows.known, decide_at, f"{rows.file}: decide_at")
 
     @classmethod
-    def training(cls, model, pool: Pool, args) -> GateTermTraining:
-        """Attaches new gates to `model` and returns what trains them."""
-        gates = once_gates(pool, args.top_k, args.gate_temperature, decide_at=args.decide_at)
-        attach(model, pool, gates)
-        return GateTermTraining(model, pool, gates, args)
+    def start_gates(cls, pool: Pool, args) -> dict[str, nn.Module]:
+        """Gates as the options say."""
+        return once_gates(pool, args.top_k, args.gate_temperature, decide_at=args.decide_at)

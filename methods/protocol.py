@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.files import InputError, warn_once
+from common.files import InputError
 from methods.session import Mole, Ranking, rank_by_text
 from moe_lora import attach
 from pool.adapters import Adapter
@@ -231,6 +231,11 @@ class TrainedGates(Trained, Gated):
         """{module path: untrained gate}; `known` (e,) bool marks the slots that may be chosen."""
         raise AttributeError("a kind of trained gates has new_gates()")
 
+    @classmethod
+    def start_gates(cls, pool: Pool, args) -> dict[str, nn.Module]:
+        """{module path: gate} that training starts with."""
+        return cls.new_gates(pool, args.top_k, args.gate_temperature)
+
     @property
     def key(self) -> tuple:
         """The file's name identifies its gates."""
@@ -249,7 +254,7 @@ class TrainedGates(Trained, Gated):
     @classmethod
     def training(cls, model, pool: Pool, args) -> GatesTraining:
         """Attaches new gates and returns what trains them."""
-        gates = cls.new_gates(pool, args.top_k, args.gate_temperature)
+        gates = cls.start_gates(pool, args)
         attach(model, pool, gates)
         cls.hooks(model, gates)
         return cls.Training(model, pool, gates, args)
@@ -330,19 +335,6 @@ class OwnLinears(Method):
 def all_but(pool: Pool, exclude: tuple) -> list[str]:
     """Names of the pool's adapters without those of `exclude`."""
     return [name for name in pool.names if name not in exclude]
-
-
-def warn_if_uneven(pool: Pool, method: str) -> None:
-    """One warning where adapters differ in Linears, rank or scale and the method compares them by
-    their size."""
-    kinds = set()
-    for member in pool.members.values():
-        scale = member.adapter.scale
-        kinds.add((member.adapter.config["r"], tuple(sorted(scale.items()))))
-    if len(kinds) > 1:
-        found = "the adapters differ in Linears, rank or scale"
-        instead = "selection and logo_top1 don't"
-        warn_once(f"{found}, and {method} favours some for that alone; {instead}")
 
 
 def member_mask(pool: Pool, device=None, exclude=()) -> Tensor:

@@ -25,7 +25,7 @@ from methods.protocol import Gated
 from methods.session import Mole
 from model import Llama
 from moe_lora import AX, Mixture, attach
-from pool.folder import PoolFolder
+from pool.folder import PoolFolder, read_pool
 from pool.gate_files import GateFile, save_gates
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Batch, Task, load_tasks, pick
@@ -175,12 +175,14 @@ def penalties_of(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
 
 
 def train_samora(args: SamoraRun) -> None:
-    """Trains the experts and writes POOL/baselines/samora."""
+    """Trains the experts and writes POOL/baselines/samora. Raises InputError where POOL is no pool."""
+    if args.compile:
+        raise InputError("--compile: SAMoRA trains uncompiled: leave it out")
     tasks = load_tasks(required(args, "tasks"), args.only)
-    folder = Path(required(args, "pool"))
-    run = folder / "runs" / "samora"
+    known = read_pool(required(args, "pool"))
+    run = known.path / "runs" / "samora"
     with alone(run):
-        known, model, _, examples = begin(tasks, folder, args)
+        model, _, examples = begin(tasks, known, args)
         checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
         if checkpoint.finished:
             return finished(checkpoint)
@@ -188,7 +190,7 @@ def train_samora(args: SamoraRun) -> None:
         learners = [Task(f"expert_{j + 1}", "", rows, []) for j in range(args.experts)]
         training = SamoraTraining(model, new_pool(model, learners, args), list(tasks), args)
         fit(checkpoint, training.params, args, lambda step: gates_step(training, pick(examples, step, args)))
-        home = PoolFolder(folder / "baselines" / "samora", {}, template=known.template)
+        home = PoolFolder(known.path / "baselines" / "samora", {}, template=known.template)
         pool = training.finish()
         files = save_adapters(pool, pool.names, model, home, args)
         pool = Pool.load({name: home.path / "adapters" / name for name in pool.names}, pool.shapes)

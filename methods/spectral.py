@@ -11,11 +11,11 @@ that of the largest singular value first. So A_j x says how much of x lies along
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.protocol import Gated, member_mask, warn_if_uneven
+from methods.protocol import Gated, member_mask
 from methods.session import Mole
 from moe_lora import AX, Mixture
 from pool.slots import Pool
-from pool.stacks import aligned_pool
+from pool.stacks import aligned_pool, warn_if_uneven
 
 SHORTLIST = 20  # adapters that LAG compares by their norm
 

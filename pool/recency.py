@@ -16,9 +16,6 @@ class Recency:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def __len__(self) -> int:
-        return len(self._names)
-
     def need(self, name: str) -> None:
         """`name` is needed now: it moves to the end."""
         self._names[name] = None

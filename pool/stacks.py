@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from common.files import warn_once
 from pool.adapters import Adapter, peft_config
 from pool.slots import Pool
 
@@ -60,6 +61,19 @@ def derived_adapter(pool: Pool, name: str, merged: dict[str, tuple[torch.Tensor,
     return unit_adapter(name, merged, common_base(pool, pool.members))
 
 
+def cut_to_ranks(pool: Pool, ranks: torch.Tensor) -> list[Adapter]:
+    """The pool's adapters, cut to `ranks` (m, e) int64 in its m Linears; each scale is multiplied into B."""
+    adapters = []
+    for slot, name in enumerate(pool.names):
+        factors = {}
+        for path, r in zip(pool.A, ranks[:, slot].tolist(), strict=True):
+            B = pool.B[path][slot, :, :r] * pool.scale[path][slot]
+            factors[path] = pool.A[path][slot, :r], B
+        samples = pool.members[name].adapter.samples
+        adapters.append(replace(derived_adapter(pool, name, factors), samples=samples))
+    return adapters
+
+
 def unit_adapter(
     name: str, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], base: str | None
 ) -> Adapter:
@@ -89,3 +103,16 @@ def average_factors(pool: Pool, name: str, names: Iterable[str]) -> Adapter:
     """(mean B)(mean A) of the named members: an Adapter of scale 1, with cross terms B_i A_j."""
     stacks = member_stacks(pool, sorted(names))
     return derived_adapter(pool, name, {path: (A.mean(0), B.mean(0)) for path, A, B in stacks})
+
+
+def warn_if_uneven(pool: Pool, method: str) -> None:
+    """One warning where adapters differ in Linears, rank or scale and the method compares them by
+    their size."""
+    kinds = set()
+    for member in pool.members.values():
+        scale = member.adapter.scale
+        kinds.add((member.adapter.config["r"], tuple(sorted(scale.items()))))
+    if len(kinds) > 1:
+        found = "the adapters differ in Linears, rank or scale"
+        instead = "selection and logo_top1 don't"
+        warn_once(f"{found}, and {method} favours some for that alone; {instead}")

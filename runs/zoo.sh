@@ -38,6 +38,6 @@ python eval.py --model "$tiny" --pool $out/drlora --out $out/with-drlora --metho
 python eval.py --model $out/pool --out $out/without --methods $known --ood
 python eval.py --model $out/pool --out $out/without-28 --methods ramole --retrieve 28 --ood
 python eval.py --model "$tiny" --pool $out/drlora --out $out/without-drlora --methods drlora --ood
-python bench.py methods --model $out/pool --tasks $tasks --methods $every >$out/speed.txt
-python bench.py methods --model "$tiny" --pool $out/drlora --tasks $tasks --methods base,drlora >$out/speed-drlora.txt
+python bench.py methods --model $out/pool --tasks $tasks --methods $every >$out-speed.txt
+python bench.py methods --model "$tiny" --pool $out/drlora --tasks $tasks --methods base,drlora >$out-speed-drlora.txt
 python docs/zoo.py $out

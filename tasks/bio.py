@@ -10,6 +10,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes second
 
     end_at_once()
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.files import InputError, parse_json, read_text, warn
 from common.options import parse_args
 from common.printable import shown
 from tasks.folders import Task
+from tasks.metrics import STRUCTURE
 from tasks.sources import SplitConfig, filled_text, find_files, split, write_tasks
 
 # {eval in lower case: metric}. None: it needs another program or a judge, so the file is left out.
@@ -71,6 +73,15 @@ def response_of(where: str, answer: Any) -> str:
     return filled_text(where, "answer", str(answer))
 
 
+def sequence_of(where: str, text: str) -> str:
+    """The sequence in capital letters and without spaces, as the metric recovery compares it. Raises
+    InputError for other characters than letters, or than dots and brackets."""
+    sequence = "".join(text.split()).upper()
+    if not re.fullmatch(rf"[A-Z]+|[{re.escape(STRUCTURE)}]+", sequence):
+        raise InputError(f"{where}: answer is {shown(text)}, expected letters alone, or {STRUCTURE} alone")
+    return sequence
+
+
 def read_file(file: Path, share: float) -> Task | None:
     """The task of a file. Warns and returns None where no metric here can score it. Raises InputError,
     which names the entry."""
@@ -86,7 +97,10 @@ def read_file(file: Path, share: float) -> Task | None:
     rows = []
     for where, entry in entries.items():
         prompt = filled_text(where, "question", entry.get("question"))
-        rows.append({"prompt": prompt, "response": response_of(where, entry.get("answer"))})
+        response = response_of(where, entry.get("answer"))
+        if metric == "recovery":
+            response = sequence_of(where, response)
+        rows.append({"prompt": prompt, "response": response})
     return split(file, metric, rows, share)
 
 

@@ -105,15 +105,14 @@ def recovery(answer: str, target: str) -> float:
     the answer has the target's character, 0 to 1.
 
     A sequence is a run of at least 5 capital letters, or of STRUCTURE's characters where the target
-    begins with one; of a target of fewer than 5 characters, a run of its length. Spaces in the answer
-    are dropped first. What is longer than the target is cut. A position that the run doesn't reach is
-    wrong, so an empty answer, or one without a sequence, gets 0; so does every answer to an empty
-    target.
+    begins with one; of a target of fewer than 5 characters, a run of its length. What is longer than
+    the target is cut. A position that the run doesn't reach is wrong, so an empty answer, or one
+    without a sequence, gets 0; so does every answer to an empty target.
     """
     target = target.strip()
     characters = re.escape(STRUCTURE) if target[:1] in STRUCTURE else "A-Z"
     least = min(5, len(target))
-    runs = re.findall(f"[{characters}]{{{least},}}", answer.replace(" ", "")) if target else []
+    runs = re.findall(f"[{characters}]{{{least},}}", answer) if target else []
     if not runs:
         return 0.0
     same = [a == b for a, b in zip(runs[-1], target, strict=False)]

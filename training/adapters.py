@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 import torch
 
 from common.devices import DTYPES, check_memory
-from common.fields import Number
-from common.files import InputError, warn
+from common.fields import Number, read_field
+from common.files import InputError, read_json, warn
 from common.hub import base_name
 from common.locks import alone
 from common.options import Above0, Count, Rank, Share, Whole
@@ -86,7 +86,8 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
 
 
 def _train_adapters(tasks, folder, run, args, sampling):
-    known, model, tokenizer, examples = begin(tasks, folder, args)
+    known = pool_to_write(folder)
+    model, tokenizer, examples = begin(tasks, known, args)
     checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
     if checkpoint.finished:
         return finished(checkpoint)
@@ -130,19 +131,32 @@ def _train_adapters(tasks, folder, run, args, sampling):
     checkpoint.finish(written, files)
 
 
-def begin(
-    tasks: dict[str, Task], folder: Path, args: NewAdaptersRun
-) -> tuple[PoolFolder, Llama, Tokenizer, Examples]:
-    """What a run that trains new adapters begins with: (the pool `folder`, which may be new; the frozen
-    base; its tokenizer; {task: its tokenized examples}). Raises InputError, also where a new pool.json
-    would leave out adapters."""
+def pool_to_write(folder: Path, run: Path | None = None) -> PoolFolder:
+    """The pool `folder`, which may be new. Raises InputError where a new pool.json would leave out
+    adapters. With `run`, a run's folder, also where the pool has an adapter that the run's earlier tasks
+    don't explain: other parts may be bound to it."""
     known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
     if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
         found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"
         raise InputError(f"{folder}: {found}: name another --pool")
+    if run:
+        file = run / "config.json"
+        earlier = read_field(file, read_json(file), "bound", {str: str}, {}) if file.exists() else {}
+        others = [name for name in known.adapters if f"data of {name}" not in earlier]
+        if others:
+            found = f"has adapter {others[0]}, to which other parts may be bound"
+            raise InputError(f"{folder}: {found}: name a new --pool")
+    return known
+
+
+def begin(
+    tasks: dict[str, Task], known: PoolFolder, args: NewAdaptersRun
+) -> tuple[Llama, Tokenizer, Examples]:
+    """What a run that trains new adapters begins with: (the frozen base, its tokenizer, {task: its
+    tokenized examples}). Settles the template of the pool `known`. Raises InputError."""
     model, tokenizer = load_frozen(args, known, TEMPLATE)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
-    return known, model, tokenizer, examples
+    return model, tokenizer, examples
 
 
 def new_pool(model: Llama, learners: list[Task], args: NewAdaptersRun) -> Pool:

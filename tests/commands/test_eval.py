@@ -172,8 +172,10 @@ def wide(tmp_path_factory):
     for name, metric, count in zip(WIDE, ("exact_match", "exact_match", "bleu"), (2, 3, 2), strict=True):
         write_json(folder / "tasks" / name / "task.json", {"metric": metric})
         for split in ("train", "test"):
+            own = {"task": "x", "method": "y"}  # fields that nobody reads
             rows = [
-                {"prompt": f"{split} {name} {j}", "response": f"the lazy dog runs {j}"} for j in range(count)
+                {"prompt": f"{split} {name} {j}", "response": f"the lazy dog runs {j}", **own}
+                for j in range(count)
             ]
             write_jsonl(folder / "tasks" / name / f"{split}.jsonl", rows)
     args = ["--model", folder / "small", "--pool", folder / "pool", "--tasks", folder / "tasks"]

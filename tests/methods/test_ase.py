@@ -123,6 +123,8 @@ def test_every_token_uses_the_shared_adapter_and_none_that_is_hidden(mole):
     assert (weights[..., slot["lora_b"]] > 0).all() and (weights[..., slot["bee"]] == 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
     assert ((weights > 0).sum(-1) == 2).all()
+    with pytest.raises(InputError, match="ase_top2.safetensors: a shared adapter is excluded"):
+        set_methods(mole, ["ase_top2"], exclude=["lora_b"])
     with pytest.raises(InputError, match="every adapter is excluded"):
         set_methods(mole, ["ase_top2"], exclude=NAMES)
 

@@ -16,8 +16,17 @@ from common.files import InputError
 from common.tensors import read_metadata, write_safetensors
 from generate import load
 from helpers_methods import IDS, close, logits_of
-from helpers_models import random_adapter
-from helpers_training import assert_same, contents, examples, killed_at_write, options, run, run_folder
+from helpers_models import random_adapter, write_adapters
+from helpers_training import (
+    assert_same,
+    contents,
+    examples,
+    killed_at_write,
+    options,
+    run,
+    run_folder,
+    write_random_pool,
+)
 from methods.batch import check_method, set_methods
 from methods.samora import SamoraRun, SamoraTraining
 from model import load_llama
@@ -267,13 +276,19 @@ def test_what_is_saved_is_what_trained(small_model):
     assert close(model.model(batch.ids[batch.real][None], lengths=batch.lengths), want, 1e-5)
 
 
+def in_a_pool(model, out, **more):
+    """A small run whose pool has adapters."""
+    write_random_pool(out, model)
+    return options("samora", model, out, **more)
+
+
 @pytest.mark.parametrize("number, after", [(3, True), (6, False), (12, True)])
 def test_a_killed_run_resumes_bit_for_bit(number, after, small_model, tmp_path, monkeypatch):
     """Which tasks are unknown and LoRA dropout are drawn at random: a run that goes on must draw what it
     would have drawn. The later kills hit the writing of the experts and of their gates."""
-    whole = options("samora", small_model, tmp_path / "whole" / "out")
+    whole = in_a_pool(small_model, tmp_path / "whole" / "out")
     run(whole)
-    o = options("samora", small_model, tmp_path / "killed" / "out")
+    o = in_a_pool(small_model, tmp_path / "killed" / "out")
     assert killed_at_write(monkeypatch, o, number, after)
     assert json.loads((run_folder(o) / "config.json").read_text())["finished"] is False
     run(o, resume=True)
@@ -281,9 +296,8 @@ def test_a_killed_run_resumes_bit_for_bit(number, after, small_model, tmp_path, 
 
 
 def test_a_finished_run_has_what_it_wrote(small_model, tmp_path, capsys):
-    """Who deletes an expert must get it again, not "finished already"; and a pool folder that has no
-    adapters of its own yet must do."""
-    o = options("samora", small_model, tmp_path / "out", save_dtype="bfloat16")
+    """Who deletes an expert must get it again, not "finished already"."""
+    o = in_a_pool(small_model, tmp_path / "out", save_dtype="bfloat16")
     run(o)
     expected = contents(o)
     for file in (FILE, HOME / "adapters" / "expert_2" / "adapter_model.safetensors"):
@@ -351,3 +365,20 @@ def test_it_has_a_batch_to_itself(small_model, folder):
     for other in ("base", "uniform", "samora:fox", "meteora"):
         with pytest.raises(InputError, match="one batch can't hold both"):
             set_methods(mole, ["samora", other])
+
+
+def test_a_folder_of_peft_folders_is_a_pool_too(small_model, tmp_path):
+    """Without it adapters from elsewhere have to be trained again before experts can stand beside them."""
+    write_adapters(tmp_path / "out", load_llama(small_model), ["ant", "bee"])
+    run(options("samora", small_model, tmp_path / "out"))
+    found = read_pool(tmp_path / "out")
+    assert set(found.adapters) == {"ant", "bee"}
+    check_method(load(small_model, tmp_path / "out"), "samora")
+
+
+def test_a_pool_that_is_none_and_compile_are_refused(small_model, tmp_path):
+    """Without it the experts lie where no command finds them, or an option does nothing."""
+    with pytest.raises(InputError, match="out: no such pool folder"):
+        run(options("samora", small_model, tmp_path / "out"))
+    with pytest.raises(InputError, match="--compile: SAMoRA trains uncompiled: leave it out"):
+        run(in_a_pool(small_model, tmp_path / "out", compile=True))

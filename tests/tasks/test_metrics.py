@@ -311,7 +311,7 @@ def test_gsm8k(answer, target, right):
         ("MKVLAAG", "MKVLAAG", 1),
         ("MKVLAAG", "MKVLAAC", 6 / 7),
         ("The DNA first: GGGGGGG, then: MKVLAAG.", "MKVLAAG", 1),  # the last run counts
-        ("M K V L A A G", "MKVLAAG", 1),
+        ("THE ANSWER: MKVLAAG", "MKVLAAG", 1),
         ("MKVLA", "MKVLAAGNN", 5 / 9),  # no credit for what is missing
         ("NNNNN", "MKVLAAGNN", 0),
         ("MKVLAAGCCCCCCC", "MKVLAAG", 1),  # nor a fine for what is too much

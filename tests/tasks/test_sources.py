@@ -115,6 +115,7 @@ def test_gsm8k_reads_every_form_of_a_number(final, tmp_path):
         ({"病": "感冒", "证": "风寒"}, "Accuracy, Macro-F1", "病: 感冒\n证: 风寒", "exact_match"),
         ("HHHHEEC", "Prediction accuracy", "HHHHEEC", "recovery"),
         ("ACGUA", "recovery rate", "ACGUA", "recovery"),
+        ("acguacgu\nacg ua", "recovery rate", "ACGUACGUACGUA", "recovery"),
         ("((..))", "Graph distance", "((..))", "recovery"),
         (["a first report", "a second"], "Rouge", "a first report", "rouge_l"),
         (
@@ -245,6 +246,10 @@ ENTRIES = [
     ({"answer": True}, "entry 0: answer is True, expected a text or a whole number"),
     ({"answer": {}}, "entry 0: answer is '', expected a text that isn't empty"),
     ({"answer": {"a": 5}}, "entry 0: answer is {'a': 5}, expected an object of texts"),
+    (
+        {"eval": "Recovery rate", "answer": "ACGU-A"},
+        "entry 0: answer is 'ACGU-A', expected letters alone, or .()",
+    ),
     ({"eval": "F1"}, "entry 0: eval is 'F1', expected one of accuracy; "),
     ({"eval": None}, "entry 0: eval is None, expected one of accuracy; "),
     ({"eval": ["Accuracy"]}, "entry 0: eval is ['Accuracy'], expected one of accuracy; "),
