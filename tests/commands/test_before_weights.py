@@ -120,7 +120,7 @@ TRAINERS = {
     f"train retriever {TRAIN} --prompts 1": "--prompts is 1",
     f"train router {TRAIN} --retrieve 1": "--retrieve is 1",
     f"train router {TRAIN} --drop 1": "--drop is 1",
-    f"train drlora {TRAIN}": "pool: has adapters",
+    f"train drlora {TRAIN}": "pool: has adapter animals",
     f"train drlora {TRAIN} --top_k 3": "--top_k is 3",
     f"train drlora {TRAIN} --grow_every 300": "--grow_every is 300",
     f"train lorahub {TRAIN} --only plural": "did you mean plurals",
