@@ -94,7 +94,7 @@ def test_decode(small_model):
     models = ["base", "base, batch", "3 adapters", "3 adapters, batch", *SPELLED]
     assert [row["row"] for row in table] == [*models, *requests, *peers]
     for row in table:
-        assert row["batch"] == (7 if row["row"] in requests else 3 if row["row"].endswith("batch") else 1)
+        assert row["batch"] == (7 if row["row"] in requests else 3 if row["row"].endswith(", batch") else 1)
         assert row["tokens/s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
         assert row["low"] <= row["ms"] <= row["high"]
     read = [row["of the limit"] * row["ms"] for row in table if row["row"] in requests]  # as the bytes
