@@ -1,4 +1,4 @@
-"""The options of bench.py's commands that time a model or one Linear."""
+"""The options that all benchmarks share, and those of the commands that bench.py itself computes."""
 
 from dataclasses import dataclass
 from typing import Literal

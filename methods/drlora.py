@@ -64,8 +64,6 @@ class DRLoRA(TrainedGates):
 class DRLoRARun(NewAdaptersRun):
     """Options of `train.py drlora`."""
 
-    lm_weight = 1.0  # not an option: GateTermTraining reads it, and the next
-    adapters_too = True
     r: Rank = 4  # rank at the start
     target_r: Rank = 8  # mean rank at the end
     max_r: Rank = 16  # largest rank
@@ -109,8 +107,11 @@ class DRLoRATraining(GateTermTraining):
     """Trains adapters and gates by MeteoRA's loss. The stacks have max_r ranks, and A is random in all of
     them. Beyond an adapter's rank B is zero and its gradient is cleared, so A gets no gradient either."""
 
+    lm_weight = 1.0
+    adapters_train = True
+
     def __init__(self, model, pool: Pool, examples: Examples, args: DRLoRARun):
-        super().__init__(model, pool, meteora_gates(pool, args.top_k), args)
+        super().__init__(model.train(), pool, meteora_gates(pool, args.top_k), args)
         attach(model, pool, self.gates, dropout=args.dropout)
         self.examples = examples
         longest = max(len(example.ids) for some in examples.values() for example in some)
@@ -184,7 +185,6 @@ def train_drlora(args: DRLoRARun) -> None:
             return finished(checkpoint)
         pool = new_pool(model, list(tasks.values()), replace(args, r=args.max_r))
         training = DRLoRATraining(model, pool, examples, args)
-        model.train()
         checkpoint.kept = {"ranks": training.ranks, "f": training.f, "g": training.g}
         gates = parameters_of(training.gates, pool.capacity)
         params = pool_params(pool) | gates

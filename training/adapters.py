@@ -133,8 +133,8 @@ def _train_adapters(tasks, folder, run, args, sampling):
 
 def pool_to_write(folder: Path, run: Path | None = None) -> PoolFolder:
     """The pool `folder`, which may be new. Raises InputError where a new pool.json would leave out
-    adapters. With `run`, a run's folder, also where the pool has an adapter that the run's earlier tasks
-    don't explain: other parts may be bound to it."""
+    adapters. With `run`, the folder of a run, also where the pool has an adapter whose task wasn't among
+    that run's: other parts may be bound to it."""
     known = read_pool(folder) if is_pool(folder) else PoolFolder(folder, {})
     if any(path != folder / "adapters" / name for name, path in known.adapters.items()):
         found = "holds PEFT folders outside of adapters/, which the new pool.json would leave out"

@@ -122,6 +122,16 @@ class GatesTraining:
         self.gates = gates
         self.args = args
 
+    @property
+    def lm_weight(self) -> float:
+        """The weight of the LM loss."""
+        return self.args.lm_weight
+
+    @property
+    def adapters_train(self) -> bool:
+        """Whether the pool's adapters train with the gates."""
+        return bool(self.args.adapters_too)
+
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
         """(loss of `batch`, a part of a step's examples; {name: value to log}).
 
@@ -129,7 +139,7 @@ class GatesTraining:
         the parts add up.
         """
         lm_loss = lm_losses(self.model, batch, self.padded).sum() / n_response
-        return self.args.lm_weight * lm_loss.float(), {"lm_loss": lm_loss.item()}
+        return self.lm_weight * lm_loss.float(), {"lm_loss": lm_loss.item()}
 
     def finish(self) -> None:
         """Called once after the last step."""
@@ -145,7 +155,7 @@ class GateTermTraining(GatesTraining):
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[torch.Tensor, dict[str, float]]:
         """See GatesTraining; "right" is the gates' top-1 accuracy over all tokens."""
         args = self.args
-        if args.lm_weight > 0 and (args.top_k > 1 or args.adapters_too):
+        if self.lm_weight > 0 and (args.top_k > 1 or self.adapters_train):
             loss, shown = super().loss(batch, n, n_response)
         else:  # with k = 1 the LM loss has no gradient but for the adapters
             loss = hidden_states(self.model, batch).new_zeros((), dtype=torch.float32)

@@ -97,16 +97,6 @@ def test_the_gate_term_leaves_the_shared_adapters_alone():
 # In use -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(pool_with_every_part):
-    return pool_with_every_part
-
-
-@pytest.fixture(scope="module")
-def mole(small_model, folder):
-    return load(small_model, folder)
-
-
 def shared_weights(mole, **how):
     """Weights (m, n, e) of one prompt by ase_top2, and the slots of the pool that is attached."""
     set_methods(mole, ["ase_top2"], **how)

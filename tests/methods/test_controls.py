@@ -8,7 +8,6 @@ import torch
 
 from common.files import InputError
 from evaluation.routing import effective_number
-from generate import load
 from helpers_methods import IDS, NAMES, close, logits_of
 from helpers_models import random_adapter
 from methods.batch import find_method, retrieve
@@ -18,11 +17,6 @@ from pool.slots import Pool
 
 PATH = "model.layers.0.mlp.down_proj"
 I = 401  # noqa: E741
-
-
-@pytest.fixture(scope="module")
-def mole(small_model, pool_with_every_part):
-    return load(small_model, pool_with_every_part)
 
 
 def pool_of(names):

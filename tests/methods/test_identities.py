@@ -36,11 +36,6 @@ NOT_THE_ONE = {
 NAMED = ("base", "adapter:bee", MIX, "lora_f", "lora_b", "samora", "samora:fox")
 
 
-@pytest.fixture(scope="module")
-def mole(small_model, pool_with_every_part):
-    return load(small_model, pool_with_every_part)
-
-
 @pytest.mark.parametrize("name", USABLE)
 def test_a_batch_is_each_alone(mole, name):
     """Without it a request's answer depends on who else asked."""

@@ -36,17 +36,6 @@ from pool.adapters import linear_shapes, load_adapter, save_adapter
 from pool.folder import PoolFolder, read_pool, write_pool
 from pool.load import load_base
 
-
-@pytest.fixture(scope="module")
-def folder(pool_with_every_part):
-    return pool_with_every_part
-
-
-@pytest.fixture(scope="module")
-def mole(small_model, folder):
-    return load(small_model, folder)
-
-
 # By hand ------------------------------------------------------------------------------------------------------------
 
 # What has a reference here; a method that is added brings a test of its own.

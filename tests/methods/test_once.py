@@ -30,16 +30,6 @@ BEFORE = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 MIDDLE = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def folder(pool_with_every_part):
-    return pool_with_every_part
-
-
-@pytest.fixture(scope="module")
-def mole(small_model, folder):
-    return load(small_model, folder)
-
-
 def test_its_mixture_is_that_of_all_linears_after_it(mole, small_model, folder):
     """Without it a Linear could use the mixture of other tokens, or the gate see an adapted input.
     By hand: the gate's input in a model whose layer 0 has no adapter, then fixed mixtures."""

@@ -43,11 +43,6 @@ E, R = 5, 3  # experts and rank
 TASKS = ["animals", "fox", "plurals"]
 
 
-@pytest.fixture(scope="module")
-def folder(pool_with_every_part):
-    return pool_with_every_part
-
-
 @pytest.fixture
 def copied(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "pool"))

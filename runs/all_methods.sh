@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # All methods on one base, one pool, the same examples and tests: trains over a copy of tiny/ what it lacks, then prints
-# the table of docs/results.md. Goes on where it was. Nothing else should run beside the last command, which is timed.
-#   runs/zoo.sh [FOLDER]    a folder that runs/cpu.sh made; default: tiny
+# one table. Goes on where it was. Nothing else should run beside bench.py, which times the methods.
+#   runs/all_methods.sh [FOLDER]    a folder that runs/cpu.sh made; default: tiny
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tiny=${1:-tiny}
-out=out/zoo
+out=out/all_methods
 tasks=out/tiny_tasks
 [ -e $tasks ] || python -m tasks.tiny --out $tasks
 [ -e $out/pool ] || { mkdir -p $out && cp -r "$tiny" $out/pool; }
@@ -40,4 +40,4 @@ python eval.py --model $out/pool --out $out/without-28 --methods ramole --retrie
 python eval.py --model "$tiny" --pool $out/drlora --out $out/without-drlora --methods drlora --ood
 python bench.py methods --model $out/pool --tasks $tasks --methods $every >$out-speed.txt
 python bench.py methods --model "$tiny" --pool $out/drlora --tasks $tasks --methods base,drlora >$out-speed-drlora.txt
-python docs/zoo.py $out
+python docs/all_methods.py $out

@@ -1,6 +1,6 @@
-"""Prints the table of all methods in docs/results.md, from what runs/zoo.sh wrote.
+"""Prints the table of all methods in docs/results.md, from what runs/all_methods.sh wrote.
 
-    python docs/zoo.py out/zoo
+    python docs/all_methods.py out/all_methods
 
 OUT/with and OUT/without are folders of eval.py, with each task's own adapter in the pool and without it. Beside
 them are -28, with 28 adapters retrieved, and -drlora, over the pool that DR-LoRA made. OUT-speed.txt and
@@ -122,7 +122,7 @@ def table(out: Path) -> Iterator[list]:
 def main() -> None:
     """The command: reads the folder's runs and prints the table."""
     if len(sys.argv) != 2:
-        raise InputError("expected one folder, which runs/zoo.sh has filled: python docs/zoo.py out/zoo")
+        raise InputError("expected one folder, which runs/all_methods.sh has filled")
     header = ["method", "with", f"less {ANCHORS['with']}", "right of ten", "without"]
     header += [f"less {ANCHORS['without']}", "adapters a token", "ms a token", "parameters"]
     print(*markdown(header, table(Path(sys.argv[1]))), sep="\n")
