@@ -178,7 +178,8 @@ def evaluate_composites(
                 scores["temperature"] = temperature
             if isinstance(kind, Gated):
                 picture = draw_composite(mole, group[0], method, temperature, args)
-                write_text(Path(args.out) / f"composite-{n}-{method}.svg", picture)
+                file = f"composite-{n}-{method.replace(':', '-')}.svg"  # Windows refuses a colon
+                write_text(Path(args.out) / file, picture)
             for composite, text in zip(group, texts, strict=True):
                 responses = [[name, row["response"]] for name, row in composite.questions]
                 row = {"method": method, "composite": n, "prompt": composite.prompt, "answer": text}

@@ -3,8 +3,8 @@
 ESS    = (sum over j of |weight_j|)^2 / sum over j of weight_j^2
 load_j = (sum of |weight_j|) / (sum of |weight| over all adapters),  sums over tokens and Linears
 
-ESS (effective sample size) is how many adapters a token in effect uses: 1 for one adapter, k for k of
-equal weight.
+ESS is the effective number of adapters a token (by the formula of effective sample size): 1 for one adapter,
+k for k of equal weight.
 """
 
 from collections import Counter

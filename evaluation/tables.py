@@ -47,7 +47,7 @@ def table(
     found = {method: result["routing"]["ess"] for method, result in results.items() if "routing" in result}
     if found:
         numbers = [f"{printable(method)} {ess:.2f}" for method, ess in found.items()]
-        lines.append(f"\nadapters that a token in effect uses: {', '.join(numbers)}")
+        lines.append(f"\neffective number of adapters a token: {', '.join(numbers)}")
     return "\n".join(lines) + "\n"
 
 

@@ -151,10 +151,11 @@ class Ase(TopKGates):
         check_twice("--shared", args.shared)
         if both := set(names) & set(args.shared):
             raise InputError(f"--shared {min(both)}: an adapter of the pool has that name")
-        super().check_run(args, [*names, *args.shared])
-        if args.top_k <= len(args.shared):
-            expected = f"more than the {len(args.shared)} of --shared, which every token uses"
+        shared = len(args.shared)
+        if not shared < args.top_k <= shared + len(names):
+            expected = f"{shared + 1} to {shared + len(names)}: all of --shared and some of {args.pool}"
             raise InputError(f"--top_k is {args.top_k}, expected {expected}")
+        super().check_run(args, [*names, *args.shared])
 
     @classmethod
     def more_adapters(cls, known: PoolFolder, args) -> dict[str, Path]:

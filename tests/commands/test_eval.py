@@ -441,6 +441,12 @@ def test_the_temperature_is_chosen_on_training_questions(wide, tmp_path):
     assert (tmp_path / "composite-2-meteora.svg").read_text() == "meteora at 5.0"
 
 
+def test_a_picture_of_a_seeded_method_has_a_name_for_any_system(wide, tmp_path):
+    """A colon in it cannot be a file's name on Windows."""
+    assert run_eval(*wide[:-1], "random_gate:1", "--out", tmp_path, **faked([]))[0] == 0
+    assert (tmp_path / "composite-2-random_gate-1.svg").read_text() == "random_gate:1 at 1.0"
+
+
 def test_one_temperature_is_for_all_and_lorahub_has_no_composites(wide, tmp_path):
     """LoraHub's weights are a task's; a composite has several. Sizes keep their order and have
     their own prompts."""

@@ -127,7 +127,7 @@ def test_the_tables_show_the_differences():
     assert lines[-3:] == [
         "| mean less x |  |  | +1.3 [-0.5, +3.0] | -2.0 [-3.0, +0.0] |",
         "",
-        "adapters that a token in effect uses: z 1.25",
+        "effective number of adapters a token: z 1.25",
     ]
     scores = {"attempted": 1, "attempted_low": 1, "attempted_high": 1, "n": 7}
     scores |= {"right": 1, "right_low": 1, "right_high": 1}

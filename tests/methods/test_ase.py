@@ -258,8 +258,8 @@ REFUSED = {
     "a path": (["--shared=../adapters/plurals"], "shared adapter '../adapters/plurals': no folder"),
     "twice": (["--shared=lora_b", "--shared=lora_b"], "--shared: lists a name twice: 'lora_b'"),
     "in the pool": (["--shared=plurals"], "--shared plurals: an adapter of the pool has that name"),
-    "k 1": (["--top_k=1"], "--top_k is 1, expected more than the 1 of --shared"),
-    "k 4": (["--top_k=4"], "--top_k is 4, expected 1 to 3"),
+    "k 1": (["--top_k=1"], "--top_k is 1, expected 2 to 3: all of --shared and some of"),
+    "k 4": (["--top_k=4"], "--top_k is 4, expected 2 to 3: all of --shared"),
 }
 
 
