@@ -58,7 +58,7 @@ class MultiLoRALinear(nn.Module):
     """A Linear plus the pool's adapters for it, weighted by `gate`: Tensor -> Tensor. A, B, scale
     are the pool's tensors. The model sets token_rows.sample, each token's row of the batch."""
 
-    def __init__(self, base, A, B, scale, gate, token_rows=None, backend="auto", dropout=0.0):
+    def __init__(self, base, A, B, scale, gate, token_rows=None, backend="auto", dropout=None):
         super().__init__()
         self.base = base
         self.A, self.B, self.scale = A, B, scale
@@ -77,7 +77,7 @@ class MultiLoRALinear(nn.Module):
         mixture = self.gate(x, sample, ax)
         self.record(mixture)
         if self.dropout and self.training:  # LoRA dropout: base and gate use x without it
-            x = F.dropout(x, self.dropout)
+            x = self.dropout(x)
             ax = None  # it was computed from x without dropout
         return y + lora_mix(x, self.A, self.B, self.scale, *mixture, self.backend, ax).view(y.shape)
 
@@ -241,11 +241,12 @@ def meteora_gates(pool, k: int, temperature=1.0, known=None, make=MeteoraGate) -
 # Attach and detach --------------------------------------------------------------------------------
 
 
-def attach(model, pool, gates, backend="auto", dropout=0.0, make=None) -> dict[str, nn.Module]:
+def attach(model, pool, gates, backend="auto", dropout=None, make=None) -> dict[str, nn.Module]:
     """Wraps, in place, each Linear of a Llama that the pool has adapters for in a MultiLoRALinear.
 
-    gates: {module path: gate}, or one gate for all. `make`: the class of the wrapped Linears, by
-    default model.gated_linear if fast/ has set it. Raises ValueError if there are wrapped Linears.
+    gates: {module path: gate}, or one gate for all. `dropout`: {module path: function of x (n, i)},
+    for training. `make`: the class of the wrapped Linears, by default model.gated_linear if fast/
+    has set it. Raises ValueError if there are wrapped Linears.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
@@ -255,7 +256,8 @@ def attach(model, pool, gates, backend="auto", dropout=0.0, make=None) -> dict[s
         gate = gates[path] if isinstance(gates, dict) else gates
         base = model.get_submodule(path)
         stacks = pool.A[path], pool.B[path], pool.scale[path]
-        linears[path] = make(base, *stacks, gate, model.model.token_rows, backend, dropout)
+        drop = (dropout or {}).get(path)
+        linears[path] = make(base, *stacks, gate, model.model.token_rows, backend, drop)
         swap(model, path, linears[path])
     return linears
 

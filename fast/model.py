@@ -73,8 +73,8 @@ from model import (
 
 
 def install(model: Llama) -> Llama:
-    """Makes a Llama fast, in place, and returns it. Results stay the same up to rounding, except
-    for the random numbers of LoRA dropout. Blocks are compiled after compile_blocks()."""
+    """Makes a Llama fast, in place, and returns it. Results stay the same up to rounding.
+    Blocks are compiled after compile_blocks()."""
     model.__class__ = FastLlama
     model.model.__class__ = FastTrunk
     for module in model.model.layers.modules():

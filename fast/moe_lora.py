@@ -1,4 +1,4 @@
-"""moe_lora.py's gated Linear at speed: shared matmuls, grouped tokens, cheap dropout."""
+"""moe_lora.py's gated Linear at speed: shared matmuls, grouped tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -40,7 +40,7 @@ class FastMultiLoRALinear(MultiLoRALinear):
         """Adds the chosen adapters' outputs for x (n, i) to y, the base's."""
         self.record(mixture)
         if self.dropout and self.training:
-            x = dropout(x, self.dropout)
+            x = self.dropout(x)
             ax = None
         if type(self.gate) is KnownAdapterGate and self.backend == "auto":
             grouped = grouped_tokens(self.gate)
@@ -149,15 +149,6 @@ def grouped_tokens(gate: KnownAdapterGate) -> GroupedTokens:
     return gate.grouped
 
 
-def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """F.dropout with p rounded to 1/256. On a CPU torch's mask takes as long as the adapters'
-    matmuls; a mask from random bytes takes a quarter of that."""
-    cut = round(256 * p)
-    random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
-    keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
-    return x * keep * (256 / (256 - cut))
-
-
 def ready_to_compile(layers: nn.Module, decode: bool) -> bool:
     """Prepares the tensors that are new in each batch, so that one graph serves all batches.
 
@@ -171,6 +162,8 @@ def ready_to_compile(layers: nn.Module, decode: bool) -> bool:
         if type(module) is not FastMultiLoRALinear:
             return False
         gates.update(module.gate.modules())
+        if module.dropout:
+            gates.add(module.dropout)
     if any(getattr(gate, "sequential", False) for gate in gates):
         return False
     doubled = {}

@@ -35,7 +35,8 @@ from training.adapters import (
 )
 from training.adapters_help import Examples
 from training.checkpoint import Checkpoint
-from training.gates import GateTermTraining, gates_step
+from training.dropout import token_dropout
+from training.gates import GateTermTraining, picked_step
 from training.inputs import data_of
 from training.loop import compile_for, finished, fit, required
 
@@ -112,7 +113,7 @@ class DRLoRATraining(GateTermTraining):
 
     def __init__(self, model, pool: Pool, examples: Examples, args: DRLoRARun):
         super().__init__(model.train(), pool, meteora_gates(pool, args.top_k), args)
-        attach(model, pool, self.gates, dropout=args.dropout)
+        attach(model, pool, self.gates, dropout=token_dropout(pool, args.dropout))
         self.examples = examples
         longest = max(len(example.ids) for some in examples.values() for example in some)
         self.recorder = Recorder(model, max(longest, min(args.micro_tokens, longest * args.batch_size)))
@@ -123,10 +124,9 @@ class DRLoRATraining(GateTermTraining):
     def step(self, step: int) -> dict[str, float]:
         """Forward and backward of one step -> the values to log."""
         self.used.zero_()
-        for scale, ranks in zip(self.pool.scale.values(), self.ranks, strict=True):
-            scale.copy_(self.args.alpha / ranks)  # anew, as a checkpoint may have set the ranks
+        self.set_scale()  # anew, as a checkpoint may have set the ranks
         with self.recorder:
-            return gates_step(self, pick(self.examples, step, self.args))
+            return picked_step(self, self.examples, step)
 
     def set_scale(self) -> None:
         """Sets the pool's scale to alpha / rank."""

@@ -6,8 +6,7 @@
                                    + matching * mean over j of KL(softmax(n(b_j)) || softmax(n(c_j)))
 
 c_j (r,) is the key of expert j, S (r, r) diagonal, e_t (8,) the vector of task t, w (8,) that of a Linear.
-b_j is the mean of the rows of B_j. n(v) = v / max(|v|, 1e-3), as v / |v| has no gradient at 0, where B
-starts. For an unknown task e_t is the mean over the tasks. Each expert is saved as A and B_j S.
+b_j is the mean of B_j's rows, n(v) = v / max(|v|, 1e-3). An unknown task has the mean e_t. Saved: A and B_j S.
 """
 
 from dataclasses import dataclass, field
@@ -28,10 +27,11 @@ from moe_lora import AX, Mixture, attach
 from pool.folder import PoolFolder, read_pool
 from pool.gate_files import GateFile, save_gates
 from pool.slots import Pool, alloc_B_of
-from tasks.folders import Batch, Task, load_tasks, pick
+from tasks.folders import Batch, Task, load_tasks
 from training.adapters import LINEARS, NewAdaptersRun, begin, new_pool, save_adapters
 from training.checkpoint import Checkpoint
-from training.gates import GatesTraining, gates_step
+from training.dropout import token_dropout
+from training.gates import GatesTraining, picked_step
 from training.inputs import data_of
 from training.loop import finished, fit, required
 from training.losses import lm_losses
@@ -135,13 +135,13 @@ class SamoraTraining(GatesTraining):
             gate = self.gates[path] = SamoraGate(keys.to(A.device), len(tasks))
             new = (A[:1].clone(), pool.B[path], A.new_ones(args.r), w, gate.keys)
             self.params |= zip([f"{path}.{letter}" for letter in "ABSwc"], new, strict=True)
-        self.linears = attach(model, pool, self.gates, dropout=args.dropout)
+        self.linears = attach(model, pool, self.gates, dropout=token_dropout(pool, args.dropout))
 
     def loss(self, batch: Batch, n: int, n_response: int) -> tuple[Tensor, dict[str, float]]:
         """See GatesTraining; `unknown` of the examples get the mean of e_t."""
         vectors = torch.cat([self.params["e_t"], self.params["e_t"].mean(0, True)])  # (tasks + 1, 8)
         row = torch.tensor([self.tasks.index(task) for task in batch.tasks])
-        row[torch.rand(len(row)) < self.args.unknown] = -1  # the mean
+        row[batch.random_of_parts("unknown") < self.args.unknown] = -1  # the mean
         e_t = vectors[row][batch.part[batch.real]]  # (n, 8)
         penalties = 0
         for path, linear in self.linears.items():
@@ -189,7 +189,7 @@ def train_samora(args: SamoraRun) -> None:
         rows = [row for task in tasks.values() for row in task.train]
         learners = [Task(f"expert_{j + 1}", "", rows, []) for j in range(args.experts)]
         training = SamoraTraining(model, new_pool(model, learners, args), list(tasks), args)
-        fit(checkpoint, training.params, args, lambda step: gates_step(training, pick(examples, step, args)))
+        fit(checkpoint, training.params, args, lambda step: picked_step(training, examples, step))
         home = PoolFolder(known.path / "baselines" / "samora", {}, template=known.template)
         pool = training.finish()
         files = save_adapters(pool, pool.names, model, home, args)

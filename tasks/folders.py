@@ -229,6 +229,7 @@ class Batch:
     at: torch.Tensor  # (b, t) int64: the token's position in its part
     parts: list[Example]
     lengths: list[int]  # real tokens of each row
+    seed: str = ""  # of the run and the step, for random numbers
 
     @property
     def tasks(self) -> list[str]:
@@ -241,6 +242,12 @@ class Batch:
         lengths = torch.tensor([part.n_prompt for part in self.parts], device=self.at.device)
         return self.real & (self.at < lengths[self.part])
 
+    def random_of_parts(self, what: str) -> torch.Tensor:
+        """(parts,) float32 from 0 to 1, on the CPU, by `what`, the seed and the part's ids alone: so the
+        rest of the batch doesn't matter."""
+        keys = [f"{self.seed}/{what}/{part.ids}" for part in self.parts]
+        return torch.tensor([random.Random(key).random() for key in keys])
+
     def slots(self, pool: Pool) -> torch.Tensor:
         """(b, t) int64: the slot of the adapter of each token's task, -100 where there is none."""
         slots = [pool.slot(task) if task else -100 for task in self.tasks]
@@ -250,6 +257,7 @@ class Batch:
 def collate(
     examples: list[Example | PackedExample],
     device: str | torch.device | None = None,
+    seed: str = "",
 ) -> Batch:
     """Examples and PackedExamples -> Batch."""
     lengths = [len(example.ids) for example in examples]
@@ -272,4 +280,4 @@ def collate(
             parts.append(one)
             begin = end
     tensors = [tensor.to(device) for tensor in (ids, real, predicts, part, at)]
-    return Batch(*tensors, parts, lengths)
+    return Batch(*tensors, parts, lengths, seed)

@@ -34,6 +34,7 @@ from tasks.composites import check_composite, compose
 from tasks.folders import Example, PackedExample, Task, collate, draw, load_tasks, micro_batches, tokenize
 from training.adapters_help import Examples, first_examples, own_losses
 from training.checkpoint import Checkpoint
+from training.dropout import seed_dropout, token_dropout
 from training.inputs import data_of, load_frozen
 from training.loop import Run, compile_for, finished, fit, required
 from training.losses import lm_losses
@@ -99,7 +100,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
         examples = sampling[args.joint](examples, name)
     pool = new_pool(model, learners, args)
     gate = KnownAdapterGate()
-    attach(model, pool, gate, dropout=args.dropout)
+    attach(model, pool, gate, dropout=token_dropout(pool, args.dropout))
     model.train()
     count = args.batch_size * len(tasks) // len(examples)
 
@@ -113,7 +114,7 @@ def _train_adapters(tasks, folder, run, args, sampling):
         picked = compose(pick(step), tokenizer, known.template, step, args)
         if args.joint:
             picked = [relabel(example, name) for example in picked]
-        return adapters_step(model, pool, gate, picked, args)
+        return adapters_step(model, pool, gate, picked, args, step)
 
     compile_for(model, args, pick(0))
     fit(checkpoint, pool_params(pool), args, step_loss, clip_each)
@@ -249,7 +250,7 @@ def relabel(example: Example | PackedExample, name: str) -> PackedExample:
 
 
 def adapters_step(
-    model: Llama, pool: Pool, gate: KnownAdapterGate, picked: list[Example], args: AdaptersRun
+    model: Llama, pool: Pool, gate: KnownAdapterGate, picked: list[Example], args: AdaptersRun, step=0
 ) -> dict[str, float]:
     """Forward and backward of one step.
 
@@ -262,12 +263,14 @@ def adapters_step(
     total = 0.0
     device = model.head_weight.device
     for some in micro_batches(picked, args.micro_tokens):
-        batch = collate(some, device)
+        batch = collate(some, device, f"{args.seed}/{step}")
+        seed_dropout(model, batch)
         slots = batch.slots(pool)
         on = slots >= 0  # (b, t)
         if args.late_start:  # gates can't tell the task from a prompt's first words
             last = torch.tensor([max(0, part.n_prompt - 1) for part in batch.parts], device=device)
-            starts = last * (torch.rand(len(last)).to(device) / args.late_start - 1 / args.late_start + 1)
+            u = batch.random_of_parts("late start").to(device)
+            starts = last * (u / args.late_start - 1 / args.late_start + 1)
             on = on & (batch.at >= starts[batch.part])
         gate.set(slots.clamp(min=0)[batch.real], on[batch.real].float())
         shares = torch.tensor([1 / max(1, tokens[task]) for task in batch.tasks], device=device)

@@ -28,6 +28,7 @@ from tasks.folders import Batch, Example, collate, load_tasks, micro_batches, pi
 from training.adapters import pool_params, trained
 from training.adapters_help import check_adapters_help
 from training.checkpoint import Checkpoint
+from training.dropout import seed_dropout
 from training.inputs import PoolOptions, bound_to, data_of, keep_template, load_with_pool, named_pool
 from training.loop import Run, compile_for, finished, fit, required
 from training.losses import GateLoss, hidden_states, lm_losses
@@ -189,20 +190,28 @@ def train_by_steps(
     compile_for(training.model, args, pick(examples, 0, args))
 
     def step_loss(step):
-        return gates_step(training, compose(pick(examples, step, args), tokenizer, template, step, args))
+        picked = compose(pick(examples, step, args), tokenizer, template, step, args)
+        return gates_step(training, picked, step)
 
     fit(checkpoint, params, args, step_loss, rates=rates)
     training.finish()
 
 
-def gates_step(training: GatesTraining, picked: list[Example]) -> dict[str, float]:
+def picked_step(training: GatesTraining, examples: dict[str, list[Example]], step: int) -> dict[str, float]:
+    """gates_step with the examples of that step, of all tasks in turn."""
+    return gates_step(training, pick(examples, step, training.args), step)
+
+
+def gates_step(training: GatesTraining, picked: list[Example], step: int = 0) -> dict[str, float]:
     """Forward and backward of one step -> the values to log."""
+    args = training.args
     parts = [part for example in picked for part in example.parts]
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     shown = {}
-    for some in micro_batches(picked, training.args.micro_tokens, training.padded):
-        batch = collate(some, training.model.head_weight.device)
+    for some in micro_batches(picked, args.micro_tokens, training.padded):
+        batch = collate(some, training.model.head_weight.device, f"{args.seed}/{step}")
+        seed_dropout(training.model, batch)
         loss, values = training.loss(batch, n, n_response)
         loss.backward()
         for name, value in values.items():

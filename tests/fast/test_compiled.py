@@ -20,12 +20,13 @@ from generate import load, stream
 from helpers_commands import ROOT
 from helpers_models import make_pool, random_adapter, random_gates
 from helpers_training import examples, meteora_gates_of, pool_in_model
-from moe_lora import Recorder, SampleGate, attach, fixed_rows, set_gates
+from moe_lora import Recorder, SampleGate, attach, detach, fixed_rows, set_gates
 from pool.adapters import linear_shapes
 from pool.gate_files import parameters_of
 from pool.load import load_base
 from tasks import tiny as tiny_tasks
 from training.adapters import adapters_step
+from training.dropout import token_dropout
 from training.gates import GateTermTraining, gates_step
 
 
@@ -237,7 +238,7 @@ def test_gradients(what, small_model, tmp_path):
     torch._dynamo.reset()
     counters.clear()
     o = SimpleNamespace(
-        micro_tokens=10_000, late_start=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too=""
+        micro_tokens=10_000, late_start=0.0, top_k=2, lm_weight=1.0, beta=3.0, adapters_too="", seed=0
     )
     found = []
     for compiled in (False, True):
@@ -245,6 +246,9 @@ def test_gradients(what, small_model, tmp_path):
         model, pool, gates = pool_in_model(small_model, tmp_path / str(compiled), gates)
         stacks = {f"{p}.{n}": stack[p] for n, stack in (("A", pool.A), ("B", pool.B)) for p in pool.A}
         params = parameters_of(gates, pool.capacity) if what == "gates" else stacks
+        if what == "adapters":
+            detach(model)
+            attach(model.train(), pool, gates, dropout=token_dropout(pool, 0.25))
         if compiled:
             model.compile_blocks()
         for param in params.values():

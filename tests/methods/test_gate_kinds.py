@@ -316,12 +316,12 @@ def test_smear_trains_by_its_prompts_alone(small_model, tmp_path, monkeypatch):
     """Routers that saw the response while training would decide from what no request has."""
     seen, real = [], train_gates.gates_step
 
-    def step(training, picked):
-        def look(linear, args):
-            seen.append((len(args[0]), linear.gate.prompt.mask.clone()))
+    def step(training, picked, *args):
+        def look(linear, inputs):
+            seen.append((len(inputs[0]), linear.gate.prompt.mask.clone()))
 
         hook = next(iter(attached(training.model).values())).register_forward_pre_hook(look)
-        logged = real(training, picked)
+        logged = real(training, picked, *args)
         hook.remove()
         lengths = sorted(example.n_prompt for example in picked)
         assert sorted(n for _, mask in seen for n in mask.sum(1).tolist()) == lengths
@@ -606,9 +606,9 @@ def spy_on_draws(monkeypatch):
     """[[ids of each example] of each step], as they go into training, whatever task they are of."""
     seen, real = [], train_adapters.adapters_step
 
-    def step(model, pool, gate, picked, o):
+    def step(model, pool, gate, picked, *args):
         seen.append(sorted(tuple(example.ids) for example in picked))
-        return real(model, pool, gate, picked, o)
+        return real(model, pool, gate, picked, *args)
 
     monkeypatch.setattr(train_adapters, "adapters_step", step)
     return seen

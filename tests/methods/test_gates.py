@@ -49,7 +49,7 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     model, pool, gates = pool_in_model(small_model, tmp_path, meteora_gates_of(k))
     how = SimpleNamespace(composite=composite, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
-    o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="")
+    o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="", seed=0)
     training = GateTermTraining(model, pool, gates, o)
     logged = gates_step(training, picked)
     training.finish()
@@ -87,7 +87,9 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     picked, found = examples(small_model, 4), []
     for micro_tokens in (40, 10_000):
         model.zero_grad()
-        o = SimpleNamespace(top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="")
+        o = SimpleNamespace(
+            top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="", seed=0
+        )
         logged = gates_step(GateTermTraining(model, pool, gates, o), picked)
         found.append((logged, {path: gate.weight.grad.clone() for path, gate in gates.items()}))
     (parts, part_grads), (whole, whole_grads) = found
@@ -104,7 +106,7 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
         model, pool, gates = pool_in_model(small_model, tmp_path, meteora_gates_of(k))
         seen = []
         model.model.register_forward_hook(lambda module, args, hidden: seen.append(hidden.requires_grad))
-        o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="")
+        o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="", seed=0)
         logged = gates_step(GateTermTraining(model, pool, gates, o), examples(small_model, 2))
         assert ("lm_loss" in logged) == (k > 1)  # nor is the head computed
         assert all(gate.weight.grad.abs().max() > 0 for gate in gates.values())
@@ -117,10 +119,10 @@ def test_gates_see_each_example_once_an_epoch(small_model, tmp_path, monkeypatch
     its own epochs."""
     seen = {name: [] for name in ANSWERS}
 
-    def step(training, picked):
+    def step(training, picked, *args):
         for example in picked:
             seen[example.task].append(tuple(example.ids))
-        return gates_step(training, picked)
+        return gates_step(training, picked, *args)
 
     monkeypatch.setattr(train_gates, "gates_step", step)
     tasks = write_tasks(tmp_path / "six", count=6)

@@ -95,7 +95,7 @@ def test_the_gate_term_is_that_of_one_gate(small_model, tmp_path):
     model, pool, gates = pool_in_model(small_model, tmp_path, lambda pool: once_gates(pool, 2))
     gate = gates[FIRST]
     gate.weight.data = torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(2))
-    args = SimpleNamespace(top_k=2, lm_weight=0.0, beta=3.0, micro_tokens=60, adapters_too="")
+    args = SimpleNamespace(top_k=2, lm_weight=0.0, beta=3.0, micro_tokens=60, adapters_too="", seed=0)
     picked = examples(small_model, 3)
     seen = []
     model.get_submodule(FIRST).register_forward_pre_hook(lambda module, args: seen.append(args[0]))

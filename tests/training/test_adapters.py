@@ -30,15 +30,15 @@ from pool.adapters import linear_shapes, load_adapter
 from pool.folder import read_pool
 from pool.slots import Pool
 from tasks.composites import compose
-from tasks.folders import Example, PackedExample, collate, encode, load_tasks
+from tasks.folders import Batch, Example, PackedExample, collate, encode, load_tasks
 from training import adapters as train_adapters
 from training.adapters import AdaptersRun, adapters_step, clip_each, new_adapter
 
 
 def test_adapters_trained_together_equal_each_alone(small_model, tmp_path):
     """Without it an adapter's quality depends on which others were trained in the same run: a
-    shared norm, shared averages, another's examples."""
-    more = {"steps": 6, "lr": 1e-4, "dropout": 0.0, "clip": 0.5, "batch_size": 3}
+    shared norm, shared averages, another's examples, a mask of LoRA dropout that depends on the others."""
+    more = {"steps": 6, "lr": 1e-4, "dropout": 0.25, "clip": 0.5, "batch_size": 3}
     together = options("adapters", small_model, tmp_path / "together" / "out", **more)
     run(together)
     for name in ANSWERS:
@@ -54,7 +54,7 @@ def test_adapters_trained_together_equal_each_alone(small_model, tmp_path):
 def test_adapters_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
     """Without it micro_tokens, which is about memory, changes what is learned: sums of means weigh
     parts by count."""
-    more = {"steps": 4, "lr": 1e-4, "dropout": 0.0, "batch_size": 5}
+    more = {"steps": 4, "lr": 1e-4, "dropout": 0.25, "batch_size": 5}
     whole = options("adapters", small_model, tmp_path / "whole" / "out", micro_tokens=10_000, **more)
     parts = options("adapters", small_model, tmp_path / "parts" / "out", micro_tokens=40, **more)
     run(whole)
@@ -74,7 +74,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
     for stack in (*pool.A.values(), *pool.B.values()):
         stack.requires_grad_(True)
     picked = examples(small_model, 3)
-    o = SimpleNamespace(micro_tokens=45, late_start=0.0)
+    o = SimpleNamespace(micro_tokens=45, late_start=0.0, seed=0)
     logged = adapters_step(model, pool, gate, picked, o)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
@@ -104,8 +104,11 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
     picked, seen = sorted(examples(small_model, 4), key=lambda x: len(x.ids)), {}
     model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
     for late, drawn, start in ((0.4, 0.9, 0.75), (0.4, 0.61, 0.025), (0.4, 0.3, 0.0), (1.0, 0.999, 0.999)):
-        monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
-        adapters_step(model, pool, gate, picked, SimpleNamespace(micro_tokens=10_000, late_start=late))
+        monkeypatch.setattr(
+            Batch, "random_of_parts", lambda batch, _, u=drawn: torch.full((len(batch.parts),), u)
+        )
+        o = SimpleNamespace(micro_tokens=10_000, late_start=late, seed=0)
+        adapters_step(model, pool, gate, picked, o)
         weights = seen["weight"].flatten().split([len(example.ids) for example in picked])
         for example, row in zip(picked, weights, strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
@@ -123,7 +126,8 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
         if len(x.parts) > 1
     ]
     model.model.register_forward_pre_hook(lambda *_: seen.update(weight=gate.weight))
-    monkeypatch.setattr(torch, "rand", lambda n: torch.full((n,), 0.9))  # late by 3/4 of the question
+    late = lambda batch, _: torch.full((len(batch.parts),), 0.9)  # noqa: E731  by 3/4 of the question
+    monkeypatch.setattr(Batch, "random_of_parts", late)
     for context in contexts:
         adapters_step(model, pool, gate, [context], o)
         expected = []
@@ -170,9 +174,9 @@ def test_a_joint_adapter_computes_composites_whole(small_model, tmp_path, monkey
     examples."""
     seen = []
 
-    def step(model, pool, gate, picked, o):
+    def step(model, pool, gate, picked, *args):
         seen.append(picked)
-        return adapters_step(model, pool, gate, picked, o)
+        return adapters_step(model, pool, gate, picked, *args)
 
     monkeypatch.setattr(train_adapters, "adapters_step", step)
     run(
