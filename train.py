@@ -34,6 +34,7 @@ from methods.lora_retriever import RetrieverRun, train_retriever
 from methods.lorahub import LorahubRun, train_lorahub
 from methods.ramole import RouterRun, train_router
 from methods.samora import SamoraRun, train_samora
+from parallel.processes import joined
 from training.adapters import AdaptersRun, check_adapter_options, check_new_adapters, train_adapters
 from training.base import BaseRun, check_sizes, train_base
 from training.gates import GatesRun, train_gates
@@ -73,8 +74,9 @@ def main() -> None:
     _, train, check = COMMANDS[command]
     if check:
         check(args)
-    print(json.dumps(asdict(args)), file=sys.stderr)
-    train(args)
+    with joined(args.device, getattr(args, "show_all", False)):
+        print(json.dumps(asdict(args)), file=sys.stderr)
+        train(args)
 
 
 if __name__ == "__main__":

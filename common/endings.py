@@ -8,9 +8,11 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from common.files import InputError, say
+from common.processes import rank
 from common.signals import ENDED, Terminated, raise_once, restore
 
 
@@ -55,6 +57,8 @@ def _status_of(main):
             status = end.code
         sys.stdout.flush()
     except InputError as error:
+        if rank():  # torchrun's first process says the same, and its end ends this one
+            time.sleep(3)
         print_error(error)
         return 2
     except BrokenPipeError:
@@ -77,7 +81,8 @@ def print_error(error: InputError | OSError) -> None:
 
 def _stopped_by(number):
     with contextlib.suppress(OSError):
-        say(ENDED[number])
+        if rank() == 0:
+            say(ENDED[number])
     return 128 + number
 
 

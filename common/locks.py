@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.files import InputError, open_no_link, warn
+from common.processes import rank
 
 NAME = ".nanomole.lock"
 
@@ -23,8 +24,12 @@ def alone(folder: Path | str) -> Iterator[None]:
     """Nobody else is inside `with alone(folder)` meanwhile; makes the folder where it is missing.
 
     Raises InputError, with the process that is there and since when, or where the folder can't be
-    written. At the end the lock's file goes, and so do the folders it needed if they are empty.
+    written. At the end the lock's file goes, and so do the folders it needed if they are empty. Of
+    torchrun's processes the first holds the lock for all.
     """
+    if rank():
+        yield
+        return
     path = Path(folder) / NAME
     missing = [parent for parent in path.parents if not parent.exists()]
     try:

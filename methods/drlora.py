@@ -20,6 +20,7 @@ from common.options import BatchSize, Count, NotNegative, Rank, Share
 from methods.protocol import TrainedGates
 from methods.session import Mole
 from moe_lora import Recorder, attach, meteora_gates
+from parallel.processes import add_up
 from pool.gate_files import parameters_of, save_gates
 from pool.slots import Pool
 from pool.stacks import cut_to_ranks
@@ -145,6 +146,7 @@ class DRLoRATraining(GateTermTraining):
         sums = []
         for A, B in zip(self.pool.A.values(), self.pool.B.values(), strict=True):
             sums.append((A * A.grad).abs().sum((1, 2)) + (B * B.grad).abs().sum((1, 2)))
+        add_up([self.used])
         self.f.lerp_(self.used, 0.1)
         self.g.lerp_(torch.stack(sums), 0.1)
         if step in (steps := growth_steps(self.args)):

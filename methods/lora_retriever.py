@@ -36,6 +36,7 @@ from common.tables import markdown
 from common.tokenizer import Tokenizer
 from methods.protocol import ByText, FixedMixture, Merged
 from methods.session import Mole, Ranking, retriever_of
+from parallel.processes import one_process
 from pool.adapters import Adapter, load_adapter, save_samples
 from pool.folder import check_pool_base, is_pool, open_pool
 from pool.load import load_base, read_adapters
@@ -147,6 +148,7 @@ def train_retriever(args: RetrieverRun) -> None:
     folder = Path(required(args, "pool"))
     extra = read_adapters(args.adapter)
     known = open_pool(folder, extra) if extra or is_pool(folder) else None
+    one_process("train.py retriever")
     adapters = sorted(known.adapters) if known else []
     tasks = load_tasks(required(args, "tasks"), adapters or None, adapters)
     names = some_tasks(tasks, args.share, args.seed)

@@ -20,6 +20,7 @@ from common.progress import track
 from methods.protocol import Merged
 from methods.session import Mole, Ranking
 from moe_lora import SampleGate, attach, fixed_rows
+from parallel.processes import one_process
 from pool.adapters import Adapter
 from pool.slots import Pool
 from pool.stacks import derived_adapter, member_stacks
@@ -164,6 +165,7 @@ def train_lorahub(args: LorahubRun) -> None:
     """Writes POOL/baselines/lorahub.json or lorahub_ood.json, weights {task: {adapter: weight}};
     tasks that it holds already, searched with these options, this base, these adapters and this
     data, are kept (LoraHub, section 2.2)."""
+    one_process("train.py lorahub")
     known = named_pool(args)
     tasks = load_tasks(required(args, "tasks"), args.only or None, known.adapters)
     with alone(known.path / "runs" / "lorahub"):

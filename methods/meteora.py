@@ -26,6 +26,7 @@ from common.options import NotNegative
 from methods.protocol import TopKGates
 from methods.session import Mole
 from moe_lora import AX, MeteoraGate, Mixture, attach, detach, meteora_gates
+from parallel.processes import one_process
 from pool.slots import Pool
 from tasks.folders import collate, pick
 from training.gates import GateTermRun, GateTermTraining
@@ -89,6 +90,8 @@ class Meteora(TopKGates):
             raise InputError(
                 "--composite goes with neither --fit nor --kind smear: both see one task a prompt"
             )
+        if args.fit:
+            one_process("--fit")
         if args.adapters_too and args.fit:
             raise InputError("--fit trains no adapters: leave out --adapters_too")
 

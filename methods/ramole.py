@@ -30,6 +30,7 @@ from kernels import linear_in, sum_dtype
 from methods.protocol import ByText, Gated
 from methods.session import Mole, Ranking, retriever_of
 from moe_lora import AX, Mixture, SampleGate, attach, attached, set_gates
+from parallel.processes import share_of
 from pool.folder import check_base
 from pool.slots import Pool
 from tasks.folders import collate, load_tasks, micro_batches, pick, some_tasks, tokenize
@@ -332,7 +333,7 @@ def router_step(model, pool, routers, gates, picked, drawn, args) -> dict[str, f
     """Forward and backward of one step: the mean loss of a response token."""
     n = sum(len(example.ids) - example.n_prompt for example in picked)
     total = 0.0
-    for some in micro_batches(picked, args.micro_tokens):
+    for some in micro_batches(share_of(picked), args.micro_tokens):
         device = model.head_weight.device
         batch = collate(some, device)
         rankings = [drawn[id(example)] for example in some]

@@ -75,6 +75,8 @@ def options(kind, model, out, **more):
     shared = paths | {"steps": 5, "save_every": 2, "lr": 1e-2}
     if kind == "adapters":
         return AdaptersRun(**shared | {"batch_size": 2, "r": 3, "alpha": 5.0, "dropout": 0.25} | more)
+    if kind == "drlora":
+        return DRLoRARun(**shared | {"batch_size": 3, "r": 2, "target_r": 3, "max_r": 5} | more)
     if kind == "samora":
         return SamoraRun(**shared | {"batch_size": 5, "r": 3, "experts": 2} | more)
     if kind == "base":

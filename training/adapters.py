@@ -26,6 +26,7 @@ from common.template import TEMPLATE, TemplateOptions, asked_template
 from common.tokenizer import Tokenizer
 from model import Llama
 from moe_lora import KnownAdapterGate, attach, detach
+from parallel.processes import share_of
 from pool.adapters import Adapter, adapter_files, linear_shapes, peft_config, save_adapter
 from pool.folder import PoolFolder, is_pool, read_pool, write_pool
 from pool.load import compile_blocks
@@ -262,7 +263,7 @@ def adapters_step(
             tokens[part.task] += len(part.ids) - part.n_prompt
     total = 0.0
     device = model.head_weight.device
-    for some in micro_batches(picked, args.micro_tokens):
+    for some in micro_batches(share_of(picked), args.micro_tokens):
         batch = collate(some, device, f"{args.seed}/{step}")
         seed_dropout(model, batch)
         slots = batch.slots(pool)

@@ -21,9 +21,11 @@ from common.files import InputError, read_text, write_bytes, write_json
 from common.llama_folder import LAYERS, without_init
 from common.locks import alone
 from common.options import BatchSize, Count, NotNegative
+from common.processes import count, rank
 from common.tensors import write_safetensors
 from common.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
+from parallel.processes import wait
 from pool.load import compile_blocks, make_fast
 from training.checkpoint import Checkpoint
 from training.loop import Run, finished, fit
@@ -117,8 +119,9 @@ def _train_base(text, folder, run, args):
     checkpoint = Checkpoint(run, args, data)
     if checkpoint.finished:
         return finished(checkpoint)
-    if not checkpoint.file.exists():
+    if not checkpoint.file.exists() and rank() == 0:
         train_tokenizer(text, args, folder)
+    wait()
     tokenizer = Tokenizer(folder)
     stream, begins = pack_documents(text, tokenizer, args)
     config, raw = base_config(args, tokenizer)
@@ -135,8 +138,9 @@ def _train_base(text, folder, run, args):
         starts = np.random.default_rng([args.seed, step]).choice(begins, args.batch_size)
         windows = np.stack([stream[s : s + args.block_size + 1] for s in starts]).astype(np.int64)
         windows = torch.from_numpy(windows).to(device)
+        share = windows[rank() :: count()]  # this process's
         total = 0.0
-        for part in windows.split(max(1, args.micro_tokens // args.block_size)):
+        for part in share.split(max(1, args.micro_tokens // args.block_size)):
             with torch.autocast(windows.device.type, torch.bfloat16, enabled=half):
                 logits = model(part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())

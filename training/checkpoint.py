@@ -13,7 +13,7 @@ from common.files import MARK, InputError, read_json, read_text, say, warn, writ
 from common.printable import shown
 from common.tensors import dtype_name, read_metadata, read_safetensors, write_safetensors
 
-NOT_THE_RUN = ("resume", "save_every", "tensorboard", "device")  # may differ on resuming
+NOT_THE_RUN = ("resume", "save_every", "tensorboard", "device", "show_all")  # may differ on resuming
 # What an optimizer keeps of each parameter that ever had a gradient; torch names them.
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 Params = dict[str, torch.Tensor]  # {name: trained tensor}

@@ -19,6 +19,7 @@ from common.locks import alone
 from common.options import Above0, BatchSize, Count, NotNegative, Share, ShareAbove0
 from common.tokenizer import Tokenizer
 from model import Llama
+from parallel.processes import share_of
 from pool.adapters import adapter_files, save_adapter
 from pool.folder import PoolFolder, write_pool
 from pool.gate_files import parameters_of, save_gates
@@ -209,7 +210,7 @@ def gates_step(training: GatesTraining, picked: list[Example], step: int = 0) ->
     n = sum(len(part.ids) for part in parts if part.task)
     n_response = sum(len(part.ids) - part.n_prompt for part in parts)
     shown = {}
-    for some in micro_batches(picked, args.micro_tokens, training.padded):
+    for some in micro_batches(share_of(picked), args.micro_tokens, training.padded):
         batch = collate(some, training.model.head_weight.device, f"{args.seed}/{step}")
         seed_dropout(training.model, batch)
         loss, values = training.loss(batch, n, n_response)

@@ -16,9 +16,11 @@ import torch
 
 from common.files import InputError, say, warn, write_text
 from common.options import BatchSize, Count, NotNegative, Seed, Share
+from common.processes import rank
 from common.progress import progress
 from common.signals import Terminated
 from model import Llama
+from parallel.processes import ProcessDied, add_gradients, add_values, check_same, leave
 from pool.load import compile_blocks
 from tasks.folders import Example
 from training.checkpoint import Checkpoint, Optimizers, Params
@@ -44,6 +46,7 @@ class Run:
     save_every: Count = 50  # steps between checkpoints
     resume: bool = False  # continue a run that was killed
     tensorboard: bool = False  # also log to tensorboard, in the run's folder
+    show_all: bool = False  # under torchrun: also show what processes other than the first print
 
 
 def required(args, name: str) -> str:
@@ -119,21 +122,26 @@ def fit(
     after_backward(step) sees the gradients before they are clipped, and may change the params.
 
     Writes checkpoints and log.csv (step, learning rate, gradient norm, and what step_loss returns).
-    `rates` {name: factor} gives some params another learning rate.
+    `rates` {name: factor} gives some params another learning rate. Under torchrun gradients and what
+    is logged are summed over the processes, and all but the first end here.
     """
-    checkpoint.write_config()
+    check_same({**checkpoint.config, **checkpoint.config["bound"], "torch": torch.__version__})
+    first = rank() == 0
+    if first:
+        checkpoint.write_config()
     torch.manual_seed(args.seed)
     for param in params.values():
         param.requires_grad_(True)
     optimizers = make_optimizers(params, args, rates or {})
     checkpoint.load(params, optimizers)
-    board = _tensorboard(checkpoint.folder) if args.tensorboard else None
+    board = _tensorboard(checkpoint.folder) if args.tensorboard and first else None
     bar = progress(checkpoint.folder.name, args.steps, checkpoint.step)
     with _say_how_to_resume(checkpoint), bar:
         for step in range(checkpoint.step, args.steps):
             for param in params.values():
                 param.grad = None
-            losses = step_loss(step)
+            losses = add_values(step_loss(step))
+            add_gradients(params.values())
             after_backward(step)
             norm = clip(list(params.values()), args.clip)
             if not math.isfinite(norm):
@@ -150,7 +158,7 @@ def fit(
             bar.set_postfix_str(", ".join(shown), refresh=False)
             for name, value in logged.items() if board else ():
                 board.add_scalar(name, value, step + 1)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            if first and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
                 # The log first: rows beyond the checkpoint are dropped on resuming, missing ones
                 # would stay missing.
                 lines = map(",".join, [list(logged), *checkpoint.rows])
@@ -159,14 +167,15 @@ def fit(
             bar.update()
     for param in params.values():
         param.requires_grad_(False)
+    leave()
 
 
 @contextlib.contextmanager
 def _say_how_to_resume(checkpoint):
-    """On Ctrl-C and SIGTERM, where --resume goes on."""
+    """On Ctrl-C, SIGTERM and the death of another process, where --resume goes on."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated):
+    except (KeyboardInterrupt, Terminated, ProcessDied):
         none_yet = "the start: there is no checkpoint yet"
         where = "the last checkpoint" if checkpoint.file.exists() else none_yet
         warn(f"stopped; --resume goes on from {where}")

@@ -18,7 +18,18 @@ from helpers_commands import ROOT, command
 from methods.batch import method_names
 
 # From the bottom up: a file imports only files of its own room and of rooms above it in this list.
-ORDER = ["common", "model", "kernels", "moe_lora", "fast", "pictures", "pool", "tasks", "training"]
+ORDER = [
+    "common",
+    "model",
+    "kernels",
+    "moe_lora",
+    "fast",
+    "pictures",
+    "pool",
+    "tasks",
+    "parallel",
+    "training",
+]
 ORDER += ["methods", "decoding", "evaluation", "commands", "examples", "docs"]
 SCRIPTS = {"generate", "train", "eval", "bench"}
 CORE = {"model": {"common"}, "kernels": set(), "moe_lora": {"kernels"}}  # and the rooms that each may import
