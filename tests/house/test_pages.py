@@ -40,7 +40,7 @@ def commands(page):
     for language, text in blocks(page):
         if language in ("", "bash", "sh"):
             lines = re.sub(r"\\\n\s*", "", text).splitlines()
-            found += [line for line in lines if re.match(r"(python|runs/|nanomole-)", line)]
+            found += [line for line in lines if re.match(r"(python|torchrun|runs/|nanomole-)", line)]
     return found
 
 
@@ -75,6 +75,8 @@ def test_every_option_in_a_command_exists(page):
         argv = shlex.split(line, comments=True)
         if argv[0] == "python":
             check_options(argv[1:])
+        elif argv[0] == "torchrun":
+            check_options(argv[argv.index("--") + 1 :])
         elif argv[0].startswith("runs/"):
             assert (ROOT / argv[0]).exists(), line
 
@@ -113,7 +115,7 @@ def test_a_command_runs_or_says_how_long(page):
     """What can't be typed as it stands must at least say what one is in for."""
     if page.name not in OWN_TEST:
         for line in commands(page):
-            runs = line.startswith("python") and not PLACEHOLDER.search(
+            runs = line.startswith(("python", "torchrun")) and not PLACEHOLDER.search(
                 re.sub(r""""[^"]*"|'[^']*'""", "", line)
             )
             assert runs or DURATION.search(line), (
