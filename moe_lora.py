@@ -244,9 +244,8 @@ def meteora_gates(pool, k: int, temperature=1.0, known=None, make=MeteoraGate) -
 def attach(model, pool, gates, backend="auto", dropout=None, make=None) -> dict[str, nn.Module]:
     """Wraps, in place, each Linear of a Llama that the pool has adapters for in a MultiLoRALinear.
 
-    gates: {module path: gate}, or one gate for all. `dropout`: {module path: function of x (n, i)},
-    for training. `make`: the class of the wrapped Linears, by default model.gated_linear if fast/
-    has set it. Raises ValueError if there are wrapped Linears.
+    gates: {module path: gate}, or one for all. dropout: {module path: x (n, i) -> x}. make: the class,
+    by default model.gated_linear, which fast/ sets. Raises ValueError if there are wrapped Linears.
     """
     if attached(model):
         raise ValueError("adapters are attached already: detach(model) first")
@@ -256,8 +255,7 @@ def attach(model, pool, gates, backend="auto", dropout=None, make=None) -> dict[
         gate = gates[path] if isinstance(gates, dict) else gates
         base = model.get_submodule(path)
         stacks = pool.A[path], pool.B[path], pool.scale[path]
-        drop = (dropout or {}).get(path)
-        linears[path] = make(base, *stacks, gate, model.model.token_rows, backend, drop)
+        linears[path] = make(base, *stacks, gate, model.model.token_rows, backend, (dropout or {}).get(path))
         swap(model, path, linears[path])
     return linears
 

@@ -29,16 +29,15 @@ from training.adapters import (
     NewAdaptersRun,
     begin,
     check_new_adapters,
+    new_checkpoint,
     new_pool,
     pool_params,
     pool_to_write,
     save_adapters,
 )
 from training.adapters_help import Examples
-from training.checkpoint import Checkpoint
 from training.dropout import token_dropout
 from training.gates import GateTermTraining, picked_step
-from training.inputs import data_of
 from training.loop import compile_for, finished, fit, required
 
 
@@ -172,8 +171,7 @@ class DRLoRATraining(GateTermTraining):
 
 
 def train_drlora(args: DRLoRARun) -> None:
-    """Trains an adapter for each task together with gates over them; writes POOL/adapters/NAME and
-    POOL/gates/drlora.safetensors. Raises InputError where POOL has other adapters."""
+    """Writes POOL/adapters/NAME and POOL/gates/drlora.safetensors. Raises InputError where POOL has others."""
     tasks = load_tasks(required(args, "tasks"), args.only)
     folder = Path(required(args, "pool"))
     run = folder / "runs" / "drlora"
@@ -182,7 +180,7 @@ def train_drlora(args: DRLoRARun) -> None:
     known = pool_to_write(folder, run)
     with alone(run):
         model, _, examples = begin(tasks, known, args)
-        checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
+        checkpoint = new_checkpoint(run, model, tasks, examples, args)
         if checkpoint.finished:
             return finished(checkpoint)
         pool = new_pool(model, list(tasks.values()), replace(args, r=args.max_r))

@@ -28,11 +28,9 @@ from pool.folder import PoolFolder, read_pool
 from pool.gate_files import GateFile, save_gates
 from pool.slots import Pool, alloc_B_of
 from tasks.folders import Batch, Task, load_tasks
-from training.adapters import LINEARS, NewAdaptersRun, begin, new_pool, save_adapters
-from training.checkpoint import Checkpoint
+from training.adapters import LINEARS, NewAdaptersRun, begin, new_checkpoint, new_pool, save_adapters
 from training.dropout import token_dropout
 from training.gates import GatesTraining, picked_step
-from training.inputs import data_of
 from training.loop import finished, fit, required
 from training.losses import lm_losses
 
@@ -183,7 +181,7 @@ def train_samora(args: SamoraRun) -> None:
     run = known.path / "runs" / "samora"
     with alone(run):
         model, _, examples = begin(tasks, known, args)
-        checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
+        checkpoint = new_checkpoint(run, model, tasks, examples, args)
         if checkpoint.finished:
             return finished(checkpoint)
         rows = [row for task in tasks.values() for row in task.train]

@@ -90,7 +90,7 @@ def train_adapters(args: AdaptersRun, sampling: dict[str, Callable] | None = Non
 def _train_adapters(tasks, folder, run, args, sampling):
     known = pool_to_write(folder)
     model, tokenizer, examples = begin(tasks, known, args)
-    checkpoint = Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
+    checkpoint = new_checkpoint(run, model, tasks, examples, args)
     if checkpoint.finished:
         return finished(checkpoint)
     name = args.name or args.joint
@@ -159,6 +159,11 @@ def begin(
     model, tokenizer = load_frozen(args, known, TEMPLATE)
     examples = tokenize(tasks, tokenizer, model.config.vocab_size, known.template, args.max_length)
     return model, tokenizer, examples
+
+
+def new_checkpoint(run: Path, model: Llama, tasks: dict[str, Task], examples: Examples, args) -> Checkpoint:
+    """The Checkpoint of a run that trains new adapters, bound to the base and the data. Raises InputError."""
+    return Checkpoint(run, args, {"base": model.fingerprint(), **data_of(tasks, examples)})
 
 
 def new_pool(model: Llama, learners: list[Task], args: NewAdaptersRun) -> Pool:
