@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 
 from common.files import InputError, say
@@ -57,8 +56,6 @@ def _status_of(main):
             status = end.code
         sys.stdout.flush()
     except InputError as error:
-        if rank():  # torchrun's first process says the same, and its end ends this one
-            time.sleep(3)
         print_error(error)
         return 2
     except BrokenPipeError:

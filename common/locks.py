@@ -24,8 +24,8 @@ def alone(folder: Path | str) -> Iterator[None]:
     """Nobody else is inside `with alone(folder)` meanwhile; makes the folder where it is missing.
 
     Raises InputError, with the process that is there and since when, or where the folder can't be
-    written. At the end the lock's file goes, and so do the folders it needed if they are empty. Of
-    torchrun's processes the first holds the lock for all.
+    written. At the end the lock's file goes, and so do the folders it needed if they are empty. Of several
+    processes that compute together the first holds the lock for all.
     """
     if rank():
         yield

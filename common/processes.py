@@ -1,13 +1,18 @@
-"""Which of torchrun's processes this is. Without torchrun there is one, the first."""
+"""Which of several processes this is that compute together (parallel/processes.py). Else there is one."""
 
-import os
+_place = {"rank": 0, "count": 1}
 
 
 def rank() -> int:
-    """The process's number, from 0; torchrun sets RANK."""
-    return int(os.environ.get("RANK", 0))
+    """The process's number, from 0."""
+    return _place["rank"]
 
 
 def count() -> int:
-    """How many processes torchrun started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes there are, on all machines."""
+    return _place["count"]
+
+
+def set_place(rank: int, count: int) -> None:
+    """This process is number `rank` of `count`."""
+    _place.update(rank=rank, count=count)

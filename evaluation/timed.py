@@ -317,7 +317,7 @@ def adapters_trainer(args) -> Trainer:
     params = [stack.requires_grad_() for stack in (*pool.A.values(), *pool.B.values())]
     batches = steps_of(args, examples(args, pool.names, model.config.vocab_size))
     run = AdaptersRun(model="", tasks="", pool="")
-    return Trainer(params, lambda picked: adapters_step(model, pool, gate, picked, run), batches)
+    return Trainer(params, lambda picked: adapters_step(model, pool, gate, picked, run, 0), batches)
 
 
 def one_adapter_trainer(args) -> Trainer:
@@ -347,4 +347,4 @@ def gates_trainer(args, backend: str) -> Trainer:
     run = MeteoraRun(model="", tasks="", pool="", top_k=args.k)
     training = GateTermTraining(model, pool, gates, run)
     params = [param for gate in gates.values() for param in gate.parameters()]
-    return Trainer(params, partial(gates_step, training), steps_of(args, learnt))
+    return Trainer(params, partial(gates_step, training, step=0), steps_of(args, learnt))

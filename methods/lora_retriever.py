@@ -145,10 +145,10 @@ class RetrieverRun:
 
 def train_retriever(args: RetrieverRun) -> None:
     """Tunes the projection and writes POOL/retriever.safetensors."""
+    one_process("train.py retriever")
     folder = Path(required(args, "pool"))
     extra = read_adapters(args.adapter)
     known = open_pool(folder, extra) if extra or is_pool(folder) else None
-    one_process("train.py retriever")
     adapters = sorted(known.adapters) if known else []
     tasks = load_tasks(required(args, "tasks"), adapters or None, adapters)
     names = some_tasks(tasks, args.share, args.seed)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.devices import find_device
 from common.files import InputError
-from common.processes import count, rank
+from common.processes import count, rank, set_place
 from common.signals import Terminated
 from tasks.folders import Example, PackedExample
 
@@ -31,40 +32,76 @@ class ProcessDied(InputError):
 
 @contextlib.contextmanager
 def joined(device: str, show_all: bool = False) -> Iterator[None]:
-    """Inside, this process computes with the others, and only the first one writes to the terminal,
-    unless `show_all`. `device`: a name as in find_device()."""
-    if count() == 1:
+    """Inside, the processes that torchrun started compute together, and only the first one writes to the
+    terminal, unless `show_all`. `device`: a name as in find_device(). Raises InputError."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    name = find_device(device)
+    if name.startswith("cuda"):
+        torch.cuda.set_device(own_gpu(name))
+    store, number, several = next(dist.rendezvous("env://"))
+    set_place(number, several)
+    dist.init_process_group(
+        "nccl" if name.startswith("cuda") else "gloo", store=store, rank=number, world_size=several
+    )
     try:
         _members[:] = gathered((socket.gethostname(), os.getpid()))
-        with contextlib.ExitStack() as stack:
-            if rank() and not show_all:
+        with _ending(store), contextlib.ExitStack() as stack:
+            if number and not show_all:
                 null = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stderr(null))
                 stack.enter_context(contextlib.redirect_stdout(null))
             yield
-    except Terminated:  # by torchrun: it ends the processes that are left when one has died
-        name_dead()
-        raise
-    except ProcessDied:
-        name_dead()
-        time.sleep(30)  # torchrun ends this one sooner; at once, it would be one more that has died
-        raise
     finally:
         dist.destroy_process_group()
 
 
-def name_dead() -> None:
-    """One line with the processes that died. The first of those that are left says it."""
-    gone = dead()
-    left = sorted(set(range(count())) - set(gone))
-    if gone and rank() == left[0]:
-        print(f"error: process {', '.join(map(str, gone))} died", file=sys.__stderr__, flush=True)
+def own_gpu(name: str) -> int:
+    """The GPU of this process, by its number among the machine's processes. Raises InputError."""
+    number = int(os.environ["LOCAL_RANK"])
+    if name != "cuda":
+        raise InputError(f"device is {name!r}, expected cuda: each of several processes has a GPU of its own")
+    if number >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs here"
+        raise InputError(f"process {number} of this machine has no GPU, there are {found}")
+    return number
+
+
+@contextlib.contextmanager
+def _ending(store):
+    """Says in `store` how this process ended, and on the terminal which others ended without saying it."""
+    said = ""
+    try:
+        try:
+            yield
+        except ProcessDied:
+            time.sleep(30)  # torchrun ends this one sooner; at once, it would be one more that has died
+            raise
+        except InputError as error:
+            said = str(error)
+            raise
+        finally:
+            store.set(f"ended/{rank()}", said)
+    except Terminated:  # by torchrun: it ends those that are left when one has died
+        gone = [number for number in dead() if not store.check([f"ended/{number}"])]
+        here = [number for number, (host, _) in enumerate(_members) if host == socket.gethostname()]
+        if gone and rank() == min(set(here) - set(gone)):  # one says it
+            print(f"error: process {', '.join(map(str, gone))} died", file=sys.__stderr__, flush=True)
+        raise
+    except InputError:
+        if rank() and said and _says_the_same(store, said):
+            sys.exit(2)
+        raise
+
+
+def _says_the_same(store, message):
+    """Whether the first process ends with the same message, within some seconds."""
+    for _ in range(50):
+        if store.check(["ended/0"]):
+            return store.get("ended/0").decode() == message
+        time.sleep(0.1)
+    return False
 
 
 def dead() -> list[int]:
@@ -92,6 +129,8 @@ def _together():
     """Around an exchange between processes. Raises ProcessDied where one of them is gone."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ProcessDied(f"another process is gone: {str(error).splitlines()[0]}") from None
 

@@ -5,11 +5,25 @@ torchrun --nproc_per_node N tests/helpers_parallel.py MODEL FOLDER    writes FOL
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-KINDS = ("adapters", "top1", "top2", "router", "base", "samora", "drlora")
+# {what trains: (kind of run, its options besides those of helpers_training.options)}
+RUNS = {
+    "adapters": ("adapters", {}),
+    "adapters late, in composites": ("adapters", {"late_start": 0.5, "composite": 0.6, "batch_size": 5}),
+    "top1": ("top1", {}),
+    "top2": ("top2", {}),
+    "top2 and adapters": ("top2", {"adapters_too": "new"}),
+    "smear": ("top2", {"kind": "smear", "batch_size": 5}),
+    "router": ("router", {}),
+    "base": ("base", {}),
+    "base, one window": ("base", {"batch_size": 1}),
+    "samora": ("samora", {}),
+    "drlora": ("drlora", {}),
+}
 
 
 def torchrun_line(count, *argv):
@@ -32,6 +46,7 @@ def main():
 
     from common.processes import count, rank
     from helpers_training import options, run, write_random_pool
+    from methods.drlora import DRLoRATraining
     from parallel.processes import gathered, joined, wait
     from training import loop
 
@@ -42,21 +57,32 @@ def main():
     def look(params):
         params = list(params)
         real(params)
-        found[kind] = [param.grad.clone() for param in params]
+        found[name] = [param.grad.clone() for param in params]
 
+    after_backward = DRLoRATraining.after_backward
+
+    def after(training, step):
+        after_backward(training, step)
+        found["use of drlora's adapters"] = [training.f.clone()]
+
+    DRLoRATraining.after_backward = after
     loop.add_gradients = look
     loop.leave = wait  # the others go on to the next kind
     with joined("cpu"):
-        for kind in KINDS:
+        for name, (kind, more) in RUNS.items():
             o = None
             if rank() == 0:  # it writes the tasks and the pool
-                out = Path(folder) / str(count()) / kind / "out"
-                o = options(kind, model, out, steps=1)
+                out = Path(folder) / str(count()) / name / "out"
+                if "adapters_too" in more:
+                    more = more | {"adapters_too": str(out.parent / "new")}
+                o = replace(options(kind, model, out), steps=1, **more)
                 if kind == "samora":
                     write_random_pool(out, model)
             run(gathered(o)[0])
-    if rank() == 0:
-        torch.save(found, f"{folder}/{count()}.pt")
+        several = count()
+        first = rank() == 0
+    if first:
+        torch.save(found, f"{folder}/{several}.pt")
 
 
 if __name__ == "__main__":

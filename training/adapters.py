@@ -256,7 +256,7 @@ def relabel(example: Example | PackedExample, name: str) -> PackedExample:
 
 
 def adapters_step(
-    model: Llama, pool: Pool, gate: KnownAdapterGate, picked: list[Example], args: AdaptersRun, step=0
+    model: Llama, pool: Pool, gate: KnownAdapterGate, picked: list[Example], args: AdaptersRun, step: int
 ) -> dict[str, float]:
     """Forward and backward of one step.
 

@@ -140,7 +140,7 @@ def _train_base(text, folder, run, args):
         windows = torch.from_numpy(windows).to(device)
         share = windows[rank() :: count()]  # this process's
         total = 0.0
-        for part in share.split(max(1, args.micro_tokens // args.block_size)):
+        for part in share.split(max(1, args.micro_tokens // args.block_size)) if len(share) else ():
             with torch.autocast(windows.device.type, torch.bfloat16, enabled=half):
                 logits = model(part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())

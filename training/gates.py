@@ -203,7 +203,7 @@ def picked_step(training: GatesTraining, examples: dict[str, list[Example]], ste
     return gates_step(training, pick(examples, step, training.args), step)
 
 
-def gates_step(training: GatesTraining, picked: list[Example], step: int = 0) -> dict[str, float]:
+def gates_step(training: GatesTraining, picked: list[Example], step: int) -> dict[str, float]:
     """Forward and backward of one step -> the values to log."""
     args = training.args
     parts = [part for example in picked for part in example.parts]

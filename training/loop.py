@@ -125,7 +125,8 @@ def fit(
     `rates` {name: factor} gives some params another learning rate. Under torchrun gradients and what
     is logged are summed over the processes, and all but the first end here.
     """
-    check_same({**checkpoint.config, **checkpoint.config["bound"], "torch": torch.__version__})
+    options = {name: value for name, value in checkpoint.config.items() if name != "bound"}
+    check_same({**options, **checkpoint.config["bound"], "torch": torch.__version__})
     first = rank() == 0
     if first:
         checkpoint.write_config()
@@ -134,6 +135,7 @@ def fit(
         param.requires_grad_(True)
     optimizers = make_optimizers(params, args, rates or {})
     checkpoint.load(params, optimizers)
+    check_same({"the step of the checkpoint": checkpoint.step})
     board = _tensorboard(checkpoint.folder) if args.tensorboard and first else None
     bar = progress(checkpoint.folder.name, args.steps, checkpoint.step)
     with _say_how_to_resume(checkpoint), bar:

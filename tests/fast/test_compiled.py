@@ -256,7 +256,9 @@ def test_gradients(what, small_model, tmp_path):
         training = GateTermTraining(model, pool, gates, o) if what == "gates" else None
         for picked in (examples(small_model, 2), examples(small_model, 3), examples(small_model, 1)[1:]):
             logged = (
-                gates_step(training, picked) if training else adapters_step(model, pool, gates, picked, o)
+                gates_step(training, picked, 0)
+                if training
+                else adapters_step(model, pool, gates, picked, o, 0)
             )
             found.append((logged, {name: param.grad.clone() for name, param in params.items()}))
     for (want, slopes), (got, compiled_slopes) in zip(found[:3], found[3:], strict=True):

@@ -84,8 +84,7 @@ def test_training_is_the_cpus(kind, compile, small_model, tmp_path):
 
 
 def test_a_run_goes_on(small_model, tmp_path, monkeypatch):
-    """The optimizer's state belongs to the GPU but for its counts, and dropout to the GPU's
-    generator."""
+    """The optimizer's state belongs to the GPU but for its counts."""
     more = {"steps": 7, "device": "cuda"}
     whole, parts = (options("adapters", small_model, tmp_path / name, **more) for name in "ab")
     run(whole)

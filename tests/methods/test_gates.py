@@ -51,7 +51,7 @@ def test_the_gate_term_is_beta_times_the_cross_entropy(k, composite, small_model
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, how)
     o = SimpleNamespace(top_k=k, lm_weight=0.0, beta=7.0, micro_tokens=60, adapters_too="", seed=0)
     training = GateTermTraining(model, pool, gates, o)
-    logged = gates_step(training, picked)
+    logged = gates_step(training, picked, 0)
     training.finish()
     assert logged.keys() == {"gate_loss", "right"}
     grads = {path: gate.weight.grad.clone() for path, gate in gates.items()}
@@ -90,7 +90,7 @@ def test_gate_gradients_in_parts_equal_those_at_once(small_model, tmp_path):
         o = SimpleNamespace(
             top_k=2, lm_weight=1.0, beta=2.0, micro_tokens=micro_tokens, adapters_too="", seed=0
         )
-        logged = gates_step(GateTermTraining(model, pool, gates, o), picked)
+        logged = gates_step(GateTermTraining(model, pool, gates, o), picked, 0)
         found.append((logged, {path: gate.weight.grad.clone() for path, gate in gates.items()}))
     (parts, part_grads), (whole, whole_grads) = found
     assert parts.keys() == {"lm_loss", "gate_loss", "right"}
@@ -107,7 +107,7 @@ def test_top1_gates_need_no_backward_through_the_network(small_model, tmp_path):
         seen = []
         model.model.register_forward_hook(lambda module, args, hidden: seen.append(hidden.requires_grad))
         o = SimpleNamespace(top_k=k, lm_weight=1.0, beta=5.0, micro_tokens=10_000, adapters_too="", seed=0)
-        logged = gates_step(GateTermTraining(model, pool, gates, o), examples(small_model, 2))
+        logged = gates_step(GateTermTraining(model, pool, gates, o), examples(small_model, 2), 0)
         assert ("lm_loss" in logged) == (k > 1)  # nor is the head computed
         assert all(gate.weight.grad.abs().max() > 0 for gate in gates.values())
         graph[k] = any(seen)

@@ -99,7 +99,7 @@ def test_the_gate_term_is_that_of_one_gate(small_model, tmp_path):
     picked = examples(small_model, 3)
     seen = []
     model.get_submodule(FIRST).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    logged = gates_step(GateTermTraining(model, pool, gates, args), picked)
+    logged = gates_step(GateTermTraining(model, pool, gates, args), picked, 0)
     grad = gate.weight.grad.clone()
     model.zero_grad()
     seen.clear()

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import processes
 from helpers_commands import ENVIRONMENT, ROOT
-from helpers_parallel import KINDS, torchrun, torchrun_line
+from helpers_parallel import RUNS, torchrun, torchrun_line
 from helpers_training import argv, options, run_folder
 from parallel.processes import share_of
 from tasks.folders import Example
@@ -34,7 +36,7 @@ def gradients(small_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*RUNS, "use of drlora's adapters"])
 def test_gradients_are_those_of_one_process(kind, count, gradients):
     """A share that is weighed by its own tokens, a mask of dropout that depends on the batch, or an
     example in no share trains another model on two GPUs than on one."""
@@ -87,19 +89,59 @@ def test_a_dead_process_ends_the_run_and_it_resumes(small_model, tmp_path):
         assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-3)
 
 
-def test_different_options_or_data_are_refused(small_model, tmp_path):
+DIFFERENT = {
+    "lr": ("sys.argv += ['--lr=0.5']", "lr is 0.5, in process 0 0.01: start all with the same"),
+    "data": (
+        "load = folders.read_jsonl; folders.read_jsonl = lambda *a: load(*a)[1:]",
+        "data of animals is '",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_different_options_or_data_are_refused(what, small_model, tmp_path):
     """Processes that train on other data, or at another rate, add up gradients of different models."""
     o = options("adapters", small_model, tmp_path / "out")
-    other = "import os, sys; sys.argv += ['--lr=0.5'] * (os.environ['RANK'] == '1');"
-    script = tmp_path / "other_rate.py"
-    script.write_text(f"{other} import train; train.run_script(train.main)")
+    change, says = DIFFERENT[what]
+    script = tmp_path / "changed.py"
+    script.write_text(
+        "import os, sys, train\nfrom tasks import folders\n"
+        f"if os.environ['RANK'] == '1':\n    {change}\ntrain.run_script(train.main)"
+    )
     done = torchrun(2, script, *argv(o))
-    assert "error: process 1: lr is 0.5, in process 0 0.01: start all with the same" in done.stderr
-    assert done.returncode and not run_folder(o).exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: process 1: {says}") and len(line) < 300
+    assert done.returncode and not (run_folder(o) / "config.json").exists()
+
+
+def test_another_checkpoint_is_refused(small_model, tmp_path):
+    """A process that has no checkpoint, as its machine has another disk, would add the gradients of the
+    first steps to those of the last."""
+    o = options("adapters", small_model, tmp_path / "out", steps=90, save_every=2, micro_tokens=30)
+    script = tmp_path / "changed.py"
+    script.write_text(
+        "import os, train\nfrom training import checkpoint\n"
+        "if os.environ['RANK'] == '1':\n    checkpoint.Checkpoint.load = lambda *args: None\n"
+        "train.run_script(train.main)"
+    )
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *argv(o)], env=ENVIRONMENT)
+    while len(log_of(o)) < 4:  # the log is written before the checkpoint: so one of step 2 is there
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    done = torchrun(2, script, *argv(replace(o, resume=True)))
+    assert "error: process 1: the step of the checkpoint is 0, in process 0 " in done.stderr
+
+
+def test_eval_is_for_one_process(tmp_path):
+    """Several that answer the same and write the same files would be a race."""
+    args = ["--methods=base", "--only=german", "--limit=1", f"--out={tmp_path}"]
+    done = torchrun(2, ROOT / "eval.py", *args)
+    assert done.stderr.count("is at work here") == 1
 
 
 def test_what_runs_in_one_process_says_so(small_model, tmp_path):
-    """Several that write the same files would be a race."""
+    """The same of what isn't trained by gradient steps."""
     o = options("lorahub", small_model, tmp_path / "out")
     done = torchrun(2, ROOT / "train.py", *argv(o))
     assert done.stderr.count("error: train.py lorahub runs in one process: leave out torchrun") == 1
@@ -109,10 +151,9 @@ def test_shares_are_even(monkeypatch):
     """With one process's share twice another's, two processes are no faster than one and a half."""
     rng = random.Random(0)
     examples = [Example(list(range(rng.randint(5, 97))), 1, "a") for _ in range(41)]
-    monkeypatch.setenv("WORLD_SIZE", "3")
     shares = []
     for number in range(3):
-        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setattr(processes, "_place", {"rank": number, "count": 3})
         shares.append(share_of(examples))
     assert sorted(map(id, sum(shares, []))) == sorted(map(id, examples))
     tokens = [sum(len(example.ids) for example in share) for share in shares]

@@ -75,7 +75,7 @@ def test_adapter_gradients_in_parts_are_the_gradient_of_the_mean(small_model, tm
         stack.requires_grad_(True)
     picked = examples(small_model, 3)
     o = SimpleNamespace(micro_tokens=45, late_start=0.0, seed=0)
-    logged = adapters_step(model, pool, gate, picked, o)
+    logged = adapters_step(model, pool, gate, picked, o, 0)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
         stack.grad = None
@@ -108,7 +108,7 @@ def test_a_late_adapter_starts_within_the_prompt(small_model, tmp_path, monkeypa
             Batch, "random_of_parts", lambda batch, _, u=drawn: torch.full((len(batch.parts),), u)
         )
         o = SimpleNamespace(micro_tokens=10_000, late_start=late, seed=0)
-        adapters_step(model, pool, gate, picked, o)
+        adapters_step(model, pool, gate, picked, o, 0)
         weights = seen["weight"].flatten().split([len(example.ids) for example in picked])
         for example, row in zip(picked, weights, strict=True):
             off = math.ceil(start * (example.n_prompt - 1) - 1e-4)
@@ -129,7 +129,7 @@ def test_a_late_adapter_in_a_composite_starts_within_its_own_question(small_mode
     late = lambda batch, _: torch.full((len(batch.parts),), 0.9)  # noqa: E731  by 3/4 of the question
     monkeypatch.setattr(Batch, "random_of_parts", late)
     for context in contexts:
-        adapters_step(model, pool, gate, [context], o)
+        adapters_step(model, pool, gate, [context], o, 0)
         expected = []
         for part in context.parts:
             off = math.ceil(0.75 * (part.n_prompt - 1) - 1e-4) if part.n_prompt else 0
@@ -148,7 +148,7 @@ def test_in_a_composite_every_token_runs_through_its_own_adapter(small_model, tm
     o = SimpleNamespace(micro_tokens=10_000, late_start=0.0, composite=0.7, max_length=300, seed=0)
     picked = compose(examples(small_model, 5), Tokenizer(small_model), TEMPLATE, 0, o)
     assert {type(x) for x in picked} == {PackedExample, Example}
-    logged = adapters_step(model, pool, gate, picked, o)
+    logged = adapters_step(model, pool, gate, picked, o, 0)
     grads = {path: stack.grad.clone() for path, stack in pool.B.items()}
     for stack in pool.B.values():
         stack.grad = None

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helpers_training import options, run, write_random_pool
 from training.dropout import TokenDropout, random_words
 
 SEEDS = torch.randint(-(2**63), 2**63 - 1, (50021,), generator=torch.Generator().manual_seed(0))
@@ -64,3 +65,25 @@ def test_other_tokens_change_nothing():
     assert not torch.equal(dropped(x, 0.3, number=1) != 0, kept)
     assert dropped(x.bfloat16(), 0.3).dtype == torch.bfloat16
     assert torch.equal(dropped(x, 0.0), x)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "samora", "drlora"])
+def test_masks_differ_from_step_to_step_and_from_seed_to_seed(kind, small_model, tmp_path, monkeypatch):
+    """One mask for ever is pruning, and two runs with the same masks are no two runs."""
+    seen = []
+    real = TokenDropout.forward
+
+    def look(dropout, x):
+        seen.append((x.shape[0], dropout.seeds.clone()))
+        return real(dropout, x)
+
+    monkeypatch.setattr(TokenDropout, "forward", look)
+    for seed in (0, 1):
+        o = options(kind, small_model, tmp_path / str(seed) / "out", seed=seed, steps=3, batch_size=11)
+        if kind == "samora":
+            write_random_pool(tmp_path / str(seed) / "out", small_model)
+        run(o)
+    assert all(len(seeds) == n for n, seeds in seen)
+    tokens = torch.cat([seeds for _, seeds in seen]).tolist()
+    linears = len(seen) // 6
+    assert len(seen) == 6 * linears and len(set(tokens)) == len(tokens) / linears
