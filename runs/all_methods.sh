@@ -32,12 +32,13 @@ known=base,uniform,arrow,spectr,spectr_weighted,lag,lag_weighted,meteora_top1,me
 meteora_once_top2,ase_top2,ase_top3,soft,loraflow,smear,moe_top1,moe_top3,selection,mixture,fusion,ramole,logo_top1,\
 logo,logo_norm_last_top20,random_gate,random_gate:1,random_gate:2,random_gate_top1,random_adapters
 every=oracle,lora_f,lora_b,samora,$known
-python eval.py --model $out/pool --out $out/with --methods $every --composite 3,5,10
-python eval.py --model $out/pool --out $out/with-28 --methods ramole --retrieve 28 --composite 3,5,10
+on=(--model "$tiny" --pool $out/pool)
+python eval.py "${on[@]}" --out $out/with --methods $every --composite 3,5,10
+python eval.py "${on[@]}" --out $out/with-28 --methods ramole --retrieve 28 --composite 3,5,10
 python eval.py --model "$tiny" --pool $out/drlora --out $out/with-drlora --methods drlora --composite 3,5,10
-python eval.py --model $out/pool --out $out/without --methods $known --ood
-python eval.py --model $out/pool --out $out/without-28 --methods ramole --retrieve 28 --ood
+python eval.py "${on[@]}" --out $out/without --methods $known --ood
+python eval.py "${on[@]}" --out $out/without-28 --methods ramole --retrieve 28 --ood
 python eval.py --model "$tiny" --pool $out/drlora --out $out/without-drlora --methods drlora --ood
-python bench.py methods --model $out/pool --tasks $tasks --methods $every >$out-speed.txt
+python bench.py methods "${on[@]}" --tasks $tasks --methods $every >$out-speed.txt
 python bench.py methods --model "$tiny" --pool $out/drlora --tasks $tasks --methods base,drlora >$out-speed-drlora.txt
 python docs/all_methods.py $out
