@@ -988,12 +988,13 @@ import os, random, signal, sys, time
 import torch
 from common.tensors import read_safetensors, write_safetensors
 
-file, left = sys.argv[1], 0
+file, left, kills = sys.argv[1], 0, 0
 write_safetensors(file, {"w": torch.zeros(1 << 20)}, {"version": "0"})
 start = time.perf_counter()
 write_safetensors(file, {"w": torch.zeros(1 << 20)}, {"version": "0"})
 took = time.perf_counter() - start  # of one save: the kills fall within the first few
-for kill in range(30):
+while kills < 30 or left < 4:  # on some machines few kills fall within a save
+    kills += 1
     child = os.fork()
     if not child:
         version = int(read_safetensors(file)[1]["version"])
