@@ -125,8 +125,7 @@ def fit(
     `rates` {name: factor} gives some params another learning rate. Under torchrun gradients and what
     is logged are summed over the processes, and all but the first end here.
     """
-    options = {name: value for name, value in checkpoint.config.items() if name != "bound"}
-    check_same({**options, **checkpoint.config["bound"], "torch": torch.__version__})
+    _check_one_run(checkpoint)
     first = rank() == 0
     if first:
         checkpoint.write_config()
@@ -170,6 +169,12 @@ def fit(
     for param in params.values():
         param.requires_grad_(False)
     leave()
+
+
+def _check_one_run(checkpoint):
+    """Raises InputError where processes have other options, base, adapters, data or torch than the first."""
+    options = {name: value for name, value in checkpoint.config.items() if name != "bound"}
+    check_same({**options, **checkpoint.config["bound"], "torch": torch.__version__})
 
 
 @contextlib.contextmanager
