@@ -11,8 +11,8 @@ out=${3:-out/meteora28}
 parts=("${@:4}")
 [ ${#parts[@]} -gt 0 ] || parts=(tune seed0 rivals taught late mixed seed1)
 
-# MeteoRA's tasks, with three translations in place of its news. A second folder of them has the validation split,
-# holdout.jsonl, as its test split.
+# MeteoRA's tasks, with three translations in place of its news. The last 60 training examples of each are for
+# validation: a second folder of the tasks has them as its test split.
 names="abstract_narrative_understanding alpaca cnn_dailymail contextual_parametric_knowledge_conflicts cs_algorithms
     disfl_qa elementary_math_qa epistemic_reasoning formal_fallacies_syllogisms_negation goal_step_wikihow gsm8k
     language_identification linguistics_puzzles logical_deduction object_counting paragraph_segmentation
@@ -20,10 +20,11 @@ names="abstract_narrative_understanding alpaca cnn_dailymail contextual_parametr
     tatoeba_it topical_chat tracking_shuffled_objects unit_conversion vitaminc_fact_verification winowhy"
 for name in $names; do
     mkdir -p "$out"/{tasks,valid}/"$name"
-    for file in task.json train.jsonl test.jsonl; do
-        ln -sf "$folders/$name/$file" "$out/tasks/$name/$file"
-        ln -sf "$folders/$name/${file/test/holdout}" "$out/valid/$name/$file"
-    done
+    cp "$folders/$name"/{task.json,test.jsonl} "$out/tasks/$name"
+    cp "$folders/$name/task.json" "$out/valid/$name"
+    head -n -60 "$folders/$name/train.jsonl" >"$out/tasks/$name/train.jsonl"
+    cp "$out/tasks/$name/train.jsonl" "$out/valid/$name"
+    tail -n 60 "$folders/$name/train.jsonl" >"$out/valid/$name/test.jsonl"
 done
 
 timed() { # runs python, adds a line to FOLDER/seconds
