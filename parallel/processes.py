@@ -116,7 +116,7 @@ def dead() -> list[int]:
 def _is_alive(pid):
     try:
         os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:  # a process that nobody has waited for is still there
+        with open(f"/proc/{pid}/stat") as file:  # a zombie still has its id
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
@@ -170,7 +170,7 @@ def add_up(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def add_gradients(params: Iterable[torch.Tensor]) -> None:
-    """The same for gradients. One that a process lacks counts as zero."""
+    """Each gradient becomes its sum over the processes. One that a process lacks counts as zero."""
     if count() == 1:
         return
     gradients = []

@@ -33,7 +33,7 @@ timed() { # runs python, adds a line to FOLDER/seconds
     printf '%s\t%s\n' $((SECONDS - start)) "$*" >>"$out/seconds"
 }
 run=(--model "$model" --tasks "$out/tasks" --save_dtype bfloat16 --max_length 1024 --resume)
-lr=2e-3       # of an adapter of one task, chosen by the part `tune`
+lr=2e-3       # of an adapter of one task; the part `tune` compares three
 joint_lr=1e-3 # of one for all tasks, likewise
 budget=(--steps 200 --batch_size 2) # 400 examples of each task; for a joint adapter as many in all
 gates=(--steps 100 --batch_size 28)
@@ -96,7 +96,7 @@ taught() { # gates that have seen tasks change within a prompt
     score "$out/taught-eval" "${composites[@]}" --pool "$out/taught" --methods oracle,meteora_top1,meteora_top2
 }
 
-late() { # and adapters that are used to the base's hidden states before them
+late() { # these gates, over adapters that were trained to start at a random token of the prompt
     train_adapters "$out/late" --late_start 0.7
     train_gates "$out/late" --composite 0.67
     score "$out/late-eval" "${composites[@]}" --pool "$out/late" --methods oracle,meteora_top1,meteora_top2
